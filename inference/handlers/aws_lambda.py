@@ -1,0 +1,131 @@
+"""The AWS Lambda door: API Gateway HTTP API v2, function URLs, and direct invocation.
+
+A direct invocation's event is the recommendation request itself, its answer the same bytes as over
+HTTP; a fault comes back in the one error shape.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from inference import telemetry
+from inference.http import CARRIER_HEADERS, JSON_TYPE, Application, Response, error_response, handle, internal_error
+from schemas.errors import RequestError
+
+RESERVE_MS = 50
+"""Kept back from the platform's deadline to render, send and flush."""
+FLUSH_MS = 200
+"""Spans get so long to leave before the platform freezes the process."""
+
+
+class LambdaContext(Protocol):
+    """What is used of the context that `awslambdaric` passes."""
+
+    aws_request_id: str
+    client_context: Any
+
+    def get_remaining_time_in_millis(self) -> int: ...
+
+
+Handler = Callable[[dict[str, Any], LambdaContext], dict[str, Any] | bytes]
+
+
+def create_handler(app_factory: Callable[[], Application]) -> Handler:
+    """A handler around what `app_factory` builds at the first invocation, once per process.
+
+    A factory that fails is tried again by the next invocation; this one gets the error.
+    """
+    lock = threading.Lock()
+    built: list[Application] = []
+
+    def application() -> Application:
+        if not built:
+            with lock:
+                if not built:
+                    built.append(app_factory())
+        return built[0]
+
+    def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any] | bytes:
+        remaining_ms = context.get_remaining_time_in_millis()
+        deadline = time.monotonic() + max(0, remaining_ms - RESERVE_MS) / 1000
+        over_http = isinstance(event, dict) and "requestContext" in event
+        try:
+            response = _answer(application, event, context, deadline, over_http)
+        finally:
+            telemetry.flush(max(0, min(FLUSH_MS, context.get_remaining_time_in_millis() - RESERVE_MS)))
+        return _gateway(response) if over_http else response.body
+
+    return handler
+
+
+def _answer(
+    application: Callable[[], Application],
+    event: dict[str, Any],
+    context: LambdaContext,
+    deadline: float,
+    over_http: bool,
+) -> Response:
+    try:
+        method, path, headers, body = _from_gateway(event) if over_http else _from_invocation(event, context)
+        app = application()
+    except RequestError as error:
+        return error_response(error)
+    except Exception as error:  # noqa: BLE001 - the edge: an application that cannot be built is an answer too
+        return internal_error(error)
+    if not any(name in headers for name in CARRIER_HEADERS) and "_X_AMZN_TRACE_ID" in os.environ:
+        headers["x-amzn-trace-id"] = os.environ["_X_AMZN_TRACE_ID"]
+    attributes = {"faas.trigger": "http" if over_http else "other", "faas.invocation_id": context.aws_request_id}
+    return handle(app, method, path, headers, body, deadline=deadline, attributes=attributes)
+
+
+def _from_gateway(event: dict[str, Any]) -> tuple[str, str, dict[str, str], bytes]:
+    """Method, path, headers, body of a payload in format 2.0. Raises RequestError for another format."""
+    request = event["requestContext"].get("http")
+    if request is None:
+        raise RequestError("the gateway sent a payload that is not format 2.0; set the integration to it", status=400)
+    path = event.get("rawPath") or "/"
+    stage = event["requestContext"].get("stage", "$default")
+    if stage != "$default" and path.startswith(f"/{stage}/"):  # a named stage is part of the raw path
+        path = path[len(stage) + 1 :]
+    headers = {name.lower(): value for name, value in (event.get("headers") or {}).items()}
+    text = event.get("body") or ""
+    if not event.get("isBase64Encoded", False):
+        return request["method"], path, headers, text.encode("utf-8", "surrogatepass")
+    try:
+        return request["method"], path, headers, base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise RequestError("the body says it is base64 and is not", status=400) from None
+
+
+def _from_invocation(event: object, context: LambdaContext) -> tuple[str, str, dict[str, str], bytes]:
+    """A direct invocation as the HTTP request it stands for; trace context comes in the client context."""
+    custom = getattr(context.client_context, "custom", None)
+    sent: Mapping[str, object] = custom if isinstance(custom, Mapping) else {}
+    headers = {name: str(sent[name]) for name in CARRIER_HEADERS if name in sent}
+    body = json.dumps(event, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return "POST", "/recommendations", {**headers, "content-type": JSON_TYPE}, body
+
+
+def _gateway(response: Response) -> dict[str, Any]:
+    return {
+        "statusCode": response.status,
+        "headers": dict(response.headers),
+        "body": response.body.decode(),
+        "isBase64Encoded": False,
+    }
+
+
+def _create_application() -> Application:
+    from inference.runtime import create_application
+
+    return create_application()
+
+
+handler = create_handler(_create_application)

@@ -1,0 +1,196 @@
+"""Routing without a transport: what each method and path means, and what each fault looks like."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from inference import telemetry
+from schemas.errors import LarderError, RequestError, Unavailable
+from schemas.serving import (
+    EventsRequest,
+    EventsResponse,
+    HealthResponse,
+    RecommendationRequest,
+    RecommendationResponse,
+    SimilarRequest,
+    SimilarResponse,
+    cut,
+    parse,
+    render,
+    render_json,
+)
+
+logger = logging.getLogger(__name__)
+
+JSON_TYPE = "application/json"
+CARRIER_HEADERS = ("traceparent", "x-amzn-trace-id")
+
+Carrier = Mapping[str, str]
+"""Trace context as it came in: header names in lower case."""
+
+
+class Application(Protocol):
+    """The core behind the doors. `deadline` is an instant of `time.monotonic()`, None for no limit.
+
+    `carrier` holds the trace headers; a span is already open under them when the core is called.
+    Raises RequestError for what the caller can mend and Unavailable when no rung can answer.
+    """
+
+    def recommend(
+        self, request: RecommendationRequest, deadline: float | None, carrier: Carrier
+    ) -> RecommendationResponse: ...
+
+    def similar(self, request: SimilarRequest, deadline: float | None, carrier: Carrier) -> SimilarResponse: ...
+
+    def accept_events(self, request: EventsRequest, deadline: float | None, carrier: Carrier) -> EventsResponse: ...
+
+    def health(self) -> HealthResponse: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What a door sends. Header names are in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    app: Application
+    body: bytes
+    deadline: float | None
+    carrier: Carrier = field(default_factory=dict)
+
+
+def _recommendations(call: _Call) -> Response:
+    request = parse(RecommendationRequest, call.body)
+    deadline = call.deadline
+    if request.timeout_ms is not None:
+        asked = time.monotonic() + request.timeout_ms / 1000
+        deadline = asked if deadline is None else min(asked, deadline)
+    return _answer(render(call.app.recommend(request, deadline, call.carrier)))
+
+
+def _similar(call: _Call) -> Response:
+    return _answer(render(call.app.similar(parse(SimilarRequest, call.body), call.deadline, call.carrier)))
+
+
+def _events(call: _Call) -> Response:
+    return _answer(render(call.app.accept_events(parse(EventsRequest, call.body), call.deadline, call.carrier)))
+
+
+def _health(call: _Call) -> Response:
+    health = call.app.health()
+    return _answer(render(health), status=503 if health.status == "unavailable" else 200)
+
+
+ROUTES: dict[str, tuple[str, Callable[[_Call], Response]]] = {
+    "/recommendations": ("POST", _recommendations),
+    "/similar": ("POST", _similar),
+    "/events": ("POST", _events),
+    "/health": ("GET", _health),
+}
+
+
+def handle(
+    app: Application,
+    method: str,
+    path: str,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    deadline: float | None,
+    attributes: Mapping[str, telemetry.Value] | None = None,
+) -> Response:
+    """The answer to one request; never raises.
+
+    `headers` have names in lower case, `path` comes without its query, `deadline` is an instant of
+    `time.monotonic()`. `attributes` are the door's own, for the request's span.
+    """
+    carrier = {name: headers[name] for name in CARRIER_HEADERS if name in headers}
+    known = path in ROUTES
+    with telemetry.server_span(f"{method} {path}" if known else "unknown route", carrier, attributes) as span:
+        response = _respond(app, method, path, headers, _Call(app, body, deadline, carrier))
+        if known:
+            span.set("http.route", path)
+            span.set("http.request.method", method)
+        span.set("http.response.status_code", response.status)
+        if response.status >= 500:
+            span.fail(str(response.status))
+        return response
+
+
+def error_response(error: RequestError | Unavailable) -> Response:
+    """`error` in the one shape that faults have."""
+    if isinstance(error, Unavailable):
+        return _error(503, error.type, str(error), headers={"retry-after": str(error.retry_after_seconds)})
+    return _error(error.status, error.type, str(error), field_name=error.field)
+
+
+def _respond(app: Application, method: str, path: str, headers: Mapping[str, str], call: _Call) -> Response:
+    try:
+        if path not in ROUTES:
+            return _error(404, "not_found", f"there is no route {cut(path)}; known: {', '.join(_route_names())}")
+        allowed, route = ROUTES[path]
+        if method != allowed:
+            message = f"{path} does not take {cut(method)}; use {allowed}"
+            return _error(405, "method_not_allowed", message, headers={"allow": allowed})
+        if allowed == "POST":
+            _check_content_type(headers)
+        return route(call)
+    except (RequestError, Unavailable) as error:
+        return error_response(error)
+    except Exception as error:  # noqa: BLE001 - the edge: whatever went wrong, the caller gets an answer
+        return internal_error(error)
+
+
+def internal_error(error: BaseException) -> Response:
+    """Answer 500 for an unforeseen `error`, and log where it happened under the id that the caller is given."""
+    trace_id = telemetry.current_trace_id() or secrets.token_hex(16)
+    # An exception's text may quote what a person sent, so only types and places are logged.
+    causes: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(causes) < 5:
+        kind = cause.type if isinstance(cause, LarderError) else type(cause).__name__
+        causes.append(f"{kind}\n{''.join(traceback.format_tb(cause.__traceback__))}")
+        cause = cause.__cause__ or cause.__context__
+    logger.error("internal error, trace %s: %s", trace_id, "caused by ".join(causes))
+    return _error(500, "internal", f"an unexpected error; it is logged under trace {trace_id}")
+
+
+def _check_content_type(headers: Mapping[str, str]) -> None:
+    given = headers.get("content-type", "")
+    kind, _, parameters = given.partition(";")
+    charset = parameters.strip().lower().removeprefix("charset=").strip('"')
+    if kind.strip().lower() != JSON_TYPE or charset not in ("", "utf-8"):
+        shown = cut(given) if given else "missing"
+        raise _UnsupportedType(f"content-type is {shown}; send 'content-type: {JSON_TYPE}'", status=415)
+
+
+class _UnsupportedType(RequestError):
+    type = "unsupported_media_type"
+
+
+def _route_names() -> list[str]:
+    return [f"{method} {path}" for path, (method, _) in ROUTES.items()]
+
+
+def _answer(body: bytes, status: int = 200) -> Response:
+    return Response(status, {"content-type": JSON_TYPE}, body)
+
+
+def _error(
+    status: int, kind: str, message: str, *, field_name: str | None = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    detail = {"type": kind, "message": message}
+    if field_name is not None:
+        detail["field"] = field_name
+    return Response(status, {"content-type": JSON_TYPE, **(headers or {})}, render_json({"error": detail}))

@@ -1,0 +1,354 @@
+"""The core: one request in, one explained slate out. It knows no transport and keeps no state of its own.
+
+    read_person ─▶ user vector ─▶ pick_candidates ─▶ rank ─▶ re-rank ─▶ explain        two database round trips
+
+The ladder, each rung named in `degraded`: `features` (read without them), `wish` (the encoder failed), `ranker` (no
+released model: co-visitation and trending), `database` (the list that ships with the artefact), then Unavailable.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from inference import explain, rerank
+from inference.assemble import crossed, finish, history_gaps
+from inference.encoder import TextEncoder
+from inference.ranker import Ranker
+from inference.store import Candidates, Champion, Columns, Filters, History, PersonRow, Store
+from inference.telemetry import span
+from schemas import prompts
+from schemas.errors import ArtifactError, Unavailable
+from schemas.events import KINDS, NEGATIVE_KINDS
+from schemas.features import FeatureView
+from schemas.serving import RecommendationRequest, RecommendationResponse, RecommendedItem
+from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS, CROSS_VIEWS, candidate_features
+
+RECENT_ITEMS = 20
+"""So many of the newest items look up their co-visitation neighbours."""
+FLOOR_VERSION = "co-visitation"
+
+
+class Models(Protocol):
+    """Where the core gets its models; see inference/runtime.py."""
+
+    def ranker(self, champion: Champion) -> Ranker: ...
+
+    def encoder(self) -> TextEncoder: ...
+
+    def popular(self) -> list[tuple[str, str, float]]: ...
+
+
+@dataclass(slots=True)
+class Steps:
+    """Where a request's time went: milliseconds per step, in order."""
+
+    ms: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Generator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.ms[name] = self.ms.get(name, 0.0) + (time.perf_counter() - start) * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Recommender:
+    """Answers recommendation requests from a store and the models that are released."""
+
+    store: Store
+    models: Models
+    candidates: int = 500
+    timeout_ms: int = 2_000
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+
+    def recommend(
+        self, request: RecommendationRequest, deadline: float | None = None, steps: Steps | None = None
+    ) -> RecommendationResponse:
+        """A slate of at most k items. `deadline` is an instant of `time.monotonic()`; `steps` collects timings.
+
+        Raises Unavailable only when not even the shipped list of popular items can be had.
+        """
+        steps = steps or Steps()
+        limits = [self.timeout_ms, request.timeout_ms or self.timeout_ms]
+        if deadline is not None:
+            limits.append(int((deadline - time.monotonic()) * 1000))
+        end = time.monotonic() + max(min(limits), 1) / 1000
+        request_id = request.request_id or uuid.uuid4().hex
+        try:
+            return self._personal(request, request_id, end, steps)
+        except Unavailable:
+            return self._shipped(request, request_id)
+
+    def _personal(
+        self, request: RecommendationRequest, request_id: str, end: float, steps: Steps
+    ) -> RecommendationResponse:
+        at = request.at or self.now()
+        degraded: list[str] = []
+        with steps.step("read"):
+            person = self.store.read_person(request.user_id, at, _left_ms(end))
+        wish_text = self._encode_wish(request.prompt, degraded, steps)
+        ranker = self._ranker(person.champion, degraded)
+        asked = _Asked(request, at, person, wish_text)
+        if ranker is None:
+            candidates, scores = self._by_floor(asked, end, steps)
+        else:
+            candidates, scores = self._by_ranker(ranker, asked, end, steps, degraded)
+        wish = ranker.project(wish_text[None])[0] if ranker and wish_text is not None else None
+        with steps.step("re-rank"), span("re-rank", attributes={"recsys.rank.rows": len(candidates)}):
+            if request.diversity and candidates.vectors.shape[1]:
+                order = rerank.maximal_marginal_relevance(scores, candidates.vectors, request.k, request.diversity)
+            else:
+                order = rerank.best(scores, request.k)
+        with steps.step("explain"):
+            items = self._items(order, candidates, scores, person.history, wish, request.explain)
+        return RecommendationResponse(
+            request_id=request_id,
+            items=items,
+            model_version=ranker.version if ranker else FLOOR_VERSION,
+            prompt_version=prompts.WISH_TEMPLATE if wish_text is not None else None,
+            degraded=tuple(degraded),
+        )
+
+    def _encode_wish(self, prompt: str | None, degraded: list[str], steps: Steps) -> NDArray[np.float32] | None:
+        if prompt is None:
+            return None
+        try:
+            with steps.step("encode wish"), span("encode wish"):
+                return self.models.encoder().encode_one(prompts.load(prompts.WISH_TEMPLATE).render({"wish": prompt}))
+        except ArtifactError:
+            degraded.append("wish")
+            return None
+
+    def _ranker(self, champion: Champion | None, degraded: list[str]) -> Ranker | None:
+        try:
+            if champion is not None:
+                return self.models.ranker(champion)
+        except ArtifactError:
+            pass
+        degraded.append("ranker")
+        return None
+
+    def _by_floor(self, asked: _Asked, end: float, steps: Steps) -> tuple[Candidates, NDArray[np.float32]]:
+        """Without a model: the wish's neighbours first, then what people went on to, then what is trending."""
+        with steps.step("candidates"):
+            candidates = self.store.pick_candidates(
+                at=asked.at,
+                filters=asked.filters(),
+                limit=self.candidates,
+                timeout_ms=_left_ms(end),
+                wish_text=asked.wish_text,
+                recent=asked.recent(),
+                given=asked.request.candidates,
+            )
+        place = np.arange(len(candidates), 0, -1, dtype=np.float32) / max(len(candidates), 1)
+        return candidates, (candidates.evidence + place * 1e-3 + ((candidates.sources & 2) > 0)).astype(np.float32)
+
+    def _by_ranker(
+        self, ranker: Ranker, asked: _Asked, end: float, steps: Steps, degraded: list[str]
+    ) -> tuple[Candidates, NDArray[np.float32]]:
+        wish = ranker.project(asked.wish_text[None]) if asked.wish_text is not None else None
+        with steps.step("user vector"):
+            inputs = person_inputs(asked.person, asked.at, wish, ranker.dim)
+            if not all(asked.person.views[view.name].settled for view in CONTEXT_VIEWS) and asked.person.history.item_ids:
+                degraded.append("features")
+            user_vector, _ = ranker.run(inputs | no_candidates(ranker.dim))
+        with steps.step("candidates"):
+            candidates = self.store.pick_candidates(
+                at=asked.at,
+                filters=asked.filters(),
+                limit=self.candidates,
+                timeout_ms=_left_ms(end),
+                champion=ranker.version,
+                dim=ranker.dim,
+                user_vector=user_vector[0],
+                wish_vector=None if wish is None else wish[0],
+                recent=asked.recent(),
+                given=asked.request.candidates,
+            )
+        if not len(candidates):
+            return candidates, np.zeros(0, np.float32)
+        with steps.step("rank"):
+            rows = candidate_inputs(candidates, asked.person.views, asked.at)
+            _, scores = ranker.run(inputs | rows)
+        return candidates, scores[0]
+
+    def _items(
+        self,
+        order: NDArray[np.int64],
+        candidates: Candidates,
+        scores: NDArray[np.float32],
+        history: History,
+        wish: NDArray[np.float32] | None,
+        with_reasons: bool,
+    ) -> tuple[RecommendedItem, ...]:
+        past_rows = [
+            row
+            for row, vector in enumerate(history.vectors)
+            if vector is not None and history.titles[row] and history.kinds[row] not in NEGATIVE_KINDS
+        ]
+        past = np.stack([_row(history, row) for row in past_rows]) if past_rows and with_reasons else np.zeros((0, 1), np.float32)
+        return tuple(
+            RecommendedItem(
+                item_id=candidates.item_ids[index],
+                score=float(scores[index]),
+                title=candidates.titles[index],
+                reasons=explain.reasons(
+                    candidates.vectors[index], int(candidates.sources[index]), history, wish, past=past, past_rows=past_rows
+                )
+                if with_reasons
+                else None,
+            )
+            for index in order.tolist()
+        )
+
+    def _shipped(self, request: RecommendationRequest, request_id: str) -> RecommendationResponse:
+        """The list that ships with the artefact, when the database cannot be asked."""
+        left_out = set(request.exclude)
+        wanted = None if request.candidates is None else set(request.candidates)
+        items = [
+            RecommendedItem(item_id=item_id, score=score, title=title, reasons=("popular",) if request.explain else None)
+            for item_id, title, score in self.models.popular()
+            if item_id not in left_out and (wanted is None or item_id in wanted)
+        ]
+        return RecommendationResponse(
+            request_id=request_id, items=tuple(items[: request.k]), model_version="popular", degraded=("database",)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request with what was read for it."""
+
+    request: RecommendationRequest
+    at: datetime
+    person: PersonRow
+    wish_text: NDArray[np.float32] | None
+
+    def filters(self) -> Filters:
+        # Candidates that the caller names are ranked even if the person had them.
+        seen = [] if self.request.candidates is not None else self.person.history.item_ids
+        return Filters(
+            exclude=list(dict.fromkeys([*self.request.exclude, *seen])),
+            categories=self.request.filters.categories or None,
+            exclude_categories=self.request.filters.exclude_categories,
+        )
+
+    def recent(self) -> list[str]:
+        history = self.person.history
+        liked = [item for item, kind in zip(history.item_ids, history.kinds, strict=True) if kind not in NEGATIVE_KINDS]
+        return list(dict.fromkeys(reversed(liked)))[:RECENT_ITEMS]
+
+
+def person_inputs(
+    person: PersonRow, at: datetime, wish: NDArray[np.float32] | None, dim: int
+) -> dict[str, NDArray[np.generic]]:
+    """The ranker's inputs that describe the person and the request; see schemas/ranker.py for shapes."""
+    seconds = at.timestamp()
+    parts = [_one_row(view, person.views[view.name], seconds) for view in CONTEXT_VIEWS]
+    history = person.history
+    h = max(len(history.item_ids), 1)
+    vectors = np.zeros((1, h, dim), np.float32)
+    kinds = np.zeros((1, h), np.int64)
+    values, gaps, mask = (np.zeros((1, h), np.float32) for _ in range(3))
+    if history.item_ids:
+        gaps[0] = history_gaps(history.occurred_at, seconds)
+        values[0] = [0.0 if value is None else value for value in history.values]
+        for row, (kind, vector) in enumerate(zip(history.kinds, history.vectors, strict=True)):
+            if vector is not None and len(vector) == dim:  # an item that has left the catalogue says nothing
+                vectors[0, row] = vector
+                kinds[0, row] = KINDS.index(kind) + 1
+                mask[0, row] = 1.0
+        values[0] *= mask[0]
+        gaps[0] *= mask[0]
+    return {
+        "context_features": np.concatenate([values_ for values_, _ in parts], 1),
+        "context_mask": np.concatenate([mask_ for _, mask_ in parts], 1),
+        "prompt_vector": np.zeros((1, dim), np.float32) if wish is None else wish,
+        "prompt_mask": np.array([0.0 if wish is None else 1.0], np.float32),
+        "history_vectors": vectors,
+        "history_kinds": kinds,
+        "history_values": values,
+        "history_gaps": gaps,
+        "history_mask": mask,
+    }
+
+
+def candidate_inputs(
+    candidates: Candidates, views: dict[str, Columns], at: datetime
+) -> dict[str, NDArray[np.generic]]:
+    """The ranker's inputs that describe n candidates."""
+    n = len(candidates)
+    seconds = np.full(n, at.timestamp())
+    values, masks = [], []
+    for view in CANDIDATE_VIEWS:
+        columns = candidates.features
+        present = np.isfinite(columns.as_of) & columns.settled
+        value, mask = finish(view, columns.states, at=seconds, as_of=np.nan_to_num(columns.as_of), present=present)
+        values.append(value)
+        masks.append(mask)
+    for view in CROSS_VIEWS:
+        value, mask = _crossed(view, views[view.name], candidates.categories, at.timestamp())
+        values.append(value)
+        masks.append(mask)
+    return {
+        "candidate_vectors": candidates.vectors[None],
+        "candidate_features": np.concatenate(values, 1)[None],
+        "candidate_mask": np.concatenate(masks, 1)[None],
+    }
+
+
+def no_candidates(dim: int) -> dict[str, NDArray[np.generic]]:
+    """One empty candidate: what is fed when only the user vector is wanted."""
+    width = len(candidate_features())
+    empty = np.zeros((1, 1, width), np.float32)
+    return {"candidate_vectors": np.zeros((1, 1, dim), np.float32), "candidate_features": empty, "candidate_mask": empty}
+
+
+def _one_row(view: FeatureView, columns: Columns, seconds: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    if not columns.keys or not columns.settled:
+        empty = np.zeros((1, len(view.features)), np.float32)
+        return empty, empty
+    states = {name: values[:1] for name, values in columns.states.items()}
+    return finish(view, states, at=np.array([seconds]), as_of=columns.as_of[:1], present=np.ones(1, bool))
+
+
+def _crossed(
+    view: FeatureView, columns: Columns, categories: list[list[str]], seconds: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    if not columns.keys or not columns.settled:
+        empty = np.zeros((len(categories), len(view.features)), np.float32)
+        return empty, empty
+    place = {key[-1]: index for index, key in enumerate(columns.keys)}
+    value, mask = finish(
+        view, columns.states, at=np.full(len(place), seconds), as_of=columns.as_of, present=np.ones(len(place), bool)
+    )
+    membership = np.zeros((len(categories), len(place)), np.float32)
+    for row, names in enumerate(categories):
+        for name in names:
+            if name in place:
+                membership[row, place[name]] = 1.0
+    return crossed(value, mask, membership)
+
+
+def _row(history: History, row: int) -> NDArray[np.float32]:
+    vector = history.vectors[row]
+    assert vector is not None
+    return vector
+
+
+def _left_ms(end: float) -> int:
+    left = int((end - time.monotonic()) * 1000)
+    if left <= 0:
+        raise Unavailable("the deadline passed before the database could be asked")
+    return left

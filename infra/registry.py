@@ -1,0 +1,82 @@
+"""Which models exist, which passed, which one serves: registration, the gate record, promotion, rollback.
+
+Plain functions on a connection; Dagster's assets and the commands call the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from schemas.errors import GateError
+from schemas.manifest import Manifest
+
+CHAMPION = "champion"
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """Where an alias points; `revision` grows by one with every move."""
+
+    version: str
+    revision: int
+
+
+def register(connection: psycopg.Connection[Any], manifest: Manifest, path: str) -> None:
+    """Record an artefact that lies at `path` below ARTIFACTS_URL; a version that is known stays as it is."""
+    connection.execute(
+        "INSERT INTO model_versions (version, name, path, manifest) VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING",
+        (manifest.version, manifest.name, path, manifest.to_json()),
+    )
+
+
+def record_gate(connection: psycopg.Connection[Any], version: str, passed: bool, record: dict[str, Any]) -> None:
+    """Record what `version` had to prove. A verdict, once recorded, stands."""
+    connection.execute(
+        "INSERT INTO gate_records (version, passed, record) VALUES (%s, %s, %s) ON CONFLICT (version) DO NOTHING",
+        (version, passed, json.dumps(record)),
+    )
+
+
+def read_alias(connection: psycopg.Connection[Any], alias: str = CHAMPION) -> Alias | None:
+    """Where `alias` points, or None while nothing was promoted."""
+    row = connection.execute("SELECT version, revision FROM model_aliases WHERE alias = %s", (alias,)).fetchone()
+    return Alias(*row) if row else None
+
+
+def promote(connection: psycopg.Connection[Any], version: str, alias: str = CHAMPION) -> Alias:
+    """Point `alias` at `version` by compare-and-set; promoting what already serves changes nothing.
+
+    Raises GateError if the version has no passed gate record, lacks item vectors, or another release came first.
+    """
+    before = read_alias(connection, alias)
+    if before is not None and before.version == version:
+        return before
+    missing = connection.execute(
+        "SELECT count(*) FROM text_vectors AS t WHERE NOT EXISTS "
+        "(SELECT 1 FROM item_vectors AS v WHERE v.model_version = %s AND v.item_id = t.item_id)",
+        (version,),
+    ).fetchone()
+    if missing and missing[0]:
+        raise GateError(f"version {version} lacks vectors for {missing[0]} items; materialise item_vectors, then release")
+    try:
+        with connection.transaction():
+            if before is None:
+                moved = connection.execute(
+                    "INSERT INTO model_aliases (alias, version) VALUES (%s, %s) ON CONFLICT DO NOTHING RETURNING revision",
+                    (alias, version),
+                ).fetchone()
+            else:
+                moved = connection.execute(
+                    "UPDATE model_aliases SET version = %s, revision = revision + 1, updated_at = now() "
+                    "WHERE alias = %s AND revision = %s RETURNING revision",
+                    (version, alias, before.revision),
+                ).fetchone()
+    except psycopg.errors.ForeignKeyViolation as error:
+        raise GateError(f"version {version} has no passed gate record, so the database refuses to let it serve") from error
+    if moved is None:
+        raise GateError(f"another release moved {alias} while version {version} was being released; look, then release again")
+    return Alias(version, moved[0])

@@ -1,0 +1,119 @@
+"""Counts instead of a model: which item follows which, and what is popular. Floor, candidate source, degraded mode.
+
+Sequential co-visitation as in the co-visitation matrices of the OTTO challenge and sequential rules
+(Ludewig & Jannach 2018): pairs of events of one person, worth less the further apart they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestration.compute.interactions import Interactions
+from schemas.events import KINDS, NEGATIVE_KINDS
+
+DAY_MICROSECONDS = 86_400_000_000
+_NEGATIVE = [KINDS.index(kind) + 1 for kind in NEGATIVE_KINDS]
+
+
+def positive(kind: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """`(n,)` bool: events that speak for their item."""
+    return ~np.isin(kind, _NEGATIVE)
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The k items that follow each item most, best first; rows with fewer are filled with item −1, score 0.
+
+    `item (items, k) int32`, `score (items, k) float32`, `count (items, k) int32` (pairs seen, for reasons in words).
+    """
+
+    item: NDArray[np.int32]
+    score: NDArray[np.float32]
+    count: NDArray[np.int32]
+
+    def score_histories(
+        self, histories: list[NDArray[np.int32]], *, last: int = 20, decay: float = 0.8
+    ) -> NDArray[np.float32]:
+        """`(b, items) float32` for item histories, oldest first: neighbours of the last few, newer ones first."""
+        items = len(self.item)
+        tails = [history[-last:] for history in histories]
+        length = np.array([len(tail) for tail in tails], np.int64)
+        request = np.repeat(np.arange(len(tails)), length)  # (m,)
+        events = np.concatenate([*tails, np.empty(0, np.int32)])  # (m,)
+        age = np.concatenate([*(np.arange(n)[::-1] for n in length), np.empty(0, np.int64)])  # (m,) 0 is the newest
+        weight = self.score[events] * (decay ** age.astype(np.float64))[:, None]  # (m, k)
+        cell = request[:, None] * items + self.item[events]  # (m, k)
+        known = self.item[events] >= 0
+        flat = np.bincount(cell[known], weight[known], minlength=len(tails) * items)
+        return flat.reshape(len(tails), items).astype(np.float32)
+
+
+def co_visitation(
+    interactions: Interactions,
+    *,
+    k: int = 100,
+    window: int = 10,
+    decay: float = 0.8,
+    backward: float = 0.5,
+    popularity_power: float = 0.3,
+) -> Neighbours:
+    """Count pairs at most `window` events apart; a pair δ apart is worth decay^(δ−1), seen backwards `backward` of it.
+
+    The sum is divided by count(next)^popularity_power: an item that follows everything says little about its leader.
+    """
+    events = interactions.take(positive(interactions.kind))
+    items = len(interactions.item_ids)
+    keys: list[NDArray[np.int64]] = []
+    weights: list[NDArray[np.float64]] = []
+    for distance in range(1, window + 1):
+        same = events.user[distance:] == events.user[:-distance]
+        earlier = events.item[:-distance][same].astype(np.int64)
+        later = events.item[distance:][same].astype(np.int64)
+        for source, target, direction in ((earlier, later, 1.0), (later, earlier, backward)):
+            other = source != target
+            keys.append(source[other] * items + target[other])
+            weights.append(np.full(int(other.sum()), direction * decay ** (distance - 1)))
+    pair, inverse, count = np.unique(
+        np.concatenate(keys) if keys else np.empty(0, np.int64), return_inverse=True, return_counts=True
+    )
+    summed = np.bincount(inverse, np.concatenate(weights) if weights else np.empty(0), minlength=len(pair))
+    source, target = pair // max(items, 1), pair % max(items, 1)
+    frequency = np.maximum(np.bincount(events.item, minlength=items), 1)
+    score = summed / frequency[target] ** popularity_power
+    order = np.lexsort((target, -score, source))  # ties by catalogue order: the same counts give the same table
+    source, target, score, count = source[order], target[order], score[order], count[order]
+    rank = np.arange(len(source)) - np.searchsorted(source, source)
+    kept = rank < k
+    table = Neighbours(
+        np.full((items, k), -1, np.int32), np.zeros((items, k), np.float32), np.zeros((items, k), np.int32)
+    )
+    table.item[source[kept], rank[kept]] = target[kept]
+    table.score[source[kept], rank[kept]] = score[kept]
+    table.count[source[kept], rank[kept]] = count[kept]
+    return table
+
+
+def popularity(interactions: Interactions) -> NDArray[np.float32]:
+    """`(items,) float32`: positive events per item, all time."""
+    counts = np.bincount(interactions.item[positive(interactions.kind)], minlength=len(interactions.item_ids))
+    return counts.astype(np.float32)
+
+
+class WindowedPopularity:
+    """Positive events per item in the `days` before an instant, the instant excluded."""
+
+    def __init__(self, interactions: Interactions, *, days: float = 7.0) -> None:
+        kept = positive(interactions.kind)
+        order = np.argsort(interactions.occurred_at[kept], kind="stable")
+        self._at = interactions.occurred_at[kept][order]
+        self._item = interactions.item[kept][order]
+        self._items = len(interactions.item_ids)
+        self._window = int(days * DAY_MICROSECONDS)
+
+    def at(self, instant: int) -> NDArray[np.float32]:
+        """`(items,) float32` for `instant` (microseconds since 1970, UTC)."""
+        start, stop = np.searchsorted(self._at, [instant - self._window, instant], side="left")
+        return np.bincount(self._item[start:stop], minlength=self._items).astype(np.float32)

@@ -1,0 +1,388 @@
+"""How good a scorer is: which labels are predicted from what (splits), full-ranking metrics, intervals, one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestration.compute.co_visitation import Neighbours, WindowedPopularity, positive
+from orchestration.compute.interactions import Interactions
+from schemas.ranker import MAX_CANDIDATES, MAX_HISTORY
+
+CUTOFFS = (5, 10, 50)
+SECOND_MICROSECONDS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """`q` labels to predict, each from the slice of its person's events that could be known.
+
+    Label `i` is row `label[i]` of `interactions`; its history is rows `start[i]:stop[i]`, oldest first.
+    """
+
+    interactions: Interactions
+    label: NDArray[np.int64]  # (q,)
+    start: NDArray[np.int64]  # (q,)
+    stop: NDArray[np.int64]  # (q,)
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @property
+    def user(self) -> NDArray[np.int32]:
+        """`(q,)` index into the interactions' people."""
+        return self.interactions.user[self.label]
+
+    @property
+    def at(self) -> NDArray[np.int64]:
+        """`(q,)` the request's clock: microseconds since 1970, UTC."""
+        return self.interactions.occurred_at[self.label]
+
+    @property
+    def target(self) -> NDArray[np.int32]:
+        """`(q,)` the item to find."""
+        return self.interactions.item[self.label]
+
+    def take(self, rows: slice | NDArray[np.int64] | NDArray[np.bool_]) -> Queries:
+        """The same events with only these labels."""
+        return Queries(self.interactions, self.label[rows], self.start[rows], self.stop[rows])
+
+    def histories(self) -> list[NDArray[np.int32]]:
+        """The items each label's person had before, oldest first."""
+        return [self.interactions.item[start:stop] for start, stop in zip(self.start, self.stop, strict=True)]
+
+    def seen(self) -> NDArray[np.bool_]:
+        """`(q, items)`: what the person already had and must not be offered again."""
+        mask = np.zeros((len(self), len(self.interactions.item_ids)), bool)
+        length = self.stop - self.start
+        row = np.repeat(np.arange(len(self)), length)
+        step = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
+        mask[row, self.interactions.item[np.repeat(self.start, length) + step]] = True
+        return mask
+
+
+Scorer = Callable[[Queries], NDArray[np.float32]]
+"""Takes a batch of queries, gives `(q, items) float32`: higher is better, every item of the catalogue scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """`train` is all that a model may be fitted on; `queries` is what it is asked."""
+
+    name: str
+    train: Interactions
+    queries: Queries
+
+
+def queries_for(interactions: Interactions, labels: NDArray[np.int64], *, strictly_earlier: bool) -> Queries:
+    """Queries for row indices `labels (q,)`; hides are no labels, nor is an item the person already had.
+
+    `strictly_earlier`: the history ends before the label's second, not before its row. Most events of MovieLens share
+    their second with another of the same person, and no request arrives between them.
+    """
+    user = interactions.user[labels]
+    start = interactions.offsets()[user]
+    stop = labels.copy()
+    if strictly_earlier:
+        second = interactions.occurred_at // SECOND_MICROSECONDS
+        boundary = np.ones(len(interactions), bool)
+        boundary[1:] = (second[1:] != second[:-1]) | (interactions.user[1:] != interactions.user[:-1])
+        group = np.flatnonzero(boundary)
+        stop = group[np.searchsorted(group, labels, side="right") - 1].astype(np.int64)
+    repeated = _is_repeat(interactions)[labels]
+    kept = positive(interactions.kind[labels]) & ~repeated
+    return Queries(interactions, labels[kept], start[kept], stop[kept])
+
+
+def leave_one_out(interactions: Interactions, *, holdout: str = "test", least_events: int = 3) -> Split:
+    """Each person's last event is the test label, the one before it the validation label (Kang & McAuley 2018).
+
+    `holdout` is "test" (train on all but the last) or "validation" (train on all but the last two).
+    """
+    offsets = interactions.offsets()
+    back = {"test": 1, "validation": 2}[holdout]
+    last = offsets[1:] - back
+    enough = np.diff(offsets) >= least_events
+    keep = np.ones(len(interactions), bool)
+    for step in range(1, back + 1):
+        keep[offsets[1:][enough] - step] = False
+    visible = np.ones(len(interactions), bool)
+    visible[offsets[1:][enough] - 1] = holdout == "test"
+    return Split(
+        f"leave-one-out {holdout}",
+        interactions.take(keep),
+        queries_for(interactions, last[enough], strictly_earlier=False),
+    )
+
+
+def time_split(interactions: Interactions, *, cut_rate: float = 0.9, until_rate: float = 1.0) -> Split:
+    """Train on the first `cut_rate` of the events by time; predict every later one from strictly earlier seconds.
+
+    Models stay frozen at the cut while histories go on; people and items that appear only later are included.
+    `until_rate` < 1 leaves the newest events out altogether: that is how a validation slice before the cut is made.
+    """
+    ordered = np.sort(interactions.occurred_at)
+    cut = ordered[min(int(len(ordered) * cut_rate), len(ordered) - 1)]
+    until = ordered[int(len(ordered) * until_rate)] if until_rate < 1 else ordered[-1] + 1
+    known = interactions.take(interactions.occurred_at < until)
+    late = np.flatnonzero(known.occurred_at >= cut).astype(np.int64)
+    return Split(
+        f"time split {cut_rate:g}–{until_rate:g}",
+        known.take(known.occurred_at < cut),
+        queries_for(known, late, strictly_earlier=True),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One scorer's figures: means over labels by cut-off, and the 95 % interval of NDCG@10 over people."""
+
+    name: str
+    hr: dict[int, float]
+    ndcg: dict[int, float]
+    mrr: dict[int, float]
+    interval: tuple[float, float]
+    ranks: NDArray[np.int64] = field(repr=False, compare=False)  # (q,) 1 is best; for paired comparisons
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Every scorer on one split."""
+
+    split: str
+    labels: int
+    people: int
+    rows: tuple[Row, ...]
+
+    def row(self, name: str) -> Row:
+        """The row called `name`; KeyError with the known names if there is none."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no row {name!r}; known: {', '.join(row.name for row in self.rows)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, without the ranks."""
+        raw = asdict(self)
+        for row in raw["rows"]:
+            del row["ranks"]
+        return raw
+
+    def table(self) -> str:
+        """The figures as aligned text."""
+        head = [self.split, *(f"{name}@{k}" for name in ("HR", "NDCG", "MRR") for k in CUTOFFS), "NDCG@10 95 %"]
+        lines = [head]
+        for row in self.rows:
+            figures = [f"{metric[k]:.4f}" for metric in (row.hr, row.ndcg, row.mrr) for k in CUTOFFS]
+            lines.append([row.name, *figures, f"{row.interval[0]:.4f}–{row.interval[1]:.4f}"])
+        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        text = [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        ]
+        return "\n".join([*text, f"{self.labels} labels of {self.people} people, all items ranked, seen items removed"])
+
+
+def ranks(scorer: Scorer, queries: Queries, *, batch: int = 256) -> NDArray[np.int64]:
+    """`(q,) int64` rank of each label among all items not seen before; ties go to the item listed first."""
+    result = np.empty(len(queries), np.int64)
+    # Similar lengths together: a scorer that pads histories then pads little.
+    order = np.argsort(queries.stop - queries.start, kind="stable")
+    for begin in range(0, len(queries), batch):
+        rows = order[begin : begin + batch]
+        part = queries.take(rows)
+        scores = scorer(part)
+        if not np.isfinite(scores).all():
+            raise ValueError("a scorer gave a score that is not finite; mask unseen items with a low score instead")
+        target = part.target
+        own = scores[np.arange(len(part)), target][:, None]
+        earlier = np.arange(scores.shape[1])[None, :] < target[:, None]
+        better = (scores > own) | ((scores == own) & earlier)
+        result[rows] = 1 + (better & ~part.seen()).sum(1)
+    return result
+
+
+def evaluate(
+    scorers: Mapping[str, Scorer], split: Split, *, batch: int = 256, seed: int = 0, resamples: int = 1000
+) -> Evaluation:
+    """Every scorer on the split's queries."""
+    queries = split.queries
+    rows = tuple(
+        summarise(name, ranks(scorer, queries, batch=batch), queries.user, seed=seed, resamples=resamples)
+        for name, scorer in scorers.items()
+    )
+    return Evaluation(split.name, len(queries), len(np.unique(queries.user)), rows)
+
+
+def summarise(
+    name: str, rank: NDArray[np.int64], user: NDArray[np.int32], *, seed: int = 0, resamples: int = 1000
+) -> Row:
+    """Metrics of ranks `(q,)` for labels of people `user (q,)`."""
+    return Row(
+        name,
+        {k: float((rank <= k).mean()) for k in CUTOFFS},
+        {k: float(gain(rank, k).mean()) for k in CUTOFFS},
+        {k: float(np.where(rank <= k, 1 / rank, 0).mean()) for k in CUTOFFS},
+        interval(gain(rank, 10), user, seed=seed, resamples=resamples),
+        rank,
+    )
+
+
+def gain(rank: NDArray[np.int64], k: int) -> NDArray[np.float64]:
+    """NDCG@k of one relevant item: 1 / log2(1 + rank) within the first k, else 0 (Järvelin & Kekäläinen 2002)."""
+    return np.where(rank <= k, 1 / np.log2(1 + rank), 0.0)
+
+
+def interval(
+    values: NDArray[np.float64], user: NDArray[np.int32], *, seed: int = 0, resamples: int = 1000
+) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of `values (q,)`, drawing people, not labels: one person's labels hang together.
+
+    Give differences of two scorers' gains for a paired comparison.
+    """
+    people, index = np.unique(user, return_inverse=True)
+    total, count = np.bincount(index, values), np.bincount(index).astype(np.float64)
+    draws = np.random.default_rng(seed).multinomial(len(people), np.full(len(people), 1 / len(people)), resamples)
+    low, high = np.quantile((draws @ total) / (draws @ count), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def score_popularity(counts: NDArray[np.float32]) -> Scorer:
+    """The same counts `(items,)` for everybody."""
+    return lambda queries: np.broadcast_to(counts, (len(queries), len(counts)))
+
+
+def score_windowed_popularity(windowed: WindowedPopularity) -> Scorer:
+    """What was popular just before each request; the counts go on after the cut, as the feature store's do."""
+    return lambda queries: np.stack([windowed.at(int(at)) for at in queries.at])
+
+
+def score_co_visitation(neighbours: Neighbours, counts: NDArray[np.float32]) -> Scorer:
+    """Neighbours of the history; whatever they leave equal, and people without history, by popularity `(items,)`."""
+    fallback = counts / max(float(counts.max(initial=0)), 1.0) * 1e-6
+    return lambda queries: neighbours.score_histories(queries.histories()) + fallback
+
+
+@dataclass(frozen=True, slots=True)
+class SlateFeatures:
+    """Encoded features of `l` labels with `n` candidates each, as of the label's time; masks are 1 where present."""
+
+    context_features: NDArray[np.float32]  # (l, f)
+    context_mask: NDArray[np.float32]  # (l, f)
+    candidate_features: NDArray[np.float32]  # (l, n, g)
+    candidate_mask: NDArray[np.float32]  # (l, n, g)
+
+
+MakeSlates = Callable[[NDArray[np.int64], NDArray[np.int32]], SlateFeatures]
+"""Takes label rows `(l,)` of the interactions and candidate items `(l, n)`; gives what was known at each label's time."""
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The last events before each query, oldest first, right-aligned; zeros pad. Arrays are `(b, h)`, h ≥ 1."""
+
+    items: NDArray[np.int32]
+    kinds: NDArray[np.int64]
+    values: NDArray[np.float32]
+    gaps: NDArray[np.float32]  # seconds to the next event, the last one's to the request
+    mask: NDArray[np.float32]
+
+
+def history_inputs(queries: Queries) -> History:
+    """The queries' histories as the ranker's graph takes them, at most `MAX_HISTORY` events."""
+    events = queries.interactions
+    start = np.maximum(queries.start, queries.stop - MAX_HISTORY)
+    h = max(1, int((queries.stop - start).max(initial=0)))
+    row = queries.stop[:, None] - h + np.arange(h)  # (b, h)
+    real = row >= start[:, None]
+    row = np.where(real, row, 0)
+    following = np.concatenate([events.occurred_at[row[:, 1:]], queries.at[:, None]], axis=1)
+    gaps = np.where(real, (following - events.occurred_at[row]) / 1e6, 0)
+    return History(
+        np.where(real, events.item[row], 0).astype(np.int32),
+        np.where(real, events.kind[row], 0),
+        np.where(real, np.nan_to_num(events.value[row]), 0).astype(np.float32),
+        gaps.astype(np.float32),
+        real.astype(np.float32),
+    )
+
+
+RunRanker = Callable[[dict[str, NDArray[Any]]], tuple[NDArray[np.float32], NDArray[np.float32]]]
+"""Takes the inputs of `schemas.ranker`, gives `user_vector (b, d)` and `scores (b, n)`: PyTorch or an ONNX session."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankerScorer:
+    """The ranker as a `Scorer`: the first `rerank` items by ⟨u, v⟩ get the full score, the rest follow them in order.
+
+    `rerank` None scores the whole catalogue, 0 leaves it at the user vector. `item_vectors (items, d) float32`.
+    `wish_vectors`, if given, turns queries into wishes `(q, d)` in item space; a zero row is no wish.
+    """
+
+    run: RunRanker
+    item_vectors: NDArray[np.float32]
+    context_features: int = 1
+    candidate_features: int = 1
+    slates: MakeSlates | None = None
+    rerank: int | None = 500
+    wish_vectors: Callable[[Queries], NDArray[np.float32]] | None = None
+
+    def inputs(self, queries: Queries, candidates: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
+        """The graph's inputs for `candidates (q, n)`."""
+        q, n = candidates.shape
+        vectors: NDArray[np.float32] = self.item_vectors
+        history = history_inputs(queries)
+        if self.slates is None:
+            context = np.zeros((q, self.context_features), np.float32)
+            features = np.zeros((q, n, self.candidate_features), np.float32)
+            known = SlateFeatures(context, context, features, features)
+        else:
+            known = self.slates(queries.label, candidates)
+        wish: NDArray[np.float32] = np.zeros((q, self.item_vectors.shape[1]), np.float32)
+        if self.wish_vectors is not None:
+            wish = self.wish_vectors(queries)
+        return {
+            "context_features": known.context_features,
+            "context_mask": known.context_mask,
+            "prompt_vector": wish,
+            "prompt_mask": wish.any(1).astype(np.float32),
+            "history_vectors": np.where(history.mask[:, :, None] > 0, vectors[history.items], np.float32(0)),
+            "history_kinds": history.kinds,
+            "history_values": history.values,
+            "history_gaps": history.gaps,
+            "history_mask": history.mask,
+            "candidate_vectors": vectors[candidates],
+            "candidate_features": known.candidate_features,
+            "candidate_mask": known.candidate_mask,
+        }
+
+    def __call__(self, queries: Queries) -> NDArray[np.float32]:
+        q, items = len(queries), len(self.item_vectors)
+        user, _ = self.run(self.inputs(queries, np.zeros((q, 1), np.int32)))
+        similarity = user @ self.item_vectors.T  # (q, items)
+        rerank = items if self.rerank is None else min(self.rerank, items)
+        if rerank == 0:
+            return similarity
+        offered = np.where(queries.seen(), -2.0, similarity)
+        first = np.argpartition(-offered, rerank - 1, axis=1)[:, :rerank].astype(np.int32)
+        # Below every re-ranked item: similarities lie in ±1, scores are logits.
+        scores = similarity - np.float32(1000)
+        here = np.arange(q)[:, None]
+        for begin in range(0, rerank, MAX_CANDIDATES):
+            part = first[:, begin : begin + MAX_CANDIDATES]
+            scores[here, part] = np.maximum(self.run(self.inputs(queries, part))[1], np.float32(-900))
+        return scores
+
+
+def _is_repeat(interactions: Interactions) -> NDArray[np.bool_]:
+    """`(n,)`: the person had this item in an earlier row."""
+    key = interactions.user.astype(np.int64) * max(len(interactions.item_ids), 1) + interactions.item
+    repeat = np.ones(len(interactions), bool)
+    repeat[np.unique(key, return_index=True)[1]] = False
+    return repeat

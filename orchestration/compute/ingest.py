@@ -1,0 +1,362 @@
+"""From a source into the lake and Postgres: streamed, idempotent by event id, every row accounted for."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+
+import duckdb
+import psycopg
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orchestration.compute.lake import EVENT_SCHEMA, Lake, duck
+from orchestration.sources import BadRow, Source
+from schemas.errors import LarderError
+from schemas.events import Event, InvalidRow, Item, Person, check_event, check_id
+from schemas.ranker import MAX_HISTORY
+
+BATCH_ROWS = 50_000
+RECENT_DAYS = 14
+"""Days of events kept in `recent_events`: enough for heads when a few partitions are late."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class IngestReport:
+    """Every row of the source, accounted for: `read = stored + duplicates + quarantined`."""
+
+    source: str
+    read: int
+    stored: int
+    duplicates: int
+    quarantined: int
+    items: int
+    people: int
+    days: tuple[date, ...]
+    skipped: bool = False
+    """True if this very state of the source had been loaded before."""
+
+
+def ingest(
+    source: Source,
+    lake: Lake,
+    connection: psycopg.Connection,
+    *,
+    shift_days: int = 0,
+    since: date | None = None,
+    now: datetime | None = None,
+    progress: Progress = lambda _: None,
+) -> IngestReport:
+    """Load everything new that `source` has, in one transaction.
+
+    `shift_days` is added to every time. Repeating a load stores nothing twice. If anything fails, the database is
+    as before, and files already written to the lake are named by nobody.
+    """
+    now = now or datetime.now(UTC)
+    fingerprint = f"{source.fingerprint()}+{shift_days}"
+    with connection.transaction():
+        row = connection.execute(
+            "SELECT read_rows, stored_rows, duplicate_rows, quarantined_rows, items, people FROM ingests "
+            "WHERE source = %s AND fingerprint = %s ORDER BY ingest_id DESC LIMIT 1",
+            (source.name, fingerprint),
+        ).fetchone()
+    if row is not None:
+        progress(f"{source.description}: already loaded, nothing new")
+        return IngestReport(source.name, *row, days=(), skipped=True)
+
+    shift = timedelta(days=shift_days)
+    with tempfile.TemporaryDirectory(prefix="larder-ingest-") as folder, duck() as db, connection.transaction():
+        bad = _Quarantine(connection, source.name)
+        items = _load_items(connection, source, shift, bad)
+        people = _load_people(connection, source, bad)
+        bad_catalogue = bad.count
+        staged = Path(folder) / "staged.parquet"
+        read = _stage(source, staged, shift, since, bad, progress)
+        progress(f"{read:,} rows read; sorting them into days")
+        appended = lake.append(connection, [staged], db)
+        keep_recent(connection, db, now)
+        quarantined = bad.flush()
+        connection.execute(
+            "INSERT INTO ingests (source, fingerprint, read_rows, stored_rows, duplicate_rows, quarantined_rows, "
+            "items, people) VALUES (%s, %s, %s, %s, %s, %s, %s, %s)",
+            (
+                source.name,
+                fingerprint,
+                read,
+                appended.stored,
+                appended.duplicates,
+                quarantined - bad_catalogue,
+                items,
+                people,
+            ),
+        )
+    report = IngestReport(
+        source.name,
+        read,
+        appended.stored,
+        appended.duplicates,
+        quarantined - bad_catalogue,
+        items,
+        people,
+        appended.days,
+    )
+    if report.read != report.stored + report.duplicates + report.quarantined:
+        raise LarderError(f"rows went missing while loading {source.name}: {report}")  # the table's constraint says so too
+    progress(
+        f"{report.read:,} rows = {report.stored:,} stored + {report.duplicates:,} duplicates + "
+        f"{report.quarantined:,} quarantined; {items:,} items, {people:,} people"
+    )
+    return report
+
+
+def keep_recent(connection: psycopg.Connection, db: duckdb.DuckDBPyConnection, now: datetime) -> None:
+    """Copy what of `new_events` belongs into the online tables: recent events and each person's last 200."""
+    first = now.date() - timedelta(days=RECENT_DAYS)
+    make_recent_partitions(connection, first, now.date() + timedelta(days=1))
+    recent = db.execute(
+        "SELECT event_id, occurred_at, user_id, item_id, kind, value, known_at FROM new_events WHERE occurred_at >= ?",
+        [datetime(first.year, first.month, first.day, tzinfo=UTC)],
+    )
+    connection.execute("CREATE TEMP TABLE incoming (LIKE recent_events INCLUDING DEFAULTS) ON COMMIT DROP")
+    _copy(connection, "incoming (event_id, occurred_at, user_id, item_id, kind, value, known_at)", recent)
+    connection.execute(
+        "WITH fresh AS (INSERT INTO event_keys (event_id, occurred_at) SELECT event_id, occurred_at FROM incoming "
+        "ON CONFLICT DO NOTHING RETURNING event_id) "
+        "INSERT INTO recent_events (event_id, occurred_at, user_id, item_id, kind, value, known_at, drained) "
+        "SELECT event_id, occurred_at, user_id, item_id, kind, value, known_at, true FROM incoming "
+        "JOIN fresh USING (event_id)"
+    )
+    history = db.execute(
+        "SELECT user_id, occurred_at, event_id, item_id, kind, value FROM new_events QUALIFY row_number() OVER "
+        f"(PARTITION BY user_id ORDER BY occurred_at DESC, event_id DESC) <= {MAX_HISTORY} ORDER BY user_id, occurred_at"
+    )
+    connection.execute("CREATE TEMP TABLE incoming_history (LIKE user_history) ON COMMIT DROP")
+    _copy(connection, "incoming_history (user_id, occurred_at, event_id, item_id, kind, value)", history)
+    connection.execute("INSERT INTO user_history SELECT * FROM incoming_history ON CONFLICT DO NOTHING")
+    connection.execute(
+        "DELETE FROM user_history h USING (SELECT user_id, occurred_at, event_id, row_number() OVER "
+        "(PARTITION BY user_id ORDER BY occurred_at DESC, event_id DESC) AS place FROM user_history "
+        "WHERE user_id IN (SELECT DISTINCT user_id FROM incoming_history)) ranked "
+        "WHERE ranked.place > %s AND (h.user_id, h.occurred_at, h.event_id) = "
+        "(ranked.user_id, ranked.occurred_at, ranked.event_id)",
+        (MAX_HISTORY,),
+    )
+    connection.execute("DROP TABLE incoming, incoming_history")
+
+
+def drain(
+    connection: psycopg.Connection, lake: Lake, first: date, last: date, *, progress: Progress = lambda _: None
+) -> int:
+    """Move posted events that happened from day `first` to `last` (included) into the lake, exactly once.
+
+    The lake's pointer and the `drained` mark change in one transaction. Returns how many were moved.
+    """
+    with tempfile.TemporaryDirectory(prefix="larder-drain-") as folder, duck() as db, connection.transaction():
+        start = datetime(first.year, first.month, first.day, tzinfo=UTC)
+        end = datetime(last.year, last.month, last.day, tzinfo=UTC) + timedelta(days=1)
+        rows = connection.execute(
+            "SELECT event_id, user_id, item_id, kind, value, occurred_at, known_at FROM recent_events "
+            "WHERE NOT drained AND occurred_at >= %s AND occurred_at < %s FOR UPDATE",
+            (start, end),
+        ).fetchall()
+        if not rows:
+            return 0
+        staged = Path(folder) / "drained.parquet"
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        pq.write_table(pa.table(columns, schema=EVENT_SCHEMA), staged)
+        lake.append(connection, [staged], db)
+        connection.execute(
+            "UPDATE recent_events SET drained = true WHERE NOT drained AND occurred_at >= %s AND occurred_at < %s "
+            "AND event_id = ANY(%s)",
+            (start, end, columns[0]),
+        )
+    progress(f"{len(rows):,} posted events drained into the lake")
+    return len(rows)
+
+
+def make_recent_partitions(connection: psycopg.Connection, first: date, last: date) -> None:
+    """Daily partitions of `recent_events` from `first` to `last`, where the default partition holds nothing of that day."""
+    have = {
+        name
+        for (name,) in connection.execute(
+            "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'recent_events'::regclass"
+        )
+    }
+    day = first
+    while day <= last:
+        name, after = f"recent_events_{day:%Y%m%d}", day + timedelta(days=1)
+        if name not in have:
+            taken = connection.execute(
+                "SELECT 1 FROM recent_events_default WHERE occurred_at >= %s AND occurred_at < %s LIMIT 1",
+                (f"{day}T00:00:00Z", f"{after}T00:00:00Z"),
+            ).fetchone()
+            if taken is None:
+                connection.execute(
+                    f"CREATE TABLE {name} PARTITION OF recent_events "
+                    f"FOR VALUES FROM ('{day}T00:00:00Z') TO ('{after}T00:00:00Z')"
+                )
+        day = after
+
+
+class _Quarantine:
+    """Collects bad rows and writes them in batches."""
+
+    def __init__(self, connection: psycopg.Connection, source: str) -> None:
+        self._connection, self._source = connection, source
+        self._rows: list[BadRow] = []
+        self.count = 0
+
+    def add(self, row: BadRow) -> None:
+        self.count += 1
+        self._rows.append(row)
+        if len(self._rows) >= 1000:
+            self.flush()
+
+    def flush(self) -> int:
+        with self._connection.cursor() as cursor:
+            cursor.executemany(
+                "INSERT INTO quarantine (source, file, line, reason, row) VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
+                [(self._source, bad.file, bad.line, bad.reason, _storable(bad.row)) for bad in self._rows],
+            )
+        self._rows.clear()
+        return self.count
+
+
+def _storable(text: str) -> str:
+    """Postgres text holds no NUL and no lone surrogates."""
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()[:500]
+
+
+def _stage(
+    source: Source, staged: Path, shift: timedelta, since: date | None, bad: _Quarantine, progress: Progress
+) -> int:
+    expected = source.event_count()
+    read = 0
+    with pq.ParquetWriter(staged, EVENT_SCHEMA, compression="zstd") as out:
+        for batch in _batches(source.events(since)):
+            good: list[Event] = []
+            for row in batch:
+                if isinstance(row, BadRow):
+                    bad.add(row)
+                    continue
+                try:
+                    good.append(check_event(row))
+                except InvalidRow as reason:
+                    bad.add(BadRow(f"event:{row.event_id[:100]}", 0, str(reason), repr(row)))
+            read += len(batch)
+            out.write_batch(_record_batch(good, shift))
+            if read >= BATCH_ROWS:
+                progress(f"{read:,}{f' of {expected:,}' if expected else ''} rows read")
+    return read
+
+
+def _batches(rows: Iterator[Event | BadRow]) -> Iterator[list[Event | BadRow]]:
+    batch: list[Event | BadRow] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) >= BATCH_ROWS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _record_batch(events: list[Event], shift: timedelta) -> pa.RecordBatch:
+    return pa.record_batch(
+        [
+            [event.event_id for event in events],
+            [event.user_id for event in events],
+            [event.item_id for event in events],
+            [event.kind for event in events],
+            [event.value for event in events],
+            [event.occurred_at + shift for event in events],
+            [(event.known_at or event.occurred_at) + shift for event in events],
+        ],
+        schema=EVENT_SCHEMA,
+    )
+
+
+def _load_items(connection: psycopg.Connection, source: Source, shift: timedelta, bad: _Quarantine) -> int:
+    connection.execute("CREATE TEMP TABLE incoming_items (LIKE items INCLUDING DEFAULTS) ON COMMIT DROP")
+    count = 0
+    with connection.cursor().copy(
+        "COPY incoming_items (item_id, title, description, categories, attributes, available_at) FROM STDIN"
+    ) as copy:
+        for row in source.items():
+            checked = _checked(row, bad)
+            if isinstance(checked, Item):
+                count += 1
+                arrives = checked.available_at + shift if checked.available_at else None
+                copy.write_row(
+                    (
+                        checked.item_id,
+                        _storable_text(checked.title),
+                        _storable_text(checked.description),
+                        [_storable_text(category) for category in dict.fromkeys(checked.categories)],
+                        json.dumps(checked.attributes, default=str),
+                        arrives,
+                    )
+                )
+    connection.execute(
+        "INSERT INTO items (item_id, title, description, categories, attributes, available_at) "
+        "SELECT DISTINCT ON (item_id) item_id, title, description, categories, attributes, available_at "
+        "FROM incoming_items ORDER BY item_id ON CONFLICT (item_id) DO UPDATE SET title = excluded.title, "
+        "description = excluded.description, categories = excluded.categories, attributes = excluded.attributes, "
+        "available_at = excluded.available_at, updated_at = now() WHERE "
+        "(items.title, items.description, items.categories, items.attributes, items.available_at) IS DISTINCT FROM "
+        "(excluded.title, excluded.description, excluded.categories, excluded.attributes, excluded.available_at)"
+    )
+    connection.execute("DROP TABLE incoming_items")
+    return count
+
+
+def _load_people(connection: psycopg.Connection, source: Source, bad: _Quarantine) -> int:
+    connection.execute("CREATE TEMP TABLE incoming_people (LIKE people INCLUDING DEFAULTS) ON COMMIT DROP")
+    count = 0
+    with connection.cursor().copy("COPY incoming_people (user_id, profile) FROM STDIN") as copy:
+        for row in source.people():
+            checked = _checked(row, bad)
+            if isinstance(checked, Person):
+                count += 1
+                copy.write_row((checked.user_id, json.dumps(checked.profile, default=str)))
+    connection.execute(
+        "INSERT INTO people (user_id, profile) SELECT DISTINCT ON (user_id) user_id, profile FROM incoming_people "
+        "ORDER BY user_id ON CONFLICT (user_id) DO UPDATE SET profile = excluded.profile, updated_at = now() "
+        "WHERE people.profile IS DISTINCT FROM excluded.profile"
+    )
+    connection.execute("DROP TABLE incoming_people")
+    return count
+
+
+def _checked(row: Item | Person | BadRow, bad: _Quarantine) -> Item | Person | None:
+    if isinstance(row, BadRow):
+        bad.add(row)
+        return None
+    try:
+        if isinstance(row, Item):
+            check_id("item_id", row.item_id)
+            if not row.title.strip():
+                raise InvalidRow("title is empty")
+        else:
+            check_id("user_id", row.user_id)
+    except InvalidRow as reason:
+        bad.add(BadRow("catalogue", 0, str(reason), repr(row)))
+        return None
+    return row
+
+
+def _storable_text(text: str) -> str:
+    return text.replace("\0", "").encode("utf-8", "replace").decode()
+
+
+def _copy(connection: psycopg.Connection, target: str, result: duckdb.DuckDBPyConnection) -> None:
+    with connection.cursor().copy(f"COPY {target} FROM STDIN") as copy:
+        while rows := result.fetchmany(10_000):
+            for row in rows:
+                copy.write_row(row)

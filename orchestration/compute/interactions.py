@@ -1,0 +1,80 @@
+"""Events as arrays, sorted by person and time: what every learner and every measure starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import psycopg
+from numpy.typing import NDArray
+
+from orchestration.compute.lake import Lake, duck
+from schemas.events import KINDS
+
+
+@dataclass(frozen=True, slots=True)
+class Interactions:
+    """`n` events of `len(user_ids)` people with `len(item_ids)` items.
+
+    Rows are sorted by (user, occurred_at, event_id), so one person's events are one slice.
+    `item_ids` is the whole catalogue, items without events included.
+    """
+
+    user_ids: NDArray[np.str_]  # (people,)
+    item_ids: NDArray[np.str_]  # (items,)
+    user: NDArray[np.int32]  # (n,) index into user_ids
+    item: NDArray[np.int32]  # (n,) index into item_ids
+    occurred_at: NDArray[np.int64]  # (n,) microseconds since 1970, UTC
+    kind: NDArray[np.int64]  # (n,) index in KINDS + 1
+    value: NDArray[np.float32]  # (n,) NaN where the event has none
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+    def offsets(self) -> NDArray[np.int64]:
+        """`(people + 1,)`: person `u` owns rows `offsets[u]:offsets[u + 1]`."""
+        return np.searchsorted(self.user, np.arange(len(self.user_ids) + 1)).astype(np.int64)
+
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Interactions:
+        """The same people and items with only these rows (order kept)."""
+        return Interactions(
+            self.user_ids,
+            self.item_ids,
+            self.user[rows],
+            self.item[rows],
+            self.occurred_at[rows],
+            self.kind[rows],
+            self.value[rows],
+        )
+
+
+def load_interactions(lake: Lake, connection: psycopg.Connection) -> Interactions:
+    """All events of the lake with items that are in the catalogue (others cannot be scored), as arrays."""
+    item_ids = np.array(
+        [item_id for (item_id,) in connection.execute('SELECT item_id FROM items ORDER BY item_id COLLATE "C"')], np.str_
+    )
+    with duck() as db:
+        db.register("lake_events", lake.events(connection))
+        rows = db.execute(
+            "SELECT user_id, item_id, epoch_us(occurred_at) AS occurred_at, kind, value FROM lake_events "
+            "ORDER BY user_id, occurred_at, event_id"
+        ).fetchnumpy()
+    users = rows["user_id"].astype(np.str_)
+    items = rows["item_id"].astype(np.str_)
+    user_ids = np.unique(users)
+    place = np.minimum(np.searchsorted(item_ids, items), max(len(item_ids) - 1, 0))
+    known = item_ids[place] == items if len(item_ids) else np.zeros(len(items), bool)
+    kinds = rows["kind"].astype(np.str_)
+    kind = np.zeros(len(kinds), np.int64)
+    for number, name in enumerate(KINDS, start=1):
+        kind[kinds == name] = number
+    value = np.ma.filled(np.ma.asarray(rows["value"]).astype(np.float32), np.nan)
+    return Interactions(
+        user_ids,
+        item_ids,
+        np.searchsorted(user_ids, users).astype(np.int32),
+        place.astype(np.int32),
+        rows["occurred_at"].astype(np.int64),
+        kind,
+        value,
+    ).take(known)

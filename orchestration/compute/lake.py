@@ -1,0 +1,203 @@
+"""The lake: events as Parquet, one file per day under LAKE_URL, read by DuckDB.
+
+`lake_files` in Postgres names each day's current file. A day is rewritten by writing a new file of the next
+generation and swapping that row, so a reader sees the old day or the new one, and a crash leaves only a file
+that nobody names. The file before the current one is kept for readers that began earlier; older ones are removed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from itertools import groupby
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import duckdb
+import psycopg
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from schemas.errors import LarderError, SettingsError
+
+EVENT_SCHEMA = pa.schema(
+    [
+        pa.field("event_id", pa.string(), nullable=False),
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("item_id", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("value", pa.float64()),
+        pa.field("occurred_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("known_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
+_COLUMNS = ", ".join(EVENT_SCHEMA.names)
+_MEMORY_LIMIT = "2GB"
+_WRITE_LOCK = 7_205_392
+
+
+@contextmanager
+def duck() -> Iterator[duckdb.DuckDBPyConnection]:
+    """An in-process DuckDB in UTC that spills to a temporary folder instead of growing."""
+    with (
+        tempfile.TemporaryDirectory(prefix="larder-duckdb-") as spill,
+        duckdb.connect(config={"memory_limit": _MEMORY_LIMIT, "temp_directory": spill, "threads": "2"}) as connection,
+    ):
+        connection.execute("SET TimeZone = 'UTC'")
+        yield connection
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """What an append did: rows stored, rows whose event id was there already, and the days rewritten."""
+
+    stored: int
+    duplicates: int
+    days: tuple[date, ...]
+
+
+class Lake:
+    """The events below one URL (`file://…` or `s3://bucket/prefix`)."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            if url.startswith("file://"):
+                self._root = urlsplit(url).path.rstrip("/")
+                self._fs = pafs.LocalFileSystem()
+            elif url.startswith("s3://"):
+                self._root, self._fs = _s3(url)
+            else:
+                raise ValueError("a lake lies under file:// or s3://")
+        except (ValueError, OSError) as error:
+            raise SettingsError(f"LAKE_URL {url!r} cannot be used: {error}") from error
+
+    def days(self, connection: psycopg.Connection) -> list[tuple[date, int]]:
+        """`(day, rows)` of every day that has a file, in order."""
+        return connection.execute("SELECT day, rows FROM lake_files ORDER BY day").fetchall()
+
+    def events(self, connection: psycopg.Connection, first: date | None = None, last: date | None = None) -> ds.Dataset:
+        """The events from day `first` to day `last`, both included, as an Arrow dataset that DuckDB can scan."""
+        rows = connection.execute(
+            "SELECT path FROM lake_files WHERE day >= coalesce(%s::date, '-infinity') AND day <= coalesce(%s::date, 'infinity') "
+            "ORDER BY day",
+            (first, last),
+        ).fetchall()
+        return self._dataset([path for (path,) in rows])
+
+    def append(self, connection: psycopg.Connection, staged: Sequence[Path], duck: duckdb.DuckDBPyConnection) -> Appended:
+        """Add the events in the `staged` Parquet files, each event id once, inside the caller's transaction.
+
+        Memory is bounded: DuckDB sorts with spilling, days are written one row group at a time. Leaves in `duck`
+        a table `new_events` of what was stored. Concurrent appends wait for each other.
+        """
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (_WRITE_LOCK,))
+        duck.register("lake_events", self.events(connection))
+        duck.from_parquet([str(path) for path in staged]).create_view("staged_events", replace=True)
+        (read,) = duck.execute("SELECT count(*) FROM staged_events").fetchone() or (0,)
+        duck.execute(
+            f"""
+            CREATE OR REPLACE TEMP TABLE new_events AS
+            SELECT {_COLUMNS} FROM staged_events
+            WHERE event_id NOT IN (SELECT event_id FROM lake_events)
+            QUALIFY row_number() OVER (PARTITION BY event_id ORDER BY known_at, occurred_at, user_id, item_id) = 1
+            """
+        )
+        counts = duck.execute(
+            "SELECT CAST(occurred_at AS DATE) AS day, count(*) FROM new_events GROUP BY day ORDER BY day"
+        ).fetchall()
+        days = tuple(day for day, _ in counts)
+        if days:
+            self._rewrite(connection, duck, days)
+        stored = sum(rows for _, rows in counts)
+        return Appended(stored, read - stored, days)
+
+    def _rewrite(self, connection: psycopg.Connection, duck: duckdb.DuckDBPyConnection, days: Sequence[date]) -> None:
+        known: dict[date, tuple[str, int]] = {
+            day: (path, generation)
+            for day, path, generation in connection.execute(
+                "SELECT day, path, generation FROM lake_files WHERE day = ANY(%s)", (list(days),)
+            )
+        }
+        duck.register("kept_events", self._dataset([path for path, _ in known.values()]))
+        reader = duck.execute(
+            f"""
+            SELECT {_COLUMNS} FROM (SELECT {_COLUMNS} FROM new_events UNION ALL SELECT {_COLUMNS} FROM kept_events)
+            ORDER BY CAST(occurred_at AS DATE), user_id, occurred_at, event_id
+            """
+        ).to_arrow_reader(65_536)
+        written = 0
+        for day, tables in groupby(_split_days(reader), key=lambda pair: pair[0]):
+            generation = known[day][1] + 1 if day in known else 1
+            path = f"events/day={day.isoformat()}/{generation:06d}.parquet"
+            rows = self._write(path, (table for _, table in tables))
+            written += rows
+            connection.execute(
+                "INSERT INTO lake_files (day, path, rows, generation) VALUES (%s, %s, %s, %s) ON CONFLICT (day) "
+                "DO UPDATE SET path = excluded.path, rows = excluded.rows, generation = excluded.generation, "
+                "written_at = now()",
+                (day, path, rows, generation),
+            )
+            if generation > 2:
+                stale = f"{self._root}/events/day={day.isoformat()}/{generation - 2:06d}.parquet"
+                if self._fs.get_file_info(stale).type == pafs.FileType.File:
+                    self._fs.delete_file(stale)
+
+        (wanted,) = duck.execute(
+            "SELECT (SELECT count(*) FROM new_events) + (SELECT count(*) FROM kept_events)"
+        ).fetchone() or (0,)
+        (kept,) = connection.execute("SELECT sum(rows) FROM lake_files WHERE day = ANY(%s)", (list(days),)).fetchone() or (0,)
+        if not wanted == written == kept:
+            # Raised inside the transaction: no pointer moves.
+            raise LarderError(f"{wanted} events had to be written to the lake, {written} were, {kept} would be named")
+
+    def _write(self, path: str, tables: Iterator[pa.Table]) -> int:
+        full = f"{self._root}/{path}"
+        self._fs.create_dir(full.rsplit("/", 1)[0], recursive=True)
+        rows = 0
+        # A crash in the middle leaves a file that no row names; the next attempt overwrites it.
+        with self._fs.open_output_stream(full) as stream, pq.ParquetWriter(stream, EVENT_SCHEMA, compression="zstd") as out:
+            for table in tables:
+                out.write_table(table)
+                rows += table.num_rows
+        return rows
+
+    def _dataset(self, paths: Sequence[str]) -> ds.Dataset:
+        if not paths:
+            return ds.dataset(EVENT_SCHEMA.empty_table())
+        full = [f"{self._root}/{path}" for path in paths]
+        # The schema is ours, not the files': a column added later reads as NULL in older days.
+        return ds.dataset(full, schema=EVENT_SCHEMA, filesystem=self._fs, format="parquet")
+
+
+def _split_days(reader: pa.RecordBatchReader) -> Iterator[tuple[date, pa.Table]]:
+    """Batches sorted by day, cut where the day changes."""
+    for batch in reader:
+        table = pa.Table.from_batches([batch])
+        days = table["occurred_at"].cast(pa.date32()).to_pylist()
+        start = 0
+        for end in range(1, len(days) + 1):
+            if end == len(days) or days[end] != days[start]:
+                yield days[start], table.slice(start, end - start).cast(EVENT_SCHEMA)
+                start = end
+
+
+def _s3(url: str) -> tuple[str, pafs.FileSystem]:
+    import os
+
+    parts = urlsplit(url)
+    if not parts.netloc:
+        raise ValueError("name a bucket: s3://bucket/prefix")
+    options: dict[str, str] = {}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        options["scheme"], options["endpoint_override"] = endpoint.split("://", 1)
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region:
+        options["region"] = region
+    return f"{parts.netloc}{parts.path}".rstrip("/"), pafs.S3FileSystem(**options)

@@ -1,0 +1,142 @@
+"""Snapshots into Postgres: a range of partitions of one view in one transaction, the ledger with the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date, timedelta
+
+import adbc_driver_postgresql.dbapi
+import psycopg
+import pyarrow as pa
+from sqlalchemy import text
+from sqlalchemy.schema import CreateColumn, CreateTable
+
+from infra.postgres import engine_for
+from orchestration.compute.lake import Lake, duck
+from orchestration.compute.windows import snapshot_sql, tile_sql
+from schemas.errors import DefinitionError
+from schemas.features import FeatureView
+from schemas.tables import view_table
+from schemas.views import VIEWS
+
+CHUNK_DAYS = 30
+ENGINE = "duckdb"
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionReport:
+    """What one partition of one view holds."""
+
+    partition_date: date
+    rows: int
+    events: int
+    null_rates: dict[str, float]
+
+
+def chunks(first: date, last: date, days: int = CHUNK_DAYS) -> Iterator[tuple[date, date]]:
+    """The range cut into pieces of at most `days` days, both ends included."""
+    if last < first:
+        raise DefinitionError(f"the range ends before it starts: {first} to {last}")
+    while first <= last:
+        end = min(first + timedelta(days=days - 1), last)
+        yield first, end
+        first = end + timedelta(days=1)
+
+
+def ensure_view_tables(url: str) -> None:
+    """Create the table of every declared view, and add the columns that a changed declaration brought.
+
+    Old columns stay: rows of an earlier definition are told apart by the ledger's definition hash.
+    """
+    engine = engine_for(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7205393)")
+        for view in VIEWS:
+            table = view_table(view)
+            connection.execute(CreateTable(table, if_not_exists=True))
+            have = set(
+                connection.execute(
+                    text(
+                        "SELECT column_name FROM information_schema.columns "
+                        "WHERE table_schema = 'features' AND table_name = :name"
+                    ),
+                    {"name": view.name},
+                ).scalars()
+            )
+            for column in table.columns:
+                if column.name not in have:
+                    definition = CreateColumn(column).compile(engine)
+                    connection.exec_driver_sql(f"ALTER TABLE features.{view.name} ADD COLUMN {definition}")
+
+
+def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: Lake) -> list[PartitionReport]:
+    """Build the partitions `first` to `last` of `view` from the lake and replace them in Postgres.
+
+    One transaction: all of these partitions and their ledger rows, or none. Repeating it gives the same rows.
+    """
+    with psycopg.connect(url) as connection:
+        events = lake.events(connection, first - timedelta(days=view.max_window_days), last)
+        counted = dict(connection.execute("SELECT day, rows FROM lake_files WHERE day BETWEEN %s AND %s", (first, last)))
+        items = _items(connection)
+    days = [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
+    with duck() as db:
+        db.register("events", events)
+        db.register("items", items)
+        db.execute(f"CREATE TEMP TABLE tiles AS {tile_sql(view)}")
+        db.register("days", pa.table({"partition_date": pa.array(days, pa.date32())}))
+        db.execute(f"CREATE TEMP TABLE snapshot AS {snapshot_sql(view, 'days')}")
+        reports = _reports(db, view, days, counted)
+        columns = ", ".join(["partition_date", *view.entity.keys, *(name for name, _, _ in view.columns)])
+        reader = db.execute(
+            f"SELECT {columns} FROM snapshot ORDER BY partition_date, {', '.join(view.entity.keys)}"
+        ).to_arrow_reader(65_536)
+        with adbc_driver_postgresql.dbapi.connect(url) as adbc, adbc.cursor() as cursor:
+            # Two runs of one view wait for each other; different views do not.
+            cursor.execute("SELECT pg_advisory_xact_lock(hashtext('features.' || $1))", (view.name,))
+            cursor.execute(
+                f"DELETE FROM features.{view.name} WHERE partition_date >= $1 AND partition_date <= $2", (first, last)
+            )
+            cursor.adbc_ingest(view.name, reader, mode="append", db_schema_name="features")
+            cursor.executemany(
+                "INSERT INTO feature_ledger (view, partition_date, definition_hash, engine, rows, events) "
+                "VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (view, partition_date) DO UPDATE SET "
+                "definition_hash = excluded.definition_hash, engine = excluded.engine, rows = excluded.rows, "
+                "events = excluded.events, built_at = now()",
+                [
+                    (view.name, report.partition_date, view.definition_hash, ENGINE, report.rows, report.events)
+                    for report in reports
+                ],
+            )
+            adbc.commit()
+    return reports
+
+
+def _items(connection: psycopg.Connection) -> pa.Table:
+    rows = connection.execute("SELECT item_id, categories FROM items").fetchall()
+    return pa.table(
+        {
+            "item_id": pa.array([item_id for item_id, _ in rows], pa.string()),
+            "categories": pa.array([categories for _, categories in rows], pa.list_(pa.string())),
+        }
+    )
+
+
+def _reports(db: object, view: FeatureView, days: list[date], counted: dict[date, int]) -> list[PartitionReport]:
+    names = [name for name, _, _ in view.columns]
+    rates = ", ".join(f"avg(CASE WHEN {name} IS NULL THEN 1 ELSE 0 END)" for name in names)
+    found = {
+        row[0]: row
+        for row in db.execute(  # type: ignore[attr-defined]
+            f"SELECT partition_date, count(*), {rates} FROM snapshot GROUP BY partition_date"
+        ).fetchall()
+    }
+    return [
+        PartitionReport(
+            day,
+            found[day][1] if day in found else 0,
+            counted.get(day, 0),
+            dict(zip(names, (float(rate) for rate in found[day][2:]), strict=True)) if day in found else {},
+        )
+        for day in days
+    ]

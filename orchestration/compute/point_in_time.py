@@ -1,0 +1,101 @@
+"""Training rows that cannot leak: the features of any label table as they were known at each label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import duckdb
+import numpy as np
+import psycopg
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from inference.assemble import finish
+from orchestration.compute.lake import Lake, duck
+from orchestration.compute.materialise import _items
+from orchestration.compute.windows import point_in_time_sql, tile_sql
+from schemas.errors import DefinitionError
+from schemas.features import FeatureView, Merge
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRows:
+    """`values (n, f) float32` and `mask (n, f) float32` (1 where present), in the order of the view's features."""
+
+    values: NDArray[np.float32]
+    mask: NDArray[np.float32]
+
+
+class PointInTime:
+    """Answers point-in-time questions on one state of the lake; open it once, ask many times.
+
+    Use as a context manager. Tiles of a view are built on first use.
+    """
+
+    def __init__(self, lake: Lake, connection: psycopg.Connection) -> None:
+        self._events = lake.events(connection)
+        self._items = _items(connection)
+        self._tiled: set[str] = set()
+        self._duck = duck()
+
+    def __enter__(self) -> PointInTime:
+        self._db: duckdb.DuckDBPyConnection = self._duck.__enter__()
+        self._db.register("lake_events", self._events)
+        self._db.execute("CREATE TEMP TABLE events AS SELECT * FROM lake_events")
+        self._db.register("items", self._items)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._duck.__exit__(*error)
+
+    def features(self, view: FeatureView, keys: dict[str, NDArray[np.str_]], at: NDArray[np.int64]) -> FeatureRows:
+        """Features of `view` for n labels: `keys` one array `(n,)` per key column, `at (n,)` microseconds UTC.
+
+        As many rows come out as labels go in, in their order. The label's own instant is never inside.
+        """
+        missing = [key for key in view.entity.keys if key not in keys]
+        if missing:
+            raise DefinitionError(
+                f"view {view.name!r} is keyed by {', '.join(view.entity.keys)}; the label table lacks {', '.join(missing)}"
+            )
+        if view.name not in self._tiled:
+            self._db.execute(f"CREATE TEMP TABLE tiles_{view.name} AS {tile_sql(view, on_time=True)}")
+            self._tiled.add(view.name)
+        labels = pa.table(
+            {"label_id": pa.array(np.arange(len(at))), "read_at": pa.array(at, pa.timestamp("us", tz="UTC"))}
+            | {key: pa.array(keys[key].astype(object), pa.string()) for key in view.entity.keys}
+        )
+        # Many labels ask the same question (an item at one instant): each is answered once.
+        self._db.register("all_labels", labels)
+        listed = ", ".join(view.entity.keys)
+        self._db.execute(
+            f"CREATE OR REPLACE TEMP TABLE labels AS SELECT min(label_id) AS label_id, {listed}, read_at "
+            f"FROM all_labels GROUP BY {listed}, read_at"
+        )
+        sql = point_in_time_sql(view).replace("JOIN tiles AS t", f"JOIN tiles_{view.name} AS t")
+        names = ", ".join(
+            f"epoch({name}) AS {name}" if state.merge is Merge.MAX and state.name.endswith("_at") else name
+            for name, state, _ in view.columns
+        )
+        same = " AND ".join(f"a.{key} = l.{key}" for key in view.entity.keys)
+        result = self._db.execute(
+            f"SELECT a.label_id, {names} FROM ({sql}) AS r JOIN labels AS l ON l.label_id = r.label_id "
+            f"JOIN all_labels AS a ON {same} AND a.read_at = l.read_at".replace("SELECT a.label_id", "SELECT a.label_id AS label_id")
+        ).fetchnumpy()
+        place = np.asarray(result["label_id"])
+        columns: dict[str, NDArray[np.float64]] = {}
+        for name, _, _ in view.columns:
+            column = np.full(len(at), np.nan)
+            column[place] = np.ma.filled(np.ma.asarray(result[name]).astype(np.float64), np.nan)
+            columns[name] = column
+        present = np.zeros(len(at), bool)
+        present[place] = True
+        seconds = at / 1e6
+        values, mask = finish(view, columns, at=seconds, as_of=np.floor(seconds / 86_400) * 86_400, present=present)
+        return FeatureRows(values, mask)
+
+
+def horizon(view: FeatureView) -> timedelta:
+    """How far back a read of `view` can see."""
+    return timedelta(days=view.max_window_days + 1)

@@ -1,0 +1,68 @@
+"""The error tree: one type per remedy; every message names the thing, the value and the way out.
+
+LarderError
+├── SettingsError          a setting is missing or malformed: fix the environment
+├── SourceError            the data folder cannot be read as a whole: fix DATA
+├── DatabaseError          Postgres cannot be used: fix DATABASE_URL or the server
+├── DefinitionError        a declaration is wrong: fix schemas/views.py or a prompt file
+├── ArtifactError          a model file is missing, changed or of another shape: release again
+├── GateError              a model did not pass: it is not released
+├── RequestError           the caller sent something unusable: fix the request (HTTP 4xx)
+└── Unavailable            nothing can answer right now: try again later (HTTP 503)
+"""
+
+from __future__ import annotations
+
+
+class LarderError(Exception):
+    """Base of every error this product raises on purpose."""
+
+    type = "error"
+
+
+class SettingsError(LarderError):
+    type = "settings"
+
+
+class SourceError(LarderError):
+    type = "source"
+
+
+class DatabaseError(LarderError):
+    type = "database"
+
+
+class DefinitionError(LarderError):
+    type = "definition"
+
+
+class ArtifactError(LarderError):
+    type = "artifact"
+
+
+class GateError(LarderError):
+    type = "gate"
+
+
+class RequestError(LarderError):
+    """A request that cannot be answered as it stands.
+
+    `status` is the HTTP status, `field` the offending field (dotted path) where there is one.
+    """
+
+    type = "invalid_request"
+
+    def __init__(self, message: str, *, status: int = 422, field: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.field = field
+
+
+class Unavailable(LarderError):
+    """No rung of the ladder can answer. `retry_after_seconds` is what the caller is told to wait."""
+
+    type = "unavailable"
+
+    def __init__(self, message: str, *, retry_after_seconds: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds

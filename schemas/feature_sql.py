@@ -1,0 +1,109 @@
+"""SQL of states that DuckDB (training, snapshots) and Postgres (heads) share, written once so that they cannot differ.
+
+Relations: `e` is a view's base (one row per event and entity key); day and midnight are SQL expressions of the
+read's own day (a DATE) and of the instant at which decayed states are weighed (that day's midnight, UTC).
+"""
+
+from __future__ import annotations
+
+from schemas.features import FeatureView, Merge, State
+
+_DAY_SECONDS = 86_400
+
+
+def base_sql(view: FeatureView, events: str = "events", where: str = "") -> str:
+    """One row per event and entity key, with the event columns that states use."""
+    keys = ", ".join(f"c.{key}" if key == "category" else f"e.{key}" for key in view.entity.keys)
+    categories = ""
+    if view.by_category:
+        categories = " JOIN (SELECT item_id, unnest(categories) AS category FROM items) AS c ON c.item_id = e.item_id"
+    filtered = f" WHERE {where}" if where else ""
+    return f"SELECT {keys}, e.kind, e.value, e.occurred_at, e.known_at FROM {events} AS e{categories}{filtered}"
+
+
+def decay_sql(state: State, instant: str) -> str:
+    """The weight of one event at `instant`, as an exact decimal so that sums do not depend on the rows' order."""
+    assert state.half_life_days is not None
+    half_life = state.half_life_days * _DAY_SECONDS
+    age = f"CAST(EXTRACT(EPOCH FROM {instant}) - EXTRACT(EPOCH FROM occurred_at) AS DOUBLE PRECISION)"
+    return f"CAST(POWER(CAST(2 AS DOUBLE PRECISION), -{age} / {half_life:.1f}) AS DECIMAL(38, 12))"
+
+
+def events_sql(state: State, window_days: int, *, day: str, midnight: str) -> str:
+    """The state over the single events of `e` that lie in the window `[day - window_days, …)`."""
+    condition = f"occurred_at >= {midnight} - INTERVAL '{window_days} days'"
+    if state.merge is Merge.DECAY:
+        return f"CAST(SUM({decay_sql(state, midnight)}) FILTER (WHERE {condition}) AS DOUBLE PRECISION)"
+    head, _, where = state.sql.partition(" FILTER (WHERE ")
+    own = f" AND {where.removesuffix(')')}" if where else ""
+    aggregate = f"{head} FILTER (WHERE {condition}{own})"
+    return f"CAST({aggregate} AS DOUBLE PRECISION)" if "DECIMAL" in head else aggregate
+
+
+def merged_sql(state: State, snapshot: str, head: str) -> str:
+    """Two states of one kind, either of which may be NULL, as one."""
+    match state.merge:
+        case Merge.MIN:
+            return f"LEAST({snapshot}, {head})"
+        case Merge.MAX:
+            return f"GREATEST({snapshot}, {head})"
+        case _:
+            # A sum over no values stays NULL; a count is never NULL where its row exists.
+            both = f"COALESCE({snapshot}, 0) + COALESCE({head}, 0)"
+            return f"CASE WHEN {snapshot} IS NULL AND {head} IS NULL THEN NULL ELSE {both} END"
+
+
+def read_sql(view: FeatureView, entities: str, at: str = "%(at)s") -> str:
+    """One Postgres statement that reads `view`, snapshot and head merged, as of the instant `at`.
+
+    `entities` is the condition that picks the rows by key column, e.g. `user_id = %(user_id)s`.
+    Gives one row per entity that has anything, or one with NULL keys: keys, `as_of` (seconds; when decayed states were weighed),
+    `settled_at` (seconds; the snapshot's midnight, NULL without one), then the snapshot columns (instants in seconds).
+    """
+    name, keys = view.name, ", ".join(view.entity.keys)
+    day = "(SELECT day FROM edge)"
+    midnight = "(SELECT midnight FROM edge)"
+    head = ", ".join(
+        f"{events_sql(state, window, day=day, midnight=midnight)} AS {column}" for column, state, window in view.columns
+    )
+    merged = ", ".join(
+        f"CAST({_seconds(state, merged_sql(state, _aged(state, column), f'h.{column}'))} AS DOUBLE PRECISION) AS {column}"
+        for column, state, _ in view.columns
+    )
+    names = ", ".join(name for name, _, _ in view.columns)
+    base = base_sql(
+        view, "recent_events", f"e.occurred_at >= (SELECT settled FROM edge) AND e.occurred_at < {at} AND {_of_event(entities)}"
+    )
+    return f"""
+        WITH newest AS (
+            SELECT max(partition_date) AS p FROM feature_ledger
+            WHERE view = '{name}' AND definition_hash = '{view.definition_hash}'
+            AND partition_date < CAST({at} AS DATE) AND partition_date >= CAST({at} AS DATE) - {view.ttl_days}
+        ), edge AS MATERIALIZED (
+            SELECT p, CAST({at} AS DATE) AS day, CAST(CAST({at} AS DATE) AS TIMESTAMPTZ) AS midnight,
+            CAST(COALESCE(p + 1, CAST({at} AS DATE)) AS TIMESTAMPTZ) AS settled FROM newest
+        ), s AS (
+            SELECT * FROM features.{name} WHERE partition_date = (SELECT p FROM edge) AND {entities}
+        ), h AS (
+            SELECT {keys}, {head} FROM ({base}) AS e GROUP BY {keys}
+        )
+        SELECT {keys}, EXTRACT(EPOCH FROM edge.midnight)::float8 AS as_of,
+        EXTRACT(EPOCH FROM CASE WHEN edge.p IS NULL THEN NULL ELSE edge.settled END)::float8 AS settled_at, {names}
+        FROM edge LEFT JOIN (SELECT {keys}, {merged} FROM s FULL JOIN h USING ({keys})) AS r ON true
+    """
+
+
+def _of_event(entities: str) -> str:
+    return entities.replace("user_id", "e.user_id", 1).replace("item_id", "e.item_id", 1)
+
+
+def _aged(state: State, column: str) -> str:
+    """A decayed snapshot weighed again at the read's midnight, should the newest snapshot be older."""
+    if state.merge is not Merge.DECAY:
+        return f"s.{column}"
+    late = "CAST(EXTRACT(EPOCH FROM (SELECT midnight - settled FROM edge)) AS DOUBLE PRECISION)"
+    return f"(s.{column} * POWER(CAST(2 AS DOUBLE PRECISION), -{late} / {(state.half_life_days or 1) * _DAY_SECONDS:.1f}))"
+
+
+def _seconds(state: State, sql: str) -> str:
+    return f"EXTRACT(EPOCH FROM {sql})" if state.name.endswith("_at") else sql

@@ -1,0 +1,237 @@
+"""What a feature is: entities, aggregations, windows, and the mergeable states that carry them.
+
+A feature over a window of w days, read at time t, covers `[floor_day(t) - w days, t)`. Its value is never
+stored as such: it is finished from *states* that merge, so that a daily snapshot (everything before a midnight)
+and the head (everything since) give the same value as one pass over all events.
+
+    view ──▶ features ──▶ states (n, value_sum, last_at …)      one column per state in a tile (entity, day)
+                              └─ × window ─▶ snapshot columns   one column per state and window (n_7d, n_30d …)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from schemas.errors import DefinitionError
+
+_NAME = re.compile(r"^[a-z][a-z0-9_]{0,50}$")
+MAX_WINDOW_DAYS = 3650
+
+
+class Merge(StrEnum):
+    """How two states of one kind become one."""
+
+    SUM = "sum"
+    MIN = "min"
+    MAX = "max"
+    DECAY = "decay"
+    """A sum whose parts lose half their weight every `half_life_days`."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One mergeable column of a tile: SQL over the events of one entity and day.
+
+    `sql` uses the event columns `kind`, `value`, `occurred_at` and is valid in DuckDB and Postgres alike.
+    A DECAY state has no SQL of its own: the engines weigh each event by its age.
+    """
+
+    name: str
+    merge: Merge
+    sql: str
+    half_life_days: float | None = None
+
+
+class Transform(StrEnum):
+    """How a finished value enters the ranker, so that no input spans many orders of magnitude."""
+
+    IDENTITY = "identity"
+    LOG1P = "log1p"
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One number per entity.
+
+    `finish` says how the value comes out of the states, in this order:
+    `state` (the state itself), `ratio` (first over second), `age` (seconds from the state to the read).
+    """
+
+    name: str
+    window_days: int
+    states: tuple[State, ...]
+    finish: str
+    transform: Transform
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """What a row is about: one or more key columns, all text."""
+
+    name: str
+    keys: tuple[str, ...]
+
+
+USER = Entity("user", ("user_id",))
+ITEM = Entity("item", ("item_id",))
+USER_CATEGORY = Entity("user_category", ("user_id", "category"))
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureView:
+    """Features of one entity, built together from events, partition by partition.
+
+    `ttl_days`: a value older than this at the time of the read is EXPIRED. `owner` is who answers for it.
+    A view whose keys hold `category` counts an event once for each category of its item.
+    """
+
+    name: str
+    entity: Entity
+    owner: str
+    description: str
+    ttl_days: int
+    features: tuple[Feature, ...]
+
+    def __post_init__(self) -> None:
+        if not _NAME.match(self.name):
+            raise DefinitionError(f"view {self.name!r}: a name is lower case letters, digits and _, at most 51 long")
+        if not self.features:
+            raise DefinitionError(f"view {self.name!r} has no features; give it at least one")
+        seen: set[str] = set()
+        for feature in self.features:
+            if not _NAME.match(feature.name):
+                raise DefinitionError(f"feature {feature.name!r} of view {self.name!r}: not a column name")
+            if feature.name in seen:
+                raise DefinitionError(f"view {self.name!r} has two features named {feature.name!r}; rename one")
+            seen.add(feature.name)
+            if not 1 <= feature.window_days <= MAX_WINDOW_DAYS:
+                raise DefinitionError(
+                    f"feature {feature.name!r} of view {self.name!r} has a window of {feature.window_days} days; "
+                    f"a window is 1 to {MAX_WINDOW_DAYS} days"
+                )
+        if self.ttl_days < 1:
+            raise DefinitionError(f"view {self.name!r} has a ttl of {self.ttl_days} days; it must cover its head: 1 or more")
+
+    @property
+    def by_category(self) -> bool:
+        """True if events are counted once per category of their item."""
+        return "category" in self.entity.keys
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """The distinct states of a tile, in order of first use."""
+        return tuple({state.name: state for feature in self.features for state in feature.states}.values())
+
+    @property
+    def columns(self) -> tuple[tuple[str, State, int], ...]:
+        """The snapshot's columns `(name, state, window_days)`: one per state and window, in order of first use."""
+        return tuple(
+            {
+                column(state, feature.window_days): (column(state, feature.window_days), state, feature.window_days)
+                for feature in self.features
+                for state in feature.states
+            }.values()
+        )
+
+    @property
+    def max_window_days(self) -> int:
+        """The longest window: an entity without an event in it has no row."""
+        return max(feature.window_days for feature in self.features)
+
+    @property
+    def definition_hash(self) -> str:
+        """Changes exactly when a stored value could: keys, states, windows, category grouping."""
+        parts = [self.name, *self.entity.keys]
+        parts += [f"{name}|{state.merge}|{state.sql}|{state.half_life_days}|{days}" for name, state, days in self.columns]
+        return _digest(parts)
+
+
+def column(state: State, window_days: int) -> str:
+    """The snapshot column that holds `state` over a window."""
+    return f"{state.name}_{window_days}d"
+
+
+def feature_fingerprint(names: Iterable[str]) -> str:
+    """Hash of an ordered list of feature names and their meaning: a model is only fed the order it learned."""
+    return _digest(names)
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+# --- the aggregations ---------------------------------------------------------------------------------------------
+
+
+def _filtered(aggregate: str, where: str | None) -> str:
+    return f"{aggregate} FILTER (WHERE {where})" if where else aggregate
+
+
+def _count(name: str = "n", where: str | None = None) -> State:
+    return State(name, Merge.SUM, _filtered("COUNT(*)", where))
+
+
+# Sums are exact decimals: a float sum depends on the order in which an engine meets the rows.
+_VALUE_SUM = State("value_sum", Merge.SUM, "SUM(CAST(value AS DECIMAL(18, 6)))")
+_VALUE_N = State("value_n", Merge.SUM, "COUNT(value)")
+
+
+def count(name: str, window_days: int, *, where: str | None = None, state: str = "n") -> Feature:
+    """Events in the window, or those for which `where` holds (then give the state its own name)."""
+    return Feature(name, window_days, (_count(state, where),), "state", Transform.LOG1P, "events in the window")
+
+
+def mean_value(name: str, window_days: int) -> Feature:
+    """Mean of `value` over the events that have one."""
+    return Feature(name, window_days, (_VALUE_SUM, _VALUE_N), "ratio", Transform.IDENTITY, "mean value in the window")
+
+
+def sum_value(name: str, window_days: int) -> Feature:
+    """Sum of `value` over the events that have one."""
+    return Feature(name, window_days, (_VALUE_SUM,), "state", Transform.IDENTITY, "sum of values in the window")
+
+
+def min_value(name: str, window_days: int) -> Feature:
+    """Smallest `value` in the window."""
+    state = State("value_min", Merge.MIN, "MIN(value)")
+    return Feature(name, window_days, (state,), "state", Transform.IDENTITY, "smallest value in the window")
+
+
+def max_value(name: str, window_days: int) -> Feature:
+    """Largest `value` in the window."""
+    state = State("value_max", Merge.MAX, "MAX(value)")
+    return Feature(name, window_days, (state,), "state", Transform.IDENTITY, "largest value in the window")
+
+
+def rate(name: str, window_days: int, *, where: str, state: str, of: str = "value") -> Feature:
+    """Share (0–1) of the events with a `value` (or of all, `of="events"`) for which `where` holds."""
+    whole = _VALUE_N if of == "value" else _count()
+    return Feature(
+        name, window_days, (_count(state, where), whole), "ratio", Transform.IDENTITY, f"share of events where {where}"
+    )
+
+
+def active_days(name: str, window_days: int) -> Feature:
+    """Calendar days (UTC) with at least one event."""
+    state = State("days", Merge.SUM, "COUNT(DISTINCT CAST(occurred_at AS DATE))")
+    return Feature(name, window_days, (state,), "state", Transform.LOG1P, "days with an event in the window")
+
+
+def last_seen(name: str, window_days: int) -> Feature:
+    """Seconds from the last event to the read."""
+    state = State("last_at", Merge.MAX, "MAX(occurred_at)")
+    return Feature(name, window_days, (state,), "age", Transform.LOG1P, "seconds since the last event")
+
+
+def decayed_count(name: str, window_days: int, *, half_life_days: float) -> Feature:
+    """Events in the window, each worth half as much for every `half_life_days` of its age."""
+    if half_life_days <= 0:
+        raise DefinitionError(f"feature {name!r} has a half life of {half_life_days} days; it must be positive")
+    state = State(f"decayed_{half_life_days:g}".replace(".", "_"), Merge.DECAY, "", half_life_days)
+    text = f"events in the window, half weight every {half_life_days:g} days"
+    return Feature(name, window_days, (state,), "state", Transform.LOG1P, text)

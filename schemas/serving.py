@@ -1,0 +1,369 @@
+"""What crosses a door: requests, answers, their limits, and one way to read and write them as JSON."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, from_json
+
+from schemas.errors import RequestError
+from schemas.events import KINDS, InvalidRow, check_id
+from schemas.ranker import MAX_CANDIDATES
+
+MAX_BODY_BYTES = 256 * 1024
+MAX_K = 500
+MAX_PROMPT_CHARS = 2_000
+MAX_EVENTS = 500
+MAX_TIMEOUT_MS = 30_000
+MAX_CONTEXT_ENTRIES = 64
+MAX_CATEGORIES = 100
+MAX_SHOWN_CHARS = 80
+"""So much of an offending value is quoted back, never more."""
+
+Scalar = str | int | float | bool | None
+
+
+def _check_key(value: str) -> str:
+    try:
+        return check_id("it", value)
+    except InvalidRow as error:
+        raise ValueError(str(error)) from None
+
+
+def _check_kind(value: str) -> str:
+    if value not in KINDS:
+        raise ValueError(f"it is no known kind of event{_did_you_mean(value, KINDS)}; known: {', '.join(KINDS)}")
+    return value
+
+
+def _check_text(value: str | None) -> str | None:
+    """Blank text is no text: an empty search box sends an empty string."""
+    if value is None or not value.strip():
+        return None
+    if any(ord(char) < 32 and char not in "\t\n\r" for char in value):
+        raise ValueError("it holds a control character; remove it")
+    return value
+
+
+def _check_scalar(value: object) -> Scalar:
+    if isinstance(value, str):
+        if len(value) > MAX_PROMPT_CHARS:
+            raise ValueError(f"it has {len(value)} characters; at most {MAX_PROMPT_CHARS} are allowed")
+        return value
+    if value is None or isinstance(value, bool):
+        return value
+    # A number beyond 2**53 is not the same number in every language that reads this JSON.
+    if isinstance(value, int | float) and math.isfinite(value) and abs(value) <= 2**53:
+        return value
+    raise ValueError("context is flat: give text, a finite number up to 2**53, true, false or null")
+
+
+def _to_utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("it lies outside the years 1 to 9999 in UTC") from None
+
+
+def _refuse_bool(value: object) -> object:
+    # Strict floats still take an int, and bool is one for some readers; say it here, once.
+    if isinstance(value, bool):
+        raise ValueError("it must be a number, not true or false")
+    return value
+
+
+def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+Key = Annotated[str, AfterValidator(_check_key)]
+Kind = Annotated[str, AfterValidator(_check_kind)]
+Text = Annotated[str | None, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_check_text)]
+Instant = Annotated[AwareDatetime, AfterValidator(_to_utc)]
+Number = Annotated[float, BeforeValidator(_refuse_bool)]
+ItemIds = Annotated[tuple[Key, ...], Field(max_length=MAX_CANDIDATES), AfterValidator(_unique)]
+Categories = Annotated[tuple[Key, ...], Field(max_length=MAX_CATEGORIES), AfterValidator(_unique)]
+Context = Annotated[dict[Key, Annotated[Scalar, PlainValidator(_check_scalar)]], Field(max_length=MAX_CONTEXT_ENTRIES)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Filters(_Model):
+    """Which items may appear: in one of `categories` (none given: any) and in none of `exclude_categories`."""
+
+    categories: Categories = ()
+    exclude_categories: Categories = ()
+
+
+class RecommendationRequest(_Model):
+    """One wish for a slate. `at` None means now; `candidates` None means: larder finds them itself.
+
+    An empty `candidates` is a choice from nothing and gets an empty slate. Repeated ids count once.
+    """
+
+    user_id: Key
+    k: Annotated[int, Field(ge=1, le=MAX_K)] = 10
+    prompt: Text = None
+    context: Context = Field(default_factory=dict)
+    candidates: ItemIds | None = None
+    exclude: ItemIds = ()
+    filters: Filters = Filters()
+    diversity: Annotated[Number, Field(ge=0, le=1)] | None = None
+    explain: bool = False
+    at: Instant | None = None
+    timeout_ms: Annotated[int, Field(ge=1, le=MAX_TIMEOUT_MS)] | None = None
+    request_id: Key | None = None
+
+
+class RecommendedItem(_Model):
+    """One place in a slate. `reasons` is there exactly when the request said `explain`."""
+
+    item_id: str
+    score: float
+    title: str
+    reasons: tuple[str, ...] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_reasons(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        if self.reasons is None:
+            fields.pop("reasons", None)
+        return fields
+
+
+class ExperimentArm(_Model):
+    """The experiment a person is in, and the arm they were given."""
+
+    name: str
+    arm: str
+
+
+class RecommendationResponse(_Model):
+    """A slate and what made it. `degraded` names each rung of the ladder that had to be taken; empty is best."""
+
+    request_id: str
+    items: tuple[RecommendedItem, ...]
+    model_version: str | None = None
+    prompt_version: str | None = None
+    experiment: ExperimentArm | None = None
+    degraded: tuple[str, ...] = ()
+
+
+class SimilarRequest(_Model):
+    """Neighbours of one item, or of a text: exactly one of the two."""
+
+    item_id: Key | None = None
+    text: Text = None
+    k: Annotated[int, Field(ge=1, le=MAX_K)] = 10
+    filters: Filters = Filters()
+
+    @model_validator(mode="after")
+    def _one_anchor(self) -> Self:
+        if (self.item_id is None) == (self.text is None):
+            given = "neither" if self.item_id is None else "both"
+            raise ValueError(f"item_id and text: {given} given; give exactly one of them")
+        return self
+
+
+class SimilarResponse(_Model):
+    """Neighbours, nearest first; `score` is the cosine."""
+
+    items: tuple[RecommendedItem, ...]
+    model_version: str | None = None
+    degraded: tuple[str, ...] = ()
+
+
+class PostedEvent(_Model):
+    """One event as an application posts it. `occurred_at` None means: when it arrives."""
+
+    event_id: Key
+    user_id: Key
+    item_id: Key
+    kind: Kind
+    value: Annotated[Number, Field(gt=-1e9, lt=1e9)] | None = None
+    occurred_at: Instant | None = None
+    request_id: Key | None = None
+
+
+class EventsRequest(_Model):
+    """A batch of events; one that cannot be read refuses the batch, one the store refuses only itself."""
+
+    events: Annotated[tuple[PostedEvent, ...], Field(min_length=1, max_length=MAX_EVENTS)]
+
+
+class EventOutcome(_Model):
+    """What became of one event; `reason` says why it was refused."""
+
+    event_id: str
+    outcome: Literal["stored", "duplicate", "refused"]
+    reason: str | None = None
+
+
+class EventsResponse(_Model):
+    """Outcomes in the order of the request."""
+
+    outcomes: tuple[EventOutcome, ...]
+
+
+class HealthResponse(_Model):
+    """What runs here. `unavailable` means that not even the popular list can be served (HTTP 503)."""
+
+    status: Literal["ok", "degraded", "unavailable"]
+    version: str
+    model_version: str | None = None
+    model_age_seconds: float | None = None
+    encoder_version: str | None = None
+    provider: str | None = None
+    database_round_trip_ms: float | None = None
+    degraded: tuple[str, ...] = ()
+
+
+RequestModel = TypeVar("RequestModel", bound=BaseModel)
+
+
+def parse(model: type[RequestModel], body: bytes) -> RequestModel:
+    """`body` as a checked `model`.
+
+    Raises RequestError: 413 for a body over the limit, 400 for one that is not a JSON object,
+    422 for a field that will not do.
+    """
+    if len(body) > MAX_BODY_BYTES:
+        raise body_too_large()
+    try:
+        # Two passes of a fast parser: only this one tells the literal NaN from a number out of range.
+        document = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON: {error}; send one JSON object in UTF-8", status=400) from None
+    if not isinstance(document, dict):
+        raise RequestError(f"the body is {cut(document)}; send one JSON object", status=400)
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        first, *more = error.errors(include_url=False)
+        raise _request_error(model, first, len(more)) from None
+
+
+def body_too_large() -> RequestError:
+    """The refusal of a body over the limit; a door that counts while reading raises the same one."""
+    return RequestError(
+        f"the body is larger than {MAX_BODY_BYTES} bytes; send fewer candidates or events per request", status=413
+    )
+
+
+def render(model: BaseModel) -> bytes:
+    """`model` as JSON, the same bytes on every machine: fields in declared order, floats to 6 digits."""
+    return render_json(model.model_dump(mode="json"))
+
+
+def render_json(document: object) -> bytes:
+    """`document` as compact UTF-8 JSON with floats to 6 digits. Raises ValueError for NaN and infinities."""
+    text = json.dumps(_rounded(document), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode("utf-8", "replace")
+
+
+def cut(value: object) -> str:
+    """`value` as a caller recognises it, at most 80 characters; a collection as its kind and length."""
+    if isinstance(value, dict):
+        return f"an object of {len(value)} entries"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)} values"
+    if isinstance(value, str):
+        text = json.dumps(value[:MAX_SHOWN_CHARS], ensure_ascii=False)
+        if len(value) <= MAX_SHOWN_CHARS and len(text) <= MAX_SHOWN_CHARS:
+            return text
+        return text[: MAX_SHOWN_CHARS - 2] + '…"'
+    text = json.dumps(value, default=str)
+    return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 6) + 0.0  # + 0.0 turns -0.0 into 0.0
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    return value
+
+
+def _did_you_mean(name: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(name[:MAX_SHOWN_CHARS], known, n=2, cutoff=0.6)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+_REASONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "greater_than_equal": lambda limits: f"it must be at least {limits['ge']}",
+    "less_than_equal": lambda limits: f"it must be at most {limits['le']}",
+    "greater_than": lambda limits: f"it must be above {limits['gt']:g}",
+    "less_than": lambda limits: f"it must be below {limits['lt']:g}",
+    "string_too_long": lambda limits: f"at most {limits['max_length']} characters are allowed",
+    "too_long": lambda limits: f"at most {limits['max_length']} are allowed",
+    "too_short": lambda limits: f"at least {limits['min_length']} is needed",
+    "int_type": lambda _: "it must be a whole number, written without a point or quotes",
+    "float_type": lambda _: "it must be a number, written without quotes",
+    "finite_number": lambda _: "it must be a finite number",
+    "string_type": lambda _: "it must be text in quotes",
+    "bool_type": lambda _: "it must be true or false",
+    "tuple_type": lambda _: "it must be a list",
+    "dict_type": lambda _: "it must be an object",
+    "model_type": lambda _: "it must be an object",
+    "timezone_aware": lambda _: 'it has no time zone; write for example "2030-01-31T12:00:00Z"',
+    "datetime_type": lambda _: 'it must be a time in quotes, for example "2030-01-31T12:00:00Z"',
+    "datetime_parsing": lambda _: 'it is not a time; write for example "2030-01-31T12:00:00Z"',
+    "datetime_from_date_parsing": lambda _: 'it is not a time; write for example "2030-01-31T12:00:00Z"',
+    "value_error": lambda context: str(context["error"]),
+}
+
+
+def _request_error(model: type[BaseModel], error: ErrorDetails, more: int) -> RequestError:
+    location = [str(part) for part in error["loc"] if part != "[key]"]
+    field = ".".join(part if len(part) <= MAX_SHOWN_CHARS else part[: MAX_SHOWN_CHARS - 1] + "…" for part in location)
+    also = f" ({more} more like this)" if more else ""
+    if error["type"] == "extra_forbidden":
+        known = tuple(_model_at(model, location[:-1]).model_fields)
+        return RequestError(
+            f"there is no field {cut(location[-1])}{_did_you_mean(location[-1], known)}; known: {', '.join(known)}{also}",
+            field=field,
+        )
+    if error["type"] == "missing":
+        return RequestError(f"{field} is missing; it is required{also}", field=field)
+    say = _REASONS.get(error["type"])
+    reason = say(error.get("ctx", {})) if say else error["msg"]
+    if not location:  # a rule about several fields names them itself
+        return RequestError(f"{reason}{also}")
+    return RequestError(f"{field} is {cut(error['input'])}: {reason}{also}", field=field)
+
+
+def _model_at(model: type[BaseModel], location: list[str]) -> type[BaseModel]:
+    """The model that `location` leads to; list positions in it are skipped."""
+    for part in location:
+        if part in model.model_fields:
+            model = next(_models_in(model.model_fields[part].annotation), model)
+    return model
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)

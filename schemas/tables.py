@@ -1,0 +1,285 @@
+"""The database's tables, as SQLAlchemy metadata. Migrations must produce exactly these (a test compares).
+
+Tables of feature views are not listed by hand: `view_table` builds one from a declaration, in the Postgres
+schema `features`, where `orchestration/compute/materialise.py` creates and widens them.
+"""
+
+from __future__ import annotations
+
+from pgvector.sqlalchemy import HALFVEC, VECTOR
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Date,
+    DateTime,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from schemas.features import FeatureView, Merge
+from schemas.ranker import TEXT_DIM
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+Instant = DateTime(timezone=True)
+
+
+def _now(name: str) -> Column[object]:
+    return Column(name, Instant, nullable=False, server_default=func.now())
+
+
+deployment = Table(
+    "deployment",
+    metadata,
+    Column("name", Text, primary_key=True, comment="the deployment this database belongs to"),
+    _now("created_at"),
+    comment="One row: a database serves one deployment.",
+)
+
+# --- catalogue and people ----------------------------------------------------------------------------------------
+
+items = Table(
+    "items",
+    metadata,
+    Column("item_id", Text, primary_key=True),
+    Column("title", Text, nullable=False),
+    Column("description", Text, nullable=False, server_default=""),
+    Column("categories", ARRAY(Text), nullable=False, server_default="{}"),
+    Column("attributes", JSONB, nullable=False, server_default="{}"),
+    Column("available_at", Instant, comment="NULL: always been there"),
+    _now("updated_at"),
+    comment="The catalogue.",
+)
+
+people = Table(
+    "people",
+    metadata,
+    Column("user_id", Text, primary_key=True),
+    Column("profile", JSONB, nullable=False, server_default="{}"),
+    _now("updated_at"),
+    comment="Profiles: what is known of a person besides events.",
+)
+
+# --- events ------------------------------------------------------------------------------------------------------
+
+event_keys = Table(
+    "event_keys",
+    metadata,
+    Column("event_id", Text, primary_key=True),
+    Column("occurred_at", Instant, nullable=False),
+    comment="Ids of recent events: what makes a repeated event change nothing.",
+)
+
+recent_events = Table(
+    "recent_events",
+    metadata,
+    Column("event_id", Text, primary_key=True),
+    Column("occurred_at", Instant, primary_key=True),
+    Column("user_id", Text, nullable=False),
+    Column("item_id", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("value", Double),
+    Column("known_at", Instant, nullable=False, server_default=func.now()),
+    Column("request_id", Text, comment="the recommendation that led to the event, if one did"),
+    Column("drained", Boolean, nullable=False, server_default=text("false"), comment="true once the lake has it"),
+    Index(None, "user_id", "occurred_at"),
+    Index(None, "item_id", "occurred_at"),
+    Index("ix_recent_events_undrained", "occurred_at", postgresql_where=text("NOT drained")),
+    postgresql_partition_by="RANGE (occurred_at)",
+    comment="The last days of events, one partition a day: feeds feature heads and the drain into the lake.",
+)
+
+user_history = Table(
+    "user_history",
+    metadata,
+    Column("user_id", Text, primary_key=True),
+    Column("occurred_at", Instant, primary_key=True),
+    Column("event_id", Text, primary_key=True),
+    Column("item_id", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("value", Double),
+    comment="Each person's last 200 events, whatever the windows and the retention.",
+)
+
+lake_files = Table(
+    "lake_files",
+    metadata,
+    Column("day", Date, primary_key=True),
+    Column("path", Text, nullable=False, comment="below LAKE_URL"),
+    Column("rows", BigInteger, nullable=False),
+    Column("generation", Integer, nullable=False),
+    _now("written_at"),
+    comment="The current Parquet file of each day: swapping this row is what makes a rewrite of a day atomic.",
+)
+
+ingests = Table(
+    "ingests",
+    metadata,
+    Column("ingest_id", BigInteger, Identity(always=True), primary_key=True),
+    Column("source", Text, nullable=False),
+    Column("fingerprint", Text, nullable=False),
+    Column("read_rows", BigInteger, nullable=False),
+    Column("stored_rows", BigInteger, nullable=False),
+    Column("duplicate_rows", BigInteger, nullable=False),
+    Column("quarantined_rows", BigInteger, nullable=False),
+    Column("items", BigInteger, nullable=False),
+    Column("people", BigInteger, nullable=False),
+    _now("finished_at"),
+    CheckConstraint("read_rows = stored_rows + duplicate_rows + quarantined_rows", name="counts_add_up"),
+    comment="Finished loads of a source; the counts add up by constraint.",
+)
+
+quarantine = Table(
+    "quarantine",
+    metadata,
+    Column("quarantine_id", BigInteger, Identity(always=True), primary_key=True),
+    Column("source", Text, nullable=False),
+    Column("file", Text, nullable=False),
+    Column("line", BigInteger, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("row", Text, nullable=False),
+    _now("seen_at"),
+    UniqueConstraint("source", "file", "line", "reason"),
+    comment="Rows that could not be stored, where they were and why.",
+)
+
+# --- features ----------------------------------------------------------------------------------------------------
+
+feature_ledger = Table(
+    "feature_ledger",
+    metadata,
+    Column("view", Text, primary_key=True),
+    Column("partition_date", Date, primary_key=True),
+    Column("definition_hash", Text, nullable=False),
+    Column("engine", Text, nullable=False),
+    Column("rows", BigInteger, nullable=False),
+    Column("events", BigInteger, nullable=False, comment="events of that day in the lake when it was built"),
+    _now("built_at"),
+    comment="Which partition of which view was built, from which definition; written with the data.",
+)
+
+
+def view_table(view: FeatureView) -> Table:
+    """The snapshot table of `view`: one row per partition and entity, one column per state and window."""
+    of_merge = {Merge.MAX: Instant}
+    columns: list[Column[object]] = [
+        Column("partition_date", Date, primary_key=True),
+        *(Column(key, Text, primary_key=True) for key in view.entity.keys),
+    ]
+    for name, state, _ in view.columns:
+        is_instant = state.merge in of_merge and state.name.endswith("_at")
+        is_count = state.merge is Merge.SUM and state.sql.startswith("COUNT")
+        columns.append(Column(name, Instant if is_instant else BigInteger if is_count else Double))
+    return Table(view.name, MetaData(schema="features"), *columns, comment=view.description)
+
+
+# --- vectors and lists -------------------------------------------------------------------------------------------
+
+text_vectors = Table(
+    "text_vectors",
+    metadata,
+    Column("item_id", Text, ForeignKey("items.item_id", ondelete="CASCADE"), primary_key=True),
+    Column("text_hash", Text, nullable=False, comment="of the rendered text, its template and the encoder"),
+    Column("vector", VECTOR(TEXT_DIM), nullable=False),
+    _now("updated_at"),
+    Index(
+        "ix_text_vectors_hnsw",
+        "vector",
+        postgresql_using="hnsw",
+        postgresql_with={"m": 16, "ef_construction": 64},
+        postgresql_ops={"vector": "vector_cosine_ops"},
+    ),
+    comment="Item texts as vectors; only changed texts are encoded again.",
+)
+
+item_vectors = Table(
+    "item_vectors",
+    metadata,
+    Column("model_version", Text, primary_key=True),
+    Column("item_id", Text, primary_key=True),
+    Column("vector", HALFVEC, nullable=False),
+    Column("text_hash", Text, nullable=False, comment="of the text vector it was made from"),
+    postgresql_partition_by="LIST (model_version)",
+    comment="Item vectors, a partition with its own index per model version.",
+)
+
+co_visitation = Table(
+    "co_visitation",
+    metadata,
+    Column("item_id", Text, primary_key=True),
+    Column("rank", Integer, primary_key=True),
+    Column("neighbour_id", Text, nullable=False),
+    Column("score", Double, nullable=False),
+    Column("people", Integer, nullable=False, comment="how many people had both"),
+    comment="What people went on to after an item.",
+)
+
+popular_items = Table(
+    "popular_items",
+    metadata,
+    Column("list", Text, primary_key=True, comment="all_time, trending (7 days) or fresh (newest arrivals)"),
+    Column("rank", Integer, primary_key=True),
+    Column("item_id", Text, nullable=False),
+    Column("score", Double, nullable=False),
+    comment="Lists that need no model.",
+)
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+model_versions = Table(
+    "model_versions",
+    metadata,
+    Column("version", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("path", Text, nullable=False, comment="below ARTIFACTS_URL"),
+    Column("manifest", JSONB, nullable=False),
+    _now("created_at"),
+    comment="Artefacts, append-only.",
+)
+
+gate_records = Table(
+    "gate_records",
+    metadata,
+    Column("version", Text, ForeignKey("model_versions.version"), primary_key=True),
+    Column("passed", Boolean, nullable=False),
+    Column("record", JSONB, nullable=False),
+    _now("created_at"),
+    UniqueConstraint("version", "passed"),
+    comment="What a version had to prove, and whether it did.",
+)
+
+model_aliases = Table(
+    "model_aliases",
+    metadata,
+    Column("alias", Text, primary_key=True),
+    Column("version", Text, nullable=False),
+    Column("passed", Boolean, nullable=False, server_default=text("true")),
+    Column("revision", BigInteger, nullable=False, server_default=text("1")),
+    _now("updated_at"),
+    CheckConstraint("passed", name="only_passed"),
+    # An alias can point only at a version with a gate record that says passed: the database itself refuses others.
+    ForeignKeyConstraint(["version", "passed"], ["gate_records.version", "gate_records.passed"]),
+    comment="Which version serves; moved by compare-and-set on `revision`.",
+)

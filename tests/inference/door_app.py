@@ -1,0 +1,68 @@
+"""A small real Application for the tests of the doors: no database, no model, the same answer every time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from schemas.errors import Unavailable
+from schemas.serving import (
+    EventOutcome,
+    EventsRequest,
+    EventsResponse,
+    HealthResponse,
+    RecommendationRequest,
+    RecommendationResponse,
+    RecommendedItem,
+    SimilarRequest,
+    SimilarResponse,
+)
+
+
+class SmallApplication:
+    """Recommends numbered items; some people are special so that tests can ask for trouble."""
+
+    def __init__(self) -> None:
+        self.carriers: list[dict[str, str]] = []
+        self.remaining_seconds: list[float | None] = []
+        self.closed = False
+
+    def recommend(
+        self, request: RecommendationRequest, deadline: float | None, carrier: Mapping[str, str]
+    ) -> RecommendationResponse:
+        self.carriers.append(dict(carrier))
+        self.remaining_seconds.append(None if deadline is None else deadline - time.monotonic())
+        if request.user_id == "broken":
+            raise ZeroDivisionError(f"secret of {request.prompt}")
+        if request.user_id == "nobody-home":
+            raise Unavailable("the popular list is missing; release a model", retry_after_seconds=7)
+        if request.user_id == "deadline":
+            left = self.remaining_seconds[-1]
+            return RecommendationResponse(request_id="none" if left is None else f"{left:.1f}", items=())
+        if request.user_id == "carrier":
+            return RecommendationResponse(request_id=carrier.get("x-amzn-trace-id", "none"), items=())
+        if request.user_id == "slow":
+            time.sleep(1.0)
+        items = tuple(
+            RecommendedItem(
+                item_id=f"i{n}", score=1 / (n + 3), title=f"Größe {n}", reasons=("new",) if request.explain else None
+            )
+            for n in range(request.k)
+        )
+        return RecommendationResponse(request_id=request.request_id or "made-up", items=items, model_version="m1")
+
+    def similar(self, request: SimilarRequest, deadline: float | None, carrier: Mapping[str, str]) -> SimilarResponse:
+        return SimilarResponse(items=(RecommendedItem(item_id=f"like {request.item_id}", score=1.0, title="t"),))
+
+    def accept_events(
+        self, request: EventsRequest, deadline: float | None, carrier: Mapping[str, str]
+    ) -> EventsResponse:
+        return EventsResponse(
+            outcomes=tuple(EventOutcome(event_id=event.event_id, outcome="stored") for event in request.events)
+        )
+
+    def health(self) -> HealthResponse:
+        return HealthResponse(status="ok", version="1")
+
+    def close(self) -> None:
+        self.closed = True

@@ -1,0 +1,275 @@
+"""Traces as a real OTLP/HTTP receiver on loopback gets them, and the cost of having them off."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from door_app import SmallApplication
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from inference import telemetry
+from inference.handlers.aws_lambda import create_handler
+from inference.http import handle
+
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+SPAN_ID = "b7ad6b7169203331"
+TRACEPARENT = f"00-{TRACE_ID}-{SPAN_ID}-01"
+XRAY = "Root=1-5759e988-bd862e3fe1be46a994272793;Parent=53995c3f42cd8ad8;Sampled=1;Lineage=a:0"
+JSON = {"content-type": "application/json"}
+
+
+class Receiver(ThreadingHTTPServer):
+    """Keeps the bytes of every export; `delay_seconds` makes it slow."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Export)
+        self.bodies: list[bytes] = []
+        self.paths: list[str] = []
+        self.delay_seconds = 0.0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def resources(self) -> list[Any]:
+        return [r for body in self.bodies for r in ExportTraceServiceRequest.FromString(body).resource_spans]
+
+    def spans(self) -> dict[str, Any]:
+        return {s.name: s for r in self.resources() for scope in r.scope_spans for s in scope.spans}
+
+
+class _Export(BaseHTTPRequestHandler):
+    server: Receiver
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(self.server.delay_seconds)
+        self.server.bodies.append(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
+        self.server.paths.append(self.path)
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-protobuf")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture()
+def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
+    server = Receiver()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", server.url)
+    telemetry.shutdown()
+    yield server
+    telemetry.shutdown()
+    server.shutdown()
+    server.server_close()
+    thread.join(10)
+
+
+@pytest.fixture()
+def off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in telemetry.ENDPOINT_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    telemetry.shutdown()
+    yield
+    telemetry.shutdown()
+
+
+def attributes(entry: Any) -> dict[str, Any]:
+    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in entry.attributes}
+
+
+def test_spans_arrive_nested_with_attributes_and_resource(receiver: Receiver) -> None:
+    with telemetry.server_span("POST /recommendations", {"traceparent": TRACEPARENT}, {"http.route": "/r"}):
+        assert telemetry.current_trace_id() == TRACE_ID
+        with telemetry.span("recsys.rank", attributes={"recsys.rows": 500}) as inner:
+            inner.set("recsys.provider", "cpu")
+    assert telemetry.flush(5_000)
+    assert receiver.paths == ["/v1/traces"]
+    spans = receiver.spans()
+    outer, inner_span = spans["POST /recommendations"], spans["recsys.rank"]
+    assert outer.trace_id.hex() == inner_span.trace_id.hex() == TRACE_ID
+    assert outer.parent_span_id.hex() == SPAN_ID
+    assert inner_span.parent_span_id == outer.span_id
+    assert (outer.kind, inner_span.kind) == (2, 1)  # SERVER, INTERNAL
+    assert attributes(outer)["http.route"] == "/r"
+    assert attributes(inner_span) == {"recsys.rows": 500, "recsys.provider": "cpu"}
+    assert attributes(receiver.resources()[0].resource)["service.name"] == "larder"
+
+
+def test_the_environment_may_rename_the_service(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "pantry")
+    monkeypatch.setenv("AWS_LAMBDA_FUNCTION_NAME", "larder-eu")
+    with telemetry.span("x"):
+        pass
+    assert telemetry.flush(5_000)
+    resource = attributes(receiver.resources()[0].resource)
+    assert (resource["service.name"], resource["faas.name"]) == ("pantry", "larder-eu")
+
+
+def test_an_exception_is_recorded_by_type_only(receiver: Receiver) -> None:
+    with pytest.raises(KeyError), telemetry.span("recsys.broken"):
+        raise KeyError("CANARY-exception")
+    assert telemetry.flush(5_000)
+    failed = receiver.spans()["recsys.broken"]
+    assert failed.status.code == 2
+    assert attributes(failed) == {"error.type": "KeyError"}
+    assert b"CANARY" not in b"".join(receiver.bodies)
+
+
+@pytest.mark.parametrize("user_id", ["CANARY-person", "broken", "nobody-home", "CANARY" + "x" * 200])
+def test_nothing_a_person_sent_is_exported(receiver: Receiver, user_id: str) -> None:
+    document = {
+        "user_id": user_id,
+        "prompt": "CANARY-prompt",
+        "context": {"CANARY-key": "CANARY-value"},
+        "candidates": ["CANARY-item"],
+        "request_id": "CANARY-request",
+    }
+    headers = {**JSON, "authorization": "CANARY-key", "traceparent": TRACEPARENT}
+    for path in ("/recommendations", "/CANARY-path"):
+        handle(SmallApplication(), "POST", path, headers, json.dumps(document).encode(), deadline=None)
+    assert telemetry.flush(5_000)
+    assert set(receiver.spans()) == {"POST /recommendations", "unknown route"}
+    assert b"CANARY" not in b"".join(receiver.bodies)
+
+
+def test_the_status_is_on_the_span(receiver: Receiver) -> None:
+    handle(SmallApplication(), "POST", "/recommendations", JSON, b'{"user_id": "nobody-home"}', deadline=None)
+    assert telemetry.flush(5_000)
+    request = receiver.spans()["POST /recommendations"]
+    assert attributes(request)["http.response.status_code"] == 503
+    assert request.status.code == 2
+
+
+def test_the_lambda_door_flushes_before_the_process_freezes(receiver: Receiver) -> None:
+    class Context:
+        aws_request_id = "invocation-1"
+        client_context = type("Client", (), {"custom": {"traceparent": TRACEPARENT}})()
+
+        def get_remaining_time_in_millis(self) -> int:
+            return 5_000
+
+    create_handler(SmallApplication)({"user_id": "u1"}, Context())
+    request = receiver.spans()["POST /recommendations"]
+    assert request.parent_span_id.hex() == SPAN_ID
+    assert attributes(request)["faas.invocation_id"] == "invocation-1"
+
+
+def test_a_dead_collector_holds_nobody_up(receiver: Receiver) -> None:
+    receiver.delay_seconds = 2.0
+    with telemetry.span("x"):
+        pass
+    started_at = time.monotonic()
+    assert not telemetry.flush(100)
+    assert time.monotonic() - started_at < 1.0
+
+
+def test_inject_names_the_current_span(receiver: Receiver) -> None:
+    assert telemetry.inject() == {}
+    with telemetry.span("release"):
+        sent = telemetry.inject()
+    with telemetry.server_span("smoke", sent):
+        pass
+    assert telemetry.flush(5_000)
+    spans = receiver.spans()
+    assert spans["smoke"].parent_span_id == spans["release"].span_id
+    assert spans["smoke"].trace_id == spans["release"].trace_id
+
+
+def test_an_unsampled_parent_is_respected(receiver: Receiver) -> None:
+    with telemetry.server_span("quiet", {"traceparent": TRACEPARENT[:-2] + "00"}):
+        assert telemetry.inject()["traceparent"].endswith("-00")
+    with telemetry.server_span("heard", {}):
+        pass
+    assert telemetry.flush(5_000)
+    assert set(receiver.spans()) == {"heard"}
+
+
+def test_sdk_disabled_wins(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    with telemetry.span("x"):
+        pass
+    telemetry.flush(1_000)
+    assert receiver.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("carrier", "expected"),
+    [
+        ({"traceparent": TRACEPARENT}, (TRACE_ID, SPAN_ID, True)),
+        ({"traceparent": TRACEPARENT[:-2] + "00"}, (TRACE_ID, SPAN_ID, False)),
+        ({"traceparent": "01" + TRACEPARENT[2:] + "-later"}, (TRACE_ID, SPAN_ID, True)),
+        ({"traceparent": TRACEPARENT + "-later"}, None),
+        ({"traceparent": "ff" + TRACEPARENT[2:]}, None),
+        ({"traceparent": f"00-{'0' * 32}-{SPAN_ID}-01"}, None),
+        ({"traceparent": f"00-{TRACE_ID}-{'0' * 16}-01"}, None),
+        ({"traceparent": TRACEPARENT.upper()}, None),
+        ({"x-amzn-trace-id": XRAY}, ("5759e988bd862e3fe1be46a994272793", "53995c3f42cd8ad8", True)),
+        ({"x-amzn-trace-id": XRAY.replace("Sampled=1", "Sampled=0")}, None),
+        ({"x-amzn-trace-id": "Root=1-5759e988-bd862e3fe1be46a994272793"}, None),
+        ({"x-amzn-trace-id": ";;=;Root"}, None),
+        ({"traceparent": TRACEPARENT, "x-amzn-trace-id": XRAY}, (TRACE_ID, SPAN_ID, True)),
+        ({}, None),
+    ],
+)
+def test_extract(carrier: dict[str, str], expected: tuple[str, str, bool] | None) -> None:
+    context = telemetry.extract(carrier)
+    assert (None if context is None else (context.trace_id, context.span_id, context.sampled)) == expected
+
+
+def test_off_the_incoming_context_is_handed_on(off: None) -> None:
+    with telemetry.server_span("x", {"traceparent": TRACEPARENT}), telemetry.span("y"):
+        assert telemetry.current_trace_id() == TRACE_ID
+        assert telemetry.inject() == {"traceparent": TRACEPARENT}
+    assert telemetry.current_trace_id() == ""
+    assert telemetry.flush(0)
+
+
+def test_off_nothing_of_opentelemetry_is_imported_and_a_span_costs_microseconds() -> None:
+    script = """
+import sys, time
+from inference import telemetry
+def run(count):
+    started_at = time.perf_counter()
+    for _ in range(count):
+        with telemetry.span("recsys.rank", attributes={"recsys.rows": 500}) as span:
+            span.set("a", 1)
+    return (time.perf_counter() - started_at) / count * 1e6
+run(1000)
+print(min(run(2000) for _ in range(5)), any(name.startswith("opentelemetry") for name in sys.modules))
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={"PYTHONPATH": "."}
+    ).stdout.split()
+    assert output[1] == "False"
+    assert float(output[0]) < 100  # measured 2; a bound for busy machines
+
+
+def test_the_first_request_of_a_process_is_flagged_as_a_cold_start(receiver: Receiver) -> None:
+    script = """
+from inference import telemetry
+for name in ("first", "second"):
+    with telemetry.server_span(name, {}):
+        pass
+assert telemetry.flush(5000)
+"""
+    environment = {"PYTHONPATH": ".", "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=60)
+    spans = receiver.spans()
+    assert attributes(spans["first"])["faas.coldstart"] is True
+    assert attributes(spans["second"])["faas.coldstart"] is False
