@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -16,6 +17,7 @@ LIKED_VALUE = 4.0
 """A `value` from here on counts as liked (ratings run from 1 to 5)."""
 
 MAX_ID_BYTES = 128
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def check_id(name: str, value: object) -> str:
         raise InvalidRow(f"{name} holds a lone surrogate, which no store can keep") from None
     if size > MAX_ID_BYTES:
         raise InvalidRow(f"{name} is {size} bytes long; at most {MAX_ID_BYTES} are allowed")
-    if any(ord(char) < 32 or ord(char) == 127 for char in value):
+    if _CONTROL.search(value):
         raise InvalidRow(f"{name} holds a control character")
     return value
 

@@ -13,7 +13,6 @@ from pydantic import (
     AfterValidator,
     AwareDatetime,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
@@ -83,13 +82,6 @@ def _to_utc(value: datetime) -> datetime:
         raise ValueError("it lies outside the years 1 to 9999 in UTC") from None
 
 
-def _refuse_bool(value: object) -> object:
-    # Strict floats still take an int, and bool is one for some readers; say it here, once.
-    if isinstance(value, bool):
-        raise ValueError("it must be a number, not true or false")
-    return value
-
-
 def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
 
@@ -98,7 +90,6 @@ Key = Annotated[str, AfterValidator(_check_key)]
 Kind = Annotated[str, AfterValidator(_check_kind)]
 Text = Annotated[str | None, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_check_text)]
 Instant = Annotated[AwareDatetime, AfterValidator(_to_utc)]
-Number = Annotated[float, BeforeValidator(_refuse_bool)]
 ItemIds = Annotated[tuple[Key, ...], Field(max_length=MAX_CANDIDATES), AfterValidator(_unique)]
 Categories = Annotated[tuple[Key, ...], Field(max_length=MAX_CATEGORIES), AfterValidator(_unique)]
 Context = Annotated[dict[Key, Annotated[Scalar, PlainValidator(_check_scalar)]], Field(max_length=MAX_CONTEXT_ENTRIES)]
@@ -128,7 +119,7 @@ class RecommendationRequest(_Model):
     candidates: ItemIds | None = None
     exclude: ItemIds = ()
     filters: Filters = Filters()
-    diversity: Annotated[Number, Field(ge=0, le=1)] | None = None
+    diversity: Annotated[float, Field(ge=0, le=1)] | None = None
     explain: bool = False
     at: Instant | None = None
     timeout_ms: Annotated[int, Field(ge=1, le=MAX_TIMEOUT_MS)] | None = None
@@ -200,7 +191,7 @@ class PostedEvent(_Model):
     user_id: Key
     item_id: Key
     kind: Kind
-    value: Annotated[Number, Field(gt=-1e9, lt=1e9)] | None = None
+    value: Annotated[float, Field(gt=-1e9, lt=1e9)] | None = None
     occurred_at: Instant | None = None
     request_id: Key | None = None
 

@@ -224,8 +224,8 @@ def _quantisation(graph: Any) -> tuple[str, Any]:
 
     Two groups of products stay in float. Attention multiplies activations by activations, where
     there are no weights to shrink. The second product of each feed-forward block reads activations
-    with outliers, which one scale per tensor cannot hold: leaving it out lifts the mean cosine from
-    0.988 to 0.994 and costs 11 MB.
+    with outliers, which one scale per tensor cannot hold: on a processor with AVX2 only, both together
+    lifted the mean cosine of eight short texts from 0.9904 to 0.9943 and cost 11 MB.
     """
     from optimum.onnxruntime.configuration import AutoQuantizationConfig
 

@@ -347,11 +347,12 @@ class RankerScorer:
         wish: NDArray[np.float32] = np.zeros((q, self.item_vectors.shape[1]), np.float32)
         if self.wish_vectors is not None:
             wish = self.wish_vectors(queries)
+        has_wish: NDArray[np.float32] = (np.abs(wish).sum(axis=1) > 0).astype(np.float32)
         return {
             "context_features": known.context_features,
             "context_mask": known.context_mask,
             "prompt_vector": wish,
-            "prompt_mask": wish.any(1).astype(np.float32),
+            "prompt_mask": has_wish,
             "history_vectors": np.where(history.mask[:, :, None] > 0, vectors[history.items], np.float32(0)),
             "history_kinds": history.kinds,
             "history_values": history.values,

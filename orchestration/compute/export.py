@@ -245,11 +245,13 @@ def quantise(fp32: Path, int8: Path, requests: Iterable[Inputs]) -> None:
         calibrator = calibration.create_calibrator(
             onnx_model_path=fp32.as_posix(),
             operators_to_quantize=["MatMul"],
-            augmented_model_name=str(Path(folder) / "augmented.onnx"),
+            augmented_model_name=str(Path(folder) / "augmented"),
         )
         calibrator.collect_data(_Requests(requests))
         quantizer.quantize(configuration, folder, calibration_tensors_range=calibrator.compute_data())
-        os.replace(Path(folder) / f"{fp32.stem}_quantized.onnx", int8)
+        # Optimum takes what follows the first dot of the name for a suffix, so the name is looked up, not built.
+        (written,) = Path(folder).glob("*.onnx")
+        os.replace(written, int8)
 
 
 class _quiet:
@@ -282,7 +284,7 @@ def check_parity(
             expected = ranker(**{name: torch.from_numpy(value) for name, value in inputs.items()})
         try:
             answers = run(inputs)
-        except Exception as error:  # noqa: BLE001  # onnxruntime raises its own types, all of them below Exception
+        except Exception as error:  # onnxruntime raises its own types, all of them below Exception
             raise GateError(
                 f"the graph fails at b={b}, h={h}, n={n}: {str(error).splitlines()[0]}; "
                 "a length was baked in when it was traced"

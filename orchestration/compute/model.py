@@ -271,8 +271,8 @@ class Ranker(nn.Module):
         present = (values != 0).to(values.dtype)
         value = ((values - self.value_stats[0]) / self.value_stats[1]).clamp(-CLIP, CLIP) * present
         tokens: Tensor = self.event(scaled) + self.kind(kinds) + self.gap(bucket)
-        tokens = tokens + self.value(torch.stack([value, present], dim=-1))
-        return tokens
+        valued: Tensor = tokens + self.value(torch.stack([value, present], dim=-1))
+        return valued
 
     def prefix(
         self,

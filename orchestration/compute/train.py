@@ -39,6 +39,10 @@ from schemas.ranker import MAX_HISTORY, TEXT_DIM
 
 SLATE = 64
 """Candidates of a training slate: the positive, then 63 mined negatives."""
+SECOND_STAGE = frozenset(
+    {"context", "candidate", "candidate_features", "self_bias", "candidate_norm", "correction_hidden", "correction"}
+)
+"""Parts of the ranker that stage 1 leaves as they were initialised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class TrainConfig:
     slate_labels: int = 10  # per person: more would be millions of rows for little
     slate_rows: int = 20_000  # label rows an epoch at most
     slate_learning_rate: float = 1e-3  # the body is trained; only the second head starts from nothing
+    slate_body_rate: float = 0.05  # of it: the retriever is not to be unlearned on a tenth of its labels
     slate_weight: float = 0.5
     calibration_weight: float = 0.2
     validate_every: int = 3  # epochs
@@ -291,7 +296,7 @@ class _Run:
         """Stage 2. The slates are mined once, by the retriever that stage 1 left: that is what serving will offer."""
         began = time.monotonic()
         self.modules.eval()
-        candidates = self._mine()
+        candidates, log_q = self._mine()
         features = self._all_features(self.labels.label, candidates)
         for encoder, values, mask in (
             (self.ranker.context, features.context_features, features.context_mask),
@@ -299,7 +304,9 @@ class _Run:
         ):
             encoder.fit(torch.from_numpy(values).to(self.device), torch.from_numpy(mask).to(self.device))
         steps = len(self._slate_batches(0)) * self.config.slate_epochs
-        optimizer, schedule = self._optimizer(self.config.slate_learning_rate, steps)
+        optimizer, schedule = self._optimizer(
+            self.config.slate_learning_rate, steps, body_rate=self.config.slate_body_rate
+        )
         if self._pending is not None:
             self._load_optimizer(optimizer, schedule)
         else:
@@ -307,7 +314,7 @@ class _Run:
             self.best = {"ndcg": self._validate(self._slate_scorer), "state": self._state()}
         self.elapsed += time.monotonic() - began
         while self.epoch < self.config.slate_epochs:
-            losses = self._slate_losses(self.epoch, candidates, features)
+            losses = self._slate_losses(self.epoch, candidates, log_q, features)
             self._epoch(optimizer, schedule, losses, self.config.slate_epochs, self._slate_scorer)
 
     def _epoch(
@@ -350,15 +357,23 @@ class _Run:
             self.on_progress(self.progress[-1])
 
     def _optimizer(
-        self, learning_rate: float, steps: int
+        self, learning_rate: float, steps: int, *, body_rate: float = 1.0
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-        """AdamW with linear warm-up and a cosine down to zero."""
-        parameters = list(self.modules.parameters())
-        matrices = [p for p in parameters if p.ndim > 1]
-        rest = [*(p for p in parameters if p.ndim <= 1), self.calibration]
+        """AdamW with linear warm-up and a cosine down to zero; what stage 1 trained learns at `body_rate` of the rate."""
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.modules.named_parameters():
+            new = name.split(".")[1] in SECOND_STAGE
+            groups.setdefault((new, parameter.ndim > 1), []).append(parameter)
+        groups.setdefault((True, False), []).append(self.calibration)
         optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-            lr=learning_rate,
+            [
+                {
+                    "params": parameters,
+                    "lr": learning_rate * (1.0 if new else body_rate),
+                    "weight_decay": self.config.weight_decay * matrix,
+                }
+                for (new, matrix), parameters in groups.items()
+            ],
             betas=(0.9, 0.98),
         )
         warm = max(1, int(steps * self.config.warmup_rate))
@@ -479,41 +494,49 @@ class _Run:
 
     # ---- stage 2
 
-    def _mine(self) -> NDArray[np.int32]:
-        """`(labels, 64) int32`: the positive first, then negatives from the sources that serving draws from.
+    def _mine(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Slates `(labels, 64)`, the positive first, and the log of how often each candidate was to be expected there.
 
-        A third are the retriever's own top items, a third follow the last events by counts, the rest are popular or
-        uniform; never an item the person had before the label.
+        Negatives come from the sources that serving draws from: a third are the retriever's own top items, a third
+        follow the last events by counts, the rest are popular or uniform; never an item the person had before the
+        label. Without the correction by the second array the ranker would learn that what its sources like is wrong.
         """
         neighbours = co_visitation(self.interactions)
         generator = np.random.default_rng((self.config.seed, 3))
-        by_popularity = np.log(np.maximum(self.counts, 1e-3))
-        quota = ((SLATE - 1) // 3, (SLATE - 1) // 3, (SLATE - 1) // 6)
-        result = np.empty((len(self.labels), SLATE), np.int32)
+        popular = self.counts / self.counts.sum()
+        negatives = SLATE - 1
+        quota = np.array([negatives // 3, negatives // 3, negatives // 6])
+        quota = np.append(quota, negatives - quota.sum())
+        items = np.empty((len(self.labels), SLATE), np.int32)
+        log_q = np.zeros((len(self.labels), SLATE), np.float32)
         for begin in range(0, len(self.labels), 256):
             part = self.labels.take(slice(begin, begin + 256))
-            banned = part.seen()
             here = np.arange(len(part))
+            banned = part.seen()
             banned[here, part.target] = True
-            gumbel = generator.gumbel(size=banned.shape)
+            similarity = self._retrieval_scorer(part) / self.config.temperature
             sources = (
-                # Noise over the first few hundred: always the same top 21 would teach nothing about the rest.
-                self._retrieval_scorer(part) / self.config.temperature + gumbel,
-                np.log(neighbours.score_histories(part.histories()) + 1e-9) + 0.5 * gumbel,
-                by_popularity + gumbel,
-                generator.random(banned.shape),
+                np.exp(similarity - similarity.max(axis=1, keepdims=True)),
+                neighbours.score_histories(part.histories()),
+                np.broadcast_to(popular, banned.shape),
+                np.ones(banned.shape),
             )
-            picked = [part.target[:, None]]
-            for source, count in zip(sources, (*quota, SLATE - 1 - sum(quota)), strict=True):
-                allowed = np.where(banned, -np.inf, source)
-                count = min(count, allowed.shape[1])
-                top = np.argpartition(-allowed, count - 1, axis=1)[:, :count].astype(np.int32)
-                banned[here[:, None], top] = True
-                picked.append(top)
-            slate = np.concatenate(picked, axis=1)
+            expected = np.zeros(banned.shape)
+            for source, count in zip(sources, quota, strict=True):
+                weight = np.where(banned, 0, source)
+                expected += count * weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-12)
+            # Drawn without repetition in proportion to what the sources expect together (Gumbel top-k, Kool et al. 2019).
+            draw = np.where(banned, -np.inf, np.log(np.maximum(expected, 1e-12)) + generator.gumbel(size=banned.shape))
+            count = min(negatives, draw.shape[1])
+            top = np.argpartition(-draw, count - 1, axis=1)[:, :count]
             # A catalogue smaller than a slate: the rest repeats what was picked.
-            result[begin : begin + 256] = slate[:, np.arange(SLATE) % slate.shape[1]]
-        return result
+            top = np.concatenate([part.target[:, None], top], axis=1)[:, np.arange(SLATE) % (count + 1)]
+            items[begin : begin + 256] = top
+            log_q[begin : begin + 256] = np.log(np.clip(expected[here[:, None], top], 1e-6, 1))
+            # A person who had nearly everything: what must not be offered is no negative either.
+            log_q[begin : begin + 256][banned[here[:, None], top]] = 1e4
+        log_q[:, 0] = 0
+        return items, log_q
 
     def _slate_batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """Batches of indices into the labels, at most `slate_rows` an epoch, of similar history length."""
@@ -526,7 +549,9 @@ class _Run:
             batch[:, 0] for batch in _batches(chosen[order][:, None], tokens, 2 * self.config.batch_tokens, generator)
         ]
 
-    def _slate_losses(self, epoch: int, candidates: NDArray[np.int32], features: SlateFeatures) -> Iterator[Tensor]:
+    def _slate_losses(
+        self, epoch: int, candidates: NDArray[np.int32], log_q: NDArray[np.float32], features: SlateFeatures
+    ) -> Iterator[Tensor]:
         """One loss per batch: softmax through u over all items, softmax and calibrated BCE over the slate."""
         generator = np.random.default_rng((self.config.seed, 5, epoch))
         for batch in self._slate_batches(epoch):
@@ -556,15 +581,17 @@ class _Run:
                 self._tensor(features.candidate_features[batch]),
                 self._tensor(features.candidate_mask[batch]),
             )
-            # Where the catalogue is smaller than a slate, the positive may come again: it is no negative.
-            again = self._tensor(slate == slate[:, :1])
+            corrected = scores - self._tensor(log_q[batch])
+            # Where the catalogue is smaller than a slate, the positive may come again, and banned items: no negatives.
+            again = slate == slate[:, :1]
             again[:, 0] = False
-            scores = scores.masked_fill(again, -1e4)
+            corrected = corrected.masked_fill(self._tensor(again), -1e4)
             target = self._tensor(part.target).long()
-            listwise = functional.cross_entropy(scores, torch.zeros_like(target))
-            logits = self.calibration[0] * scores + self.calibration[1]
+            listwise = functional.cross_entropy(corrected, torch.zeros_like(target))
+            # With the same correction this is noise-contrastive estimation (Gutmann & Hyvärinen 2010).
             truth = torch.zeros_like(scores)
             truth[:, 0] = 1
+            logits = self.calibration[0] * corrected + self.calibration[1]
             binary = functional.binary_cross_entropy_with_logits(logits, truth)
             next_item = self._item_losses(user, target, vectors, text_only, generator)
             yield next_item + self.config.slate_weight * listwise + self.config.calibration_weight * binary

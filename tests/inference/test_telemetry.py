@@ -66,7 +66,7 @@ class _Export(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture()
+@pytest.fixture
 def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
     server = Receiver()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -80,7 +80,7 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
     thread.join(10)
 
 
-@pytest.fixture()
+@pytest.fixture
 def off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in telemetry.ENDPOINT_VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -257,7 +257,7 @@ print(min(run(2000) for _ in range(5)), any(name.startswith("opentelemetry") for
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={"PYTHONPATH": "."}
     ).stdout.split()
     assert output[1] == "False"
-    assert float(output[0]) < 100  # measured 2; a bound for busy machines
+    assert float(output[0]) < 100  # measured 5; a bound for busy machines
 
 
 def test_the_first_request_of_a_process_is_flagged_as_a_cold_start(receiver: Receiver) -> None:

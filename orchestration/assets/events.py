@@ -1,0 +1,109 @@
+"""Assets of raw material: the source's catalogue and events, and the events of each day in the lake."""
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+
+from orchestration import metadata
+from orchestration.compute.ingest import drain, ingest
+from orchestration.metadata import OWNER, column_schema
+from orchestration.partitions import daily
+from orchestration.progress import progress
+from orchestration.ranges import asset_span, walk
+from orchestration.resources import Larder
+from orchestration.sources.open import open_source
+from schemas import tables
+
+GROUP = "events"
+
+
+@dg.multi_asset(
+    specs=[
+        dg.AssetSpec(
+            "items",
+            group_name=GROUP,
+            owners=[OWNER],
+            kinds={"postgres"},
+            description="The catalogue: titles, texts, categories, when each item became available.",
+            metadata=column_schema(tables.items),
+            code_version="1",
+        ),
+        dg.AssetSpec(
+            "source_events",
+            group_name=GROUP,
+            owners=[OWNER],
+            kinds={"parquet"},
+            description="Everything the source has, loaded once by event id; rows that cannot be stored are quarantined.",
+            code_version="1",
+        ),
+    ],
+    name="load_source",
+)
+def load_source(context: dg.AssetExecutionContext, larder: Larder) -> Iterator[dg.MaterializeResult[Any]]:
+    """Load what is new in the deployment's source."""
+    with asset_span(context):
+        record = larder.record
+        start = time.monotonic()
+        source = open_source(record.data, start=record.start_date, until=datetime.now(UTC))
+        with larder.connect() as connection:
+            report = ingest(
+                source, larder.lake, connection, shift_days=record.shift_days, progress=progress(context)
+            )
+            (items,) = connection.execute("SELECT count(*) FROM items").fetchone() or (0,)
+            sample = connection.execute("SELECT item_id, title, categories FROM items ORDER BY item_id LIMIT 5").fetchall()
+            quarantined = connection.execute(
+                "SELECT file, line, reason FROM quarantine ORDER BY quarantine_id DESC LIMIT 10"
+            ).fetchall()
+    yield dg.MaterializeResult(
+        "items",
+        metadata={
+            metadata.ROWS: items,
+            "sample": metadata.markdown_table(
+                ["item", "title", "categories"], [[row[0], row[1], ", ".join(row[2])] for row in sample]
+            ),
+        },
+    )
+    yield dg.MaterializeResult(
+        "source_events",
+        metadata={
+            metadata.ROWS: report.stored,
+            "read_rows": report.read,
+            "duplicate_rows": report.duplicates,
+            "quarantined_rows": report.quarantined,
+            "people": report.people,
+            "days_written": len(report.days),
+            "already_loaded": report.skipped,
+            metadata.SECONDS: time.monotonic() - start,
+            "source": source.description,
+            "quarantine": metadata.markdown_table(
+                ["file", "line", "reason"], [[str(cell).replace("|", "/") for cell in row] for row in quarantined]
+            ),
+        },
+    )
+
+
+@dg.asset(
+    group_name=GROUP,
+    owners=[OWNER],
+    kinds={"parquet"},
+    partitions_def=daily(),
+    backfill_policy=dg.BackfillPolicy.single_run(),
+    deps=["source_events"],
+    description="The events of a day in the lake, those that arrived by POST /events included.",
+    code_version="1",
+)
+def events(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
+    """Drain what was posted for these days and report what the lake holds."""
+
+    def build(first: date, last: date) -> dict[date, dict[str, Any]]:
+        with larder.connect() as connection:
+            drained = drain(connection, larder.lake, first, last, progress=progress(context))
+            rows = dict(larder.lake.days(connection))
+        days = [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
+        return {day: {metadata.ROWS: rows.get(day, 0), "drained_in_run": drained} for day in days}
+
+    with asset_span(context):
+        return walk(context, build)

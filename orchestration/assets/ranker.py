@@ -1,0 +1,206 @@
+"""Assets of learning: the floor's lists, the training set, the ranker, its evaluation, its ONNX artefact."""
+
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from inference import artifacts
+from infra import registry
+from orchestration import metadata
+from orchestration.metadata import OWNER, column_schema
+from orchestration.progress import progress
+from orchestration.ranges import asset_span
+from orchestration.resources import Larder
+from schemas import tables
+
+GROUP = "ranker"
+
+
+@dg.asset(
+    group_name=GROUP,
+    owners=[OWNER],
+    kinds={"postgres"},
+    deps=["events", "items"],
+    description="What is popular, what is trending this week and what is new: candidates, and the list that answers "
+    "when nothing else can.",
+    metadata=column_schema(tables.popular_items),
+    code_version="1",
+)
+def popular_items(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
+    from orchestration.compute.interactions import load_interactions
+    from orchestration.compute.lists import refresh_popular_items
+
+    with asset_span(context), larder.connect() as connection:
+        report = refresh_popular_items(connection, load_interactions(larder.lake, connection), datetime.now(UTC))
+    return dg.MaterializeResult(metadata={metadata.ROWS: sum(report.rows.values()), **report.rows})
+
+
+@dg.asset(
+    group_name=GROUP,
+    owners=[OWNER],
+    kinds={"postgres"},
+    deps=["events", "items"],
+    description="What people went on to after an item: the floor that a ranker must beat, a candidate source and a reason.",
+    metadata=column_schema(tables.co_visitation),
+    code_version="1",
+)
+def co_visitation(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
+    from orchestration.compute.interactions import load_interactions
+    from orchestration.compute.lists import refresh_co_visitation
+
+    with asset_span(context), larder.connect() as connection:
+        report = refresh_co_visitation(connection, load_interactions(larder.lake, connection))
+    return dg.MaterializeResult(metadata={metadata.ROWS: report.rows["co_visitation"]})
+
+
+@dg.asset(
+    group_name=GROUP,
+    owners=[OWNER],
+    kinds={"duckdb", "parquet"},
+    deps=[dg.AssetDep("events", partition_mapping=dg.AllPartitionMapping()), "items"],
+    description="Each person's last labels with what was known of the person at that very moment, and nothing later.",
+    code_version="1",
+)
+def training_set(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
+    from orchestration.compute.training_set import build_training_set
+
+    with asset_span(context):
+        start = time.monotonic()
+        with larder.connect() as connection:
+            report = build_training_set(larder.lake, connection, larder.artifacts_url)
+    progress(context)(f"{report.labels:,} labels of {report.people:,} people, as known at each label")
+    return dg.MaterializeResult(
+        metadata={
+            metadata.ROWS: report.labels,
+            "people": report.people,
+            metadata.NULL_RATE: report.null_rate,
+            "size_bytes": report.size_bytes,
+            "data_version": report.version,
+            metadata.SECONDS: time.monotonic() - start,
+        }
+    )
+
+
+@dg.asset(
+    group_name=GROUP,
+    owners=[OWNER],
+    kinds={"pytorch"},
+    deps=["training_set", "text_vectors"],
+    description="The transformer ranker, trained on everything but each person's last event (that one judges it).",
+    code_version="1",
+    retry_policy=dg.RetryPolicy(max_retries=1),
+)
+def ranker(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
+    from orchestration.compute.learn import train_ranker
+
+    with asset_span(context), larder.connect() as connection:
+        report = train_ranker(
+            larder.lake, connection, larder.artifacts_url, larder.record.folder / "training", progress=progress(context)
+        )
+    losses = [(entry.epoch, entry.loss) for entry in report.progress if entry.stage == 1]
+    quality = [(entry.epoch, entry.ndcg_at_10) for entry in report.progress if entry.stage == 1 and entry.ndcg_at_10 is not None]
+
+    def draw(axes: Any) -> None:
+        axes.plot([epoch for epoch, _ in losses], [loss for _, loss in losses], color="#888", label="loss")
+        axes.set_xlabel("epoch", fontsize=8)
+        right = axes.twinx()
+        right.plot([epoch for epoch, _ in quality], [value for _, value in quality], "o-", color="#0a6", label="NDCG@10")
+        right.tick_params(labelsize=8)
+        axes.figure.legend(fontsize=7, loc="upper right")
+
+    return dg.MaterializeResult(
+        metadata={
+            metadata.SECONDS: report.seconds,
+            "epochs": len(losses),
+            "validation_ndcg_at_10": report.validation["ndcg_at_10"],
+            "events": report.events,
+            "learning_curve": metadata.plot("Loss and validation NDCG@10", draw),
+        }
+    )
+
+
+@dg.asset(
+    group_name=GROUP,
+    owners=[OWNER],
+    kinds={"pytorch"},
+    deps=["ranker"],
+    description="How good the ranker is against popularity, 7-day popularity and co-visitation, on a leave-one-out and on "
+    "a global time split.",
+    code_version="1",
+)
+def ranker_evaluation(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
+    from orchestration.compute.learn import evaluate_ranker
+
+    with asset_span(context), larder.connect() as connection:
+        report = evaluate_ranker(
+            larder.lake, connection, larder.artifacts_url, larder.record.folder / "training", progress=progress(context)
+        )
+
+    def draw(axes: Any) -> None:
+        names = [row.name for row in report.evaluations[0].rows]
+        for shift, evaluation in zip((-0.2, 0.2), report.evaluations, strict=True):
+            axes.barh(
+                [place + shift for place in range(len(names))],
+                [evaluation.row(name).ndcg[10] for name in names],
+                height=0.38,
+                label=evaluation.split,
+            )
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.legend(fontsize=7)
+
+    numbers = {
+        f"{key}_{row.name.replace(' ', '_').replace('-', '_')}_ndcg_at_10": row.ndcg[10]
+        for key, evaluation in zip(("leave_one_out", "time_split"), report.evaluations, strict=True)
+        for row in evaluation.rows
+    }
+    return dg.MaterializeResult(
+        metadata={
+            **numbers,
+            metadata.SECONDS: report.seconds,
+            "tables": dg.MetadataValue.md("\n\n".join(f"```\n{entry.table()}\n```" for entry in report.evaluations)),
+            "comparison": metadata.plot("NDCG@10", draw),
+        }
+    )
+
+
+@dg.asset(
+    group_name=GROUP,
+    owners=[OWNER],
+    kinds={"onnx"},
+    deps=["ranker", "ranker_evaluation", "popular_items"],
+    description="The ranker exported and quantised by Optimum, compared with PyTorch over a sweep of shapes, with its "
+    "manifest and its gate record.",
+    code_version="1",
+)
+def ranker_onnx(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
+    from orchestration.compute.learn import export_ranker
+
+    with asset_span(context):
+        start = time.monotonic()
+        with larder.connect() as connection, tempfile.TemporaryDirectory(prefix="larder-artifact-") as scratch:
+            exported = export_ranker(larder.lake, connection, larder.artifacts_url, Path(scratch) / "ranker")
+            version = exported.manifest.version
+            path = f"models/ranker/{version}"
+            artifacts.publish(larder.artifacts_url, path, Path(scratch) / "ranker")
+            registry.register(connection, exported.manifest, path)
+            registry.record_gate(connection, version, exported.passed, exported.record)
+    for line in exported.words:
+        progress(context)(line)
+    return dg.MaterializeResult(
+        metadata={
+            "model_version": version,
+            "gate_passed": exported.passed,
+            "gate": dg.MetadataValue.md("\n".join(f"- {line}" for line in exported.words)),
+            "int8_size_bytes": exported.manifest.files["ranker.cpu-int8.onnx"].size_bytes,
+            "int8_p50_ms": exported.manifest.latency_ms["cpu-int8_p50"],
+            "int8_ndcg_loss_rate": exported.manifest.parity["int8"]["ndcg_loss_rate"],
+            "int8_top_10_overlap_rate": exported.manifest.parity["int8"]["top_10_overlap_rate"],
+            "manifest": dg.MetadataValue.json({"files": {name: entry.size_bytes for name, entry in exported.manifest.files.items()}}),
+            metadata.SECONDS: time.monotonic() - start,
+        }
+    )

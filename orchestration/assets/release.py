@@ -1,0 +1,93 @@
+"""Assets of release: the champion's alias, and the function that answers with it."""
+
+import json
+import time
+from typing import Any
+
+import dagster as dg
+
+from inference import artifacts
+from infra import registry
+from orchestration import metadata
+from orchestration.metadata import OWNER
+from orchestration.progress import progress
+from orchestration.ranges import asset_span
+from orchestration.resources import Larder
+from schemas.manifest import CHAMPION_POINTER
+
+GROUP = "release"
+
+
+@dg.asset(
+    group_name=GROUP,
+    owners=[OWNER],
+    kinds={"postgres"},
+    deps=["item_vectors", "ranker_onnx"],
+    description="The champion: the newest version that passed its gate. If none did, the floor keeps serving.",
+    code_version="1",
+)
+def ranker_release(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
+    with asset_span(context), larder.connect() as connection:
+        # The gate record is read again here: a check that failed stops only its own run.
+        newest = connection.execute(
+            "SELECT m.version, m.path, g.passed, g.record->'words' FROM model_versions AS m JOIN gate_records AS g USING (version) "
+            "ORDER BY m.created_at DESC LIMIT 1"
+        ).fetchone()
+        if newest is None:
+            raise dg.Failure("no version has a gate record; materialise ranker_onnx first")
+        version, path, passed, words = newest
+        if passed:
+            registry.promote(connection, version)
+            connection.commit()
+            pointer = json.dumps({"version": version, "path": path}).encode()
+            artifacts.put(larder.artifacts_url, CHAMPION_POINTER, pointer)
+        serving = registry.read_alias(connection)
+    name = serving.version if serving else "the floor (co-visitation and trending)"
+    progress(context)(f"{'released' if passed else 'not released'}: {name} serves")
+    return dg.MaterializeResult(
+        metadata={
+            "released": passed,
+            "serving": name,
+            "revision": serving.revision if serving else 0,
+            "gate": dg.MetadataValue.md("\n".join(f"- {line}" for line in words)),
+        }
+    )
+
+
+@dg.asset(
+    group_name=GROUP,
+    owners=[OWNER],
+    kinds={"onnx"},
+    deps=["ranker_release", "popular_items", "co_visitation"],
+    description="The function with the released model: a first real request, under this run's trace.",
+    code_version="1",
+)
+def recommend_function(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
+    from inference.runtime import LarderApplication
+    from inference.settings import Settings
+    from schemas.serving import RecommendationRequest
+
+    with asset_span(context):
+        application = LarderApplication.from_settings(Settings(larder.url, larder.artifacts_url))
+        application.warm()
+        with larder.connect() as connection:
+            row = connection.execute("SELECT user_id FROM user_history ORDER BY occurred_at DESC LIMIT 1").fetchone()
+        request = RecommendationRequest(user_id=row[0] if row else "nobody", k=10)
+        took: list[float] = []
+        for _ in range(5):
+            start = time.perf_counter()
+            answer = application.recommend(request)
+            took.append((time.perf_counter() - start) * 1000)
+        application.store.close()
+    if not answer.items:
+        raise dg.Failure("the smoke request was answered with an empty list; look at popular_items and items")
+    return dg.MaterializeResult(
+        metadata={
+            "model_version": str(answer.model_version),
+            "items": len(answer.items),
+            "degraded": ", ".join(answer.degraded) or "nothing",
+            "first_request_ms": took[0],
+            "p50_ms": sorted(took[1:])[len(took[1:]) // 2],
+            metadata.ROWS: len(answer.items),
+        }
+    )

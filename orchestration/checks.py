@@ -1,0 +1,70 @@
+"""Asset checks: what must hold of a partition or a model before anybody relies on it."""
+
+from typing import Any
+
+import dagster as dg
+
+from orchestration.resources import Larder
+from schemas.features import FeatureView
+from schemas.views import VIEWS
+
+
+def settled_check(view: FeatureView) -> dg.AssetChecksDefinition:
+    """Every partition of `view` that the ledger names holds exactly the rows it says."""
+
+    @dg.asset_check(
+        asset=view.name, name="ledger_agrees", blocking=True, description="The ledger's row counts are the table's."
+    )
+    def ledger_agrees(larder: Larder) -> dg.AssetCheckResult:
+        with larder.connect() as connection:
+            off = connection.execute(
+                f"SELECT l.partition_date, l.rows, coalesce(t.rows, 0) FROM feature_ledger AS l LEFT JOIN "
+                f"(SELECT partition_date, count(*) AS rows FROM features.{view.name} GROUP BY 1) AS t USING (partition_date) "
+                "WHERE l.view = %s AND l.rows <> coalesce(t.rows, 0) ORDER BY 1",
+                (view.name,),
+            ).fetchall()
+        metadata: dict[str, Any] = {"partitions_that_differ": len(off)}
+        if off:
+            metadata["first"] = f"{off[0][0]}: ledger {off[0][1]}, table {off[0][2]}"
+        return dg.AssetCheckResult(passed=not off, metadata=metadata)
+
+    return ledger_agrees
+
+
+@dg.asset_check(asset="text_vectors", description="The HNSW index finds at least 95 % of what exact search finds.")
+def index_recall_is_high(larder: Larder) -> dg.AssetCheckResult:
+    from orchestration.compute.vectors import index_recall
+
+    with larder.connect() as connection:
+        recall = index_recall(connection)
+    return dg.AssetCheckResult(passed=recall >= 0.95, metadata={"recall_at_10": recall}, severity=dg.AssetCheckSeverity.WARN)
+
+
+@dg.asset_check(asset="source_events", description="Every row that was read is stored, a duplicate or in quarantine.")
+def counts_add_up(larder: Larder) -> dg.AssetCheckResult:
+    with larder.connect() as connection:
+        row = connection.execute(
+            "SELECT coalesce(sum(stored_rows), 0), (SELECT coalesce(sum(rows), 0) FROM lake_files), "
+            "(SELECT count(*) FROM recent_events WHERE drained AND request_id IS NOT NULL), coalesce(sum(quarantined_rows), 0) "
+            "FROM ingests"
+        ).fetchone()
+    assert row is not None
+    stored, lake, _, quarantined = (int(value) for value in row)
+    return dg.AssetCheckResult(
+        passed=lake >= stored, metadata={"stored_rows": stored, "lake_rows": lake, "quarantined_rows": quarantined}
+    )
+
+
+@dg.asset_check(asset="ranker_onnx", description="The newest version beats every floor on both splits.")
+def ranker_passed_its_gate(larder: Larder) -> dg.AssetCheckResult:
+    with larder.connect() as connection:
+        row = connection.execute(
+            "SELECT passed, record->'words' FROM gate_records ORDER BY created_at DESC LIMIT 1"
+        ).fetchone()
+    passed, words = row or (False, ["no gate record yet"])
+    return dg.AssetCheckResult(
+        passed=passed, severity=dg.AssetCheckSeverity.WARN, metadata={"verdict": "\n".join(words)}
+    )
+
+
+CHECKS = [*(settled_check(view) for view in VIEWS), index_recall_is_high, counts_add_up, ranker_passed_its_gate]

@@ -1,0 +1,246 @@
+"""From the training set to a judged, exported model: what the ranker's assets call, in order.
+
+    training set ─▶ train_ranker ─▶ evaluate_ranker ─▶ export_ranker (gate record)
+
+Between the steps the trained model and the evaluation lie under `training/` of the artefacts.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psycopg
+import torch
+
+from inference import artifacts
+from inference.encoder import TextEncoder
+from orchestration.compute import co_visitation as floor
+from orchestration.compute.evaluate import (
+    Evaluation,
+    Scorer,
+    Split,
+    evaluate,
+    score_co_visitation,
+    score_popularity,
+    score_windowed_popularity,
+    time_split,
+)
+from orchestration.compute.export import ArtifactLabels, write_artifact
+from orchestration.compute.interactions import Interactions
+from orchestration.compute.lake import Lake
+from orchestration.compute.point_in_time import PointInTime
+from orchestration.compute.slates import Slates
+from orchestration.compute.train import Progress, TrainConfig, TrainedRanker, Wishes, train
+from orchestration.compute.training_set import load_categories, load_training_set
+from orchestration.compute.vectors import load_text_vectors
+from schemas import prompts
+from schemas.manifest import ENCODER_PATH, Manifest
+from schemas.views import candidate_features, context_features, fingerprint
+
+TRAINED_PATH = "training/ranker.pt"
+EVALUATION_PATH = "training/evaluation.json"
+RANKER = "ranker"
+FLOOR = ("popularity", "7-day popularity", "co-visitation")
+RERANKED = 200
+"""Candidates an evaluation re-ranks per label."""
+JUDGED_LABELS = 3_000
+"""Labels of the time split that are judged at most, chosen by seed: re-ranking each takes features of 200 items."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingReport:
+    """What a training run did."""
+
+    progress: list[Progress]
+    validation: dict[str, float]
+    events: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """Leave-one-out first, then the time split."""
+
+    evaluations: tuple[Evaluation, Evaluation]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An artefact and its verdict; `words` say it for people."""
+
+    manifest: Manifest
+    passed: bool
+    record: dict[str, Any]
+    words: tuple[str, ...]
+
+
+def wishes_for(connection: psycopg.Connection[Any], artifacts_url: str, interactions: Interactions) -> Wishes:
+    """Training wishes: each category as a person would say it, encoded like a wish in a request."""
+    categories = load_categories(connection, interactions)
+    names = sorted({name for names in categories for name in names})
+    encoder = TextEncoder(artifacts.fetch(artifacts_url, ENCODER_PATH), precision="int8")
+    template = prompts.load(prompts.WISH_TEMPLATE)
+    vectors = encoder.encode([template.render({"wish": name}) for name in names])
+    place = {name: index for index, name in enumerate(names)}
+    member = np.zeros((len(categories), len(names)), bool)
+    for item, held in enumerate(categories):
+        member[item, [place[name] for name in held]] = True
+    return Wishes(vectors, member)
+
+
+def train_ranker(
+    lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, scratch: Path, *, progress: Say
+) -> TrainingReport:
+    """Train on the training set and keep the result. An interrupted training goes on from its last epoch."""
+    known = load_training_set(lake, connection, artifacts_url)
+    with PointInTime(lake, connection) as ask:
+        slates = Slates(
+            ask,
+            known.split.train,
+            load_categories(connection, known.split.train),
+            (known.rows, known.context, known.context_mask),
+        )
+        trained = _train(connection, artifacts_url, known.split, slates, scratch / "ranker.ckpt", progress)
+    buffer = io.BytesIO()
+    torch.save(trained, buffer)
+    artifacts.put(artifacts_url, TRAINED_PATH, buffer.getvalue())
+    return TrainingReport(trained.progress, trained.validation, len(known.split.train), trained.seconds)
+
+
+def evaluate_ranker(
+    lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, scratch: Path, *, progress: Say
+) -> EvaluationReport:
+    """Judge the trained ranker on its held-out events, and the same recipe on a global time split."""
+    start = time.monotonic()
+    split = load_training_set(lake, connection, artifacts_url).split
+    trained = _load_trained(artifacts_url)
+    everything = split.queries.interactions
+    categories = load_categories(connection, everything)
+    with PointInTime(lake, connection) as ask:
+        slates = Slates(ask, everything, categories)
+        first = evaluate({**_floor(split), RANKER: trained.scorer(slates, rerank=RERANKED)}, split)
+        progress(first.table())
+        later = time_split(everything)
+        chosen = np.random.default_rng(0).permutation(len(later.queries))[:JUDGED_LABELS]
+        later = Split(later.name, later.train, later.queries.take(np.sort(chosen)))
+        frozen = _train(
+            connection, artifacts_url, later, Slates(ask, later.train, categories), scratch / "time_split.ckpt", progress
+        )
+        late_slates = Slates(ask, later.queries.interactions, categories)
+        second = evaluate({**_floor(later), RANKER: frozen.scorer(late_slates, rerank=RERANKED)}, later)
+        progress(second.table())
+    artifacts.put(
+        artifacts_url,
+        EVALUATION_PATH,
+        json.dumps({"leave_one_out": first.to_dict(), "time_split": second.to_dict()}).encode(),
+    )
+    return EvaluationReport((first, second), time.monotonic() - start)
+
+
+def export_ranker(lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, folder: Path) -> Exported:
+    """Export, quantise and gate the trained ranker into `folder`. Raises GateError if a graph is not what was trained."""
+    split = load_training_set(lake, connection, artifacts_url).split
+    trained = _load_trained(artifacts_url)
+    evaluation = json.loads(artifacts.get(artifacts_url, EVALUATION_PATH))
+    popular = [
+        {"item_id": item_id, "title": title, "score": score}
+        for item_id, title, score in connection.execute(
+            "SELECT p.item_id, i.title, p.score FROM popular_items AS p JOIN items AS i USING (item_id) "
+            "WHERE p.list = 'trending' ORDER BY p.rank"
+        )
+    ]
+    everything = split.queries.interactions
+    encoder = TextEncoder(artifacts.fetch(artifacts_url, ENCODER_PATH), precision="int8")
+    labels = ArtifactLabels(
+        feature_fingerprint=fingerprint(),
+        context_features=context_features(),
+        candidate_features=candidate_features(),
+        encoder_version=encoder.version,
+        item_template=prompts.ITEM_TEMPLATE,
+        wish_template=prompts.WISH_TEMPLATE,
+        trained_until=datetime.fromtimestamp(int(everything.occurred_at.max()) / 1e6, UTC).isoformat(),
+    )
+    requests = split.queries.take(np.sort(np.random.default_rng(1).permutation(len(split.queries))[:1024]))
+    with PointInTime(lake, connection) as ask:
+        manifest = write_artifact(
+            trained,
+            folder,
+            labels,
+            item_ids=everything.item_ids,
+            popular_items=popular,
+            requests=requests,
+            quality=evaluation,
+            slates=Slates(ask, everything, load_categories(connection, everything)),
+        )
+    passed, words = verdict(evaluation)
+    return Exported(manifest, passed, {"evaluation": evaluation, "parity": manifest.parity, "words": words}, words)
+
+
+def verdict(evaluation: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
+    """Whether the ranker beats every floor on both splits (NDCG@10), and that in words."""
+    passed, words = True, []
+    for key, name in (("leave_one_out", "leave-one-out"), ("time_split", "time split")):
+        scores = {row["name"]: row["ndcg"]["10"] if "10" in row["ndcg"] else row["ndcg"][10] for row in evaluation[key]["rows"]}
+        best = max(FLOOR, key=lambda row: scores[row])
+        beats = scores[RANKER] > scores[best]
+        passed &= beats
+        words.append(
+            f"{name}: ranker {scores[RANKER]:.4f} NDCG@10 {'beats' if beats else 'does not beat'} {best} {scores[best]:.4f}"
+        )
+    words.append("the ranker may serve" if passed else "the ranker stays on the shelf; the floor keeps serving")
+    return passed, tuple(words)
+
+
+def _train(
+    connection: psycopg.Connection[Any],
+    artifacts_url: str,
+    split: Split,
+    slates: Slates,
+    checkpoint: Path,
+    progress: Say,
+) -> TrainedRanker:
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+
+    def report(entry: Progress) -> None:
+        quality = f", validation NDCG@10 {entry.ndcg_at_10:.4f}" if entry.ndcg_at_10 is not None else ""
+        progress(f"stage {entry.stage}, epoch {entry.epoch} of {entry.epochs}: loss {entry.loss:.3f}{quality}, {entry.seconds:.0f} s")
+
+    trained = train(
+        split.train,
+        load_text_vectors(connection, split.train.item_ids),
+        TrainConfig(),
+        slates=slates,
+        wishes=wishes_for(connection, artifacts_url, split.train),
+        on_progress=report,
+        checkpoint=checkpoint,
+    )
+    checkpoint.unlink(missing_ok=True)
+    return trained
+
+
+def _load_trained(artifacts_url: str) -> TrainedRanker:
+    # Our own file under our own artefacts' root, never one from a request.
+    trained: TrainedRanker = torch.load(io.BytesIO(artifacts.get(artifacts_url, TRAINED_PATH)), weights_only=False)
+    return trained
+
+
+def _floor(split: Split) -> dict[str, Scorer]:
+    counts = floor.popularity(split.train)
+    everything = split.queries.interactions
+    return {
+        "popularity": score_popularity(counts),
+        # What was popular lately is public knowledge at the label's time; nothing is fitted.
+        "7-day popularity": score_windowed_popularity(floor.WindowedPopularity(everything, days=7)),
+        "co-visitation": score_co_visitation(floor.co_visitation(split.train), counts),
+    }

@@ -1,0 +1,119 @@
+"""The training set: each person's last labels with their context as known at the label, versioned, as Parquet."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psycopg
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from inference import artifacts
+from orchestration.compute.evaluate import Split, leave_one_out
+from orchestration.compute.interactions import Interactions, load_interactions
+from orchestration.compute.lake import Lake
+from orchestration.compute.point_in_time import PointInTime
+from orchestration.compute.slates import Slates
+from schemas.errors import DefinitionError
+from schemas.views import CONTEXT_VIEWS, context_features
+
+PATH = "training/training_set.parquet"
+LABELS_PER_PERSON = 12
+"""The ten that slates are mined for, the one that validates and one to spare."""
+LEAST_EVENTS = 1_000
+LEAST_PEOPLE = 20
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSetReport:
+    """What was written."""
+
+    labels: int
+    people: int
+    null_rate: float
+    size_bytes: int
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSet:
+    """Labels as rows of `split.train`, ascending, with context values and mask `(l, f) float32`."""
+
+    split: Split
+    rows: NDArray[np.int64]
+    context: NDArray[np.float32]
+    context_mask: NDArray[np.float32]
+
+
+def load_categories(connection: psycopg.Connection[Any], interactions: Interactions) -> list[list[str]]:
+    """Each catalogue item's categories, in the order of `interactions.item_ids`."""
+    found = dict(connection.execute("SELECT item_id, categories FROM items").fetchall())
+    return [found.get(item_id, []) for item_id in interactions.item_ids.tolist()]
+
+
+def learning_split(lake: Lake, connection: psycopg.Connection[Any]) -> Split:
+    """Leave-one-out over all events of the lake. Raises DefinitionError if there is too little to learn from."""
+    interactions = load_interactions(lake, connection)
+    people = len(np.unique(interactions.user))
+    if len(interactions) < LEAST_EVENTS or people < LEAST_PEOPLE:
+        raise DefinitionError(
+            f"{len(interactions)} events of {people} people are too few to train on: {LEAST_EVENTS} events of "
+            f"{LEAST_PEOPLE} people are needed. Until then the floor (co-visitation and trending) serves"
+        )
+    return leave_one_out(interactions)
+
+
+def build_training_set(lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str) -> TrainingSetReport:
+    """Write the training set of the lake as it stands."""
+    split = learning_split(lake, connection)
+    rows = _last_labels(split.train)
+    with PointInTime(lake, connection) as ask:
+        values, mask = Slates(ask, split.train, load_categories(connection, split.train)).context(rows)
+    table = pa.table(
+        {
+            "label_row": rows,
+            "user_id": split.train.user_ids[split.train.user[rows]].astype(object),
+            "item_id": split.train.item_ids[split.train.item[rows]].astype(object),
+            "occurred_at": pa.array(split.train.occurred_at[rows], pa.timestamp("us", tz="UTC")),
+            "context": pa.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1]),
+            "context_mask": pa.FixedSizeListArray.from_arrays(mask.ravel(), mask.shape[1]),
+        }
+    ).replace_schema_metadata({"version": _version(split.train), "features": ",".join(context_features())})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    artifacts.put(artifacts_url, PATH, buffer.getvalue())
+    people = len(np.unique(split.train.user[rows]))
+    return TrainingSetReport(len(rows), people, float(1 - mask.mean()), buffer.tell(), _version(split.train))
+
+
+def load_training_set(lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str) -> TrainingSet:
+    """The training set last written. Raises DefinitionError if events or definitions have changed since."""
+    split = learning_split(lake, connection)
+    table = pq.read_table(io.BytesIO(artifacts.get(artifacts_url, PATH)))
+    found = (table.schema.metadata or {}).get(b"version", b"").decode()
+    if found != _version(split.train):
+        raise DefinitionError("the training set was built from other events or definitions; materialise training_set again")
+
+    def block(name: str) -> NDArray[np.float32]:
+        column = table[name].combine_chunks()
+        return np.asarray(column.flatten(), np.float32).reshape(len(table), -1)
+
+    return TrainingSet(split, np.asarray(table["label_row"]), block("context"), block("context_mask"))
+
+
+def _last_labels(interactions: Interactions) -> NDArray[np.int64]:
+    offsets = interactions.offsets()
+    row = np.arange(len(interactions))
+    return row[offsets[1:][interactions.user] - row <= LABELS_PER_PERSON].astype(np.int64)
+
+
+def _version(interactions: Interactions) -> str:
+    digest = hashlib.sha256("".join(view.definition_hash for view in CONTEXT_VIEWS).encode())
+    for array in (interactions.user, interactions.item, interactions.occurred_at, interactions.kind):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]

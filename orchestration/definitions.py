@@ -1,0 +1,42 @@
+"""The Dagster code location: everything that `dg dev`, `dagster dev` and the daemon load."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from orchestration.assets import embeddings, events, features, ranker, release
+from orchestration.automation import JOBS, schedules
+from orchestration.checks import CHECKS
+from orchestration.resources import Larder
+
+ASSETS: list[dg.AssetsDefinition] = [
+    events.load_source,
+    events.events,
+    *features.VIEW_ASSETS,
+    embeddings.text_vectors,
+    ranker.popular_items,
+    ranker.co_visitation,
+    ranker.training_set,
+    ranker.ranker,
+    ranker.ranker_evaluation,
+    ranker.ranker_onnx,
+    embeddings.item_vectors,
+    release.ranker_release,
+    release.recommend_function,
+]
+
+
+def build_definitions(larder: Larder | None = None) -> dg.Definitions:
+    """The whole location; tests hand in a resource of their own."""
+    return dg.Definitions(
+        assets=ASSETS,
+        asset_checks=CHECKS,
+        jobs=JOBS,
+        schedules=schedules(),
+        resources={"larder": larder or Larder()},
+        # One process per run: the multiprocess executor would import everything again for every step.
+        executor=dg.in_process_executor,
+    )
+
+
+defs = build_definitions()

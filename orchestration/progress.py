@@ -1,0 +1,24 @@
+"""One line at a time of what is going on: into the run's log, and onto the terminal when a person started the run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import dagster as dg
+
+terminal = logging.getLogger("larder.progress")
+"""Silent unless somebody attaches a handler, as orchestration/run.py does."""
+terminal.addHandler(logging.NullHandler())
+terminal.propagate = False
+terminal.setLevel(logging.INFO)
+
+
+def progress(context: dg.AssetExecutionContext) -> Callable[[str], None]:
+    """A function that reports one line of progress of this asset."""
+
+    def say(message: str) -> None:
+        context.log.info(message)
+        terminal.info(message)
+
+    return say

@@ -1,0 +1,284 @@
+"""`make run`: the whole road from raw events to a recommendation, as Dagster runs; a repeat does only what is new."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from infra import deployment as deployments
+from infra import postgres
+from infra.deployment import Deployment
+from orchestration.progress import terminal
+from orchestration.sources.open import open_source
+from schemas.errors import LarderError, SettingsError
+from schemas.views import VIEWS
+
+if TYPE_CHECKING:
+    import dagster as dg
+
+RETRAIN_AFTER_DAYS = 7
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Todo:
+    """What a run has to do: days whose partitions are missing or stale, per asset, and whether to train."""
+
+    days: tuple[date, date] | None
+    train: bool
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestration.run",
+        description="Take raw events all the way to an explained recommendation. Safe to repeat: only what is new is done.",
+    )
+    parser.add_argument("--data", help="a MovieLens folder, a folder or s3:// prefix with larder.toml (default: a simulated world)")
+    parser.add_argument("--shift", action="store_true", help="shift tabular data so that its last event falls within the last week")
+    parser.add_argument("--user", help="whose recommendations to print (default: the most recently active person)")
+    parser.add_argument("--retrain", action="store_true", help="train even if the last training is recent")
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")  # third parties' notices belong into logs, not between two lines of progress
+    try:
+        return _run(options)
+    except LarderError as error:
+        console.print(f"[red]error[/red] ({error.type}): {error}", markup=True, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; what was finished is kept, `make run` goes on from there")
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    began = time.monotonic()
+    record = _deployment(options.data or None, options.shift)
+    console.rule(f"Larder · deployment {record.name}")
+    with _step("database"):
+        url = postgres.prepare(record)
+    record.save()
+    os.environ["DEPLOYMENT"] = record.name
+    _prepare_dagster(record)
+    import dagster as dg
+
+    from orchestration.definitions import defs
+    from orchestration.resources import Larder
+
+    with dg.DagsterInstance.get() as instance:
+        larder = Larder()
+        launch = _Launcher(defs, instance)
+        with _step("catalogue and events"):
+            launch("source_events", "items")
+        todo = _what_is_new(larder, options.retrain)
+        if todo.days is None:
+            _note("features", "every partition is up to date")
+        else:
+            first, last = todo.days
+            with _step(f"features, {first} to {last}"):
+                launch("events", *(view.name for view in VIEWS), partitions=(first, last))
+        with _step("text vectors"):
+            launch("text_vectors")
+        with _step("popular items, co-visitation"):
+            launch("popular_items", "co_visitation")
+        if todo.train:
+            with _step("training set"):
+                launch("training_set")
+            with _step("ranker"):
+                launch("ranker")
+            with _step("evaluation"):
+                launch("ranker_evaluation")
+            with _step("ONNX export and gate"):
+                launch("ranker_onnx")
+        else:
+            _note("ranker", f"trained less than {RETRAIN_AFTER_DAYS} days ago (make run RETRAIN=1 trains anyway)")
+        with _step("item vectors, release"):
+            launch("item_vectors", "ranker_release", "recommend_function")
+    _show(url, record, options.user)
+    console.print(
+        f"\ndone in {time.monotonic() - began:.0f} s · next: `make ui` shows how it was made, `make serve` answers over HTTP"
+    )
+    return 0
+
+
+def _deployment(data: str | None, shift: bool) -> Deployment:
+    """The deployment for DATA: as recorded, or a new one with its start and shift settled now."""
+    name = os.environ.get("DEPLOYMENT") or deployments.name_for(data)
+    source = str(Path(data).resolve()) if data and not data.startswith("s3://") else data
+    found = deployments.load(name)
+    if found is not None:
+        if found.data != source and data is not None:
+            raise SettingsError(
+                f"deployment {name!r} was made from {found.data or 'the simulator'}, not from {source}; "
+                "choose another name with DEPLOYMENT=<name>"
+            )
+        if found.data is not None:
+            open_source(found.data, start=found.start_date, until=datetime.now(UTC)).time_range()
+        return found
+    now = datetime.now(UTC)
+    start = now.date() - timedelta(days=deployments.DEFAULT_DAYS)
+    opened = open_source(source, start=start, until=now)
+    if data is None:
+        return Deployment(name, None, start)
+    first, last = opened.time_range()
+    weeks = (now - last).days // 7 if opened.historical or shift else 0
+    return Deployment(name, source, (first + timedelta(weeks=weeks)).date(), weeks * 7)
+
+
+def _what_is_new(larder: Any, retrain: bool) -> Todo:
+    record = larder.record
+    yesterday = datetime.now(UTC).date() - timedelta(days=1)
+    with larder.connect() as connection:
+        lake = dict(connection.execute("SELECT day, rows FROM lake_files").fetchall())
+        built = {
+            (view, day): (definition, events)
+            for view, day, definition, events in connection.execute(
+                "SELECT view, partition_date, definition_hash, events FROM feature_ledger"
+            )
+        }
+        undrained = [
+            day
+            for (day,) in connection.execute(
+                "SELECT DISTINCT (occurred_at AT TIME ZONE 'UTC')::date FROM recent_events WHERE NOT drained"
+            )
+        ]
+        latest = connection.execute(
+            "SELECT manifest->>'trained_until', manifest->>'feature_fingerprint' FROM model_versions "
+            "ORDER BY created_at DESC LIMIT 1"
+        ).fetchone()
+    stale = [day for day in undrained if record.start_date <= day <= yesterday]
+    day = record.start_date
+    while day <= yesterday:
+        if any(built.get((view.name, day)) != (view.definition_hash, lake.get(day, 0)) for view in VIEWS):
+            stale.append(day)
+        day += timedelta(days=1)
+    from schemas.views import fingerprint
+
+    due = latest is None or latest[1] != fingerprint() or (
+        datetime.now(UTC) - datetime.fromisoformat(latest[0])
+    ) > timedelta(days=2 * RETRAIN_AFTER_DAYS)
+    return Todo((min(stale), max(stale)) if stale else None, retrain or due)
+
+
+class _Launcher:
+    """Materialises assets in this process on the deployment's Dagster instance, so that the UI shows every run."""
+
+    def __init__(self, defs: dg.Definitions, instance: dg.DagsterInstance) -> None:
+        self._job = defs.resolve_implicit_global_asset_job_def()
+        self._instance = instance
+
+    def __call__(self, *assets: str, partitions: tuple[date, date] | None = None) -> None:
+        import dagster as dg
+
+        tags = {}
+        if partitions is not None:
+            tags = {
+                "dagster/asset_partition_range_start": partitions[0].isoformat(),
+                "dagster/asset_partition_range_end": partitions[1].isoformat(),
+            }
+        result = self._job.execute_in_process(
+            instance=self._instance,
+            asset_selection=[dg.AssetKey(name) for name in assets],
+            tags=tags,
+            raise_on_error=False,
+        )
+        if not result.success:
+            reasons = [
+                (event.step_key, event.event_specific_data.error_display_string)  # type: ignore[union-attr]
+                for event in result.all_events
+                if event.is_step_failure
+            ]
+            step, reason = reasons[0] if reasons else ("?", "see the run's log in `make ui`")
+            raise LarderError(f"asset {step} failed: {_innermost(reason)} (the whole story: `make ui`, run {result.run_id[:8]})")
+
+
+def _innermost(reason: str) -> str:
+    """The last cause of a Dagster error: the line a person needs."""
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    causes = [line for line in lines if "Error" in line.split(":")[0] or line.startswith(("dagster", "schemas", "psycopg"))]
+    return (causes or lines)[-1] if lines else reason
+
+
+def _prepare_dagster(record: Deployment) -> None:
+    home = record.dagster_home
+    home.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(__file__).parents[1] / "infra" / "dagster" / "dagster.yaml", home / "dagster.yaml")
+    os.environ["DAGSTER_HOME"] = str(home)
+    # One transaction for a hundred partition events instead of one each.
+    os.environ.setdefault("DAGSTER_EVENT_BATCH_SIZE", "100")
+
+
+@contextmanager
+def _step(name: str) -> Any:
+    """One step of the road on the terminal: its progress while it runs, its time when it is done."""
+    start = time.monotonic()
+    console.print(f"[bold]{name}[/bold]")
+    handler = _Lines()
+    terminal.addHandler(handler)
+    try:
+        yield
+    finally:
+        terminal.removeHandler(handler)
+    console.print(f"  [green]✓[/green] {time.monotonic() - start:.1f} s")
+
+
+def _note(name: str, words: str) -> None:
+    console.print(f"[bold]{name}[/bold]\n  {words}")
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in record.getMessage().splitlines():
+            console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def _show(url: str, record: Deployment, user_id: str | None) -> None:
+    """Ten recommendations for one person as a table, and where the milliseconds went."""
+    from inference.recommend import Steps
+    from inference.runtime import LarderApplication
+    from inference.settings import Settings
+    from schemas.serving import RecommendationRequest
+
+    application = LarderApplication.from_settings(Settings(url, record.artifacts_url))
+    application.warm()
+    with application.store.connection() as connection:
+        row = connection.execute(
+            "SELECT user_id, count(*) FROM user_history GROUP BY user_id HAVING count(*) >= 20 "
+            "ORDER BY max(occurred_at) DESC, user_id LIMIT 1"
+        ).fetchone()
+    chosen = user_id or (row[0] if row else "nobody")
+    request = RecommendationRequest(user_id=chosen, k=10, explain=True)
+    for _ in range(3):
+        steps = Steps()
+        start = time.perf_counter()
+        answer = application.recommender.recommend(request, steps=steps)
+        total = (time.perf_counter() - start) * 1000
+    application.store.close()
+    table = Table(title=f"ten recommendations for person {chosen} (model {answer.model_version})")
+    for name in ("item", "title", "score", "why"):
+        table.add_column(name, justify="right" if name == "score" else "left", overflow="fold")
+    for item in answer.items:
+        table.add_row(item.item_id, item.title, f"{item.score:.2f}", "; ".join(item.reasons or ()))
+    console.print(table)
+    console.print(
+        f"answered in {total:.1f} ms: " + ", ".join(f"{name} {value:.1f}" for name, value in steps.ms.items())
+        + (f"; degraded: {', '.join(answer.degraded)}" if answer.degraded else "")
+    )
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    sys.exit(main())

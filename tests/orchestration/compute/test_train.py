@@ -1,0 +1,184 @@
+"""Training repeats by seed, resumes where it stopped, and learns what counts cannot say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from orchestration.compute.co_visitation import popularity
+from orchestration.compute.evaluate import SlateFeatures, evaluate, leave_one_out, score_popularity
+from orchestration.compute.interactions import Interactions
+from orchestration.compute.train import (
+    SLATE,
+    Progress,
+    TrainConfig,
+    TrainedRanker,
+    Wishes,
+    _AllItemsSoftmax,
+    train,
+)
+from schemas.errors import DefinitionError
+from schemas.events import KINDS
+from schemas.ranker import TEXT_DIM
+
+ITEMS, CYCLE = 80, 8
+QUICK = TrainConfig(epochs=2, validate_every=1, slate_labels=2, batch_tokens=512)
+
+
+def world(people: int = 60, seed: int = 0) -> Interactions:
+    """Everybody walks around one of ten cycles of eight items: the next item is certain, popularity says nothing."""
+    generator = np.random.default_rng(seed)
+    cycle = generator.integers(0, ITEMS // CYCLE, people)[:, None]
+    step = (generator.integers(0, CYCLE, people)[:, None] + np.arange(CYCLE - 1)) % CYCLE
+    item = (cycle * CYCLE + step).astype(np.int32)  # (people, 7): nobody meets an item twice
+    n = item.size
+    return Interactions(
+        np.array([f"u{i}" for i in range(people)]),
+        np.array([f"i{i}" for i in range(ITEMS)]),
+        np.repeat(np.arange(people), CYCLE - 1).astype(np.int32),
+        item.ravel(),
+        np.arange(n, dtype=np.int64) * 60_000_000,
+        np.full(n, KINDS.index("view") + 1),
+        np.full(n, np.nan, np.float32),
+    )
+
+
+def texts() -> NDArray[np.float32]:
+    vectors = np.random.default_rng(1).standard_normal((ITEMS, TEXT_DIM)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def slates(rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
+    context = np.stack([rows % 7, rows % 3], axis=1).astype(np.float32)
+    features = (candidates[:, :, None] % np.array([2, 3, 5])).astype(np.float32)
+    return SlateFeatures(context, np.ones_like(context), features, np.ones_like(features))
+
+
+def wishes() -> Wishes:
+    categories = np.arange(ITEMS)[:, None] // CYCLE == np.arange(ITEMS // CYCLE)
+    return Wishes(texts()[: ITEMS // CYCLE], categories)
+
+
+def parameters(trained: TrainedRanker) -> dict[str, torch.Tensor]:
+    return {**trained.ranker.state_dict(), **{f"tower.{k}": v for k, v in trained.tower.state_dict().items()}}
+
+
+def assert_same(one: TrainedRanker, two: TrainedRanker) -> None:
+    for name, value in parameters(one).items():
+        assert torch.equal(value, parameters(two)[name]), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> TrainedRanker:
+    return train(world(), texts(), QUICK, slates=slates, wishes=wishes())
+
+
+def test_a_seed_repeats_a_run(uninterrupted: TrainedRanker) -> None:
+    assert_same(train(world(), texts(), QUICK, slates=slates, wishes=wishes()), uninterrupted)
+    other = train(world(), texts(), replace(QUICK, seed=1), slates=slates, wishes=wishes())
+    assert not np.allclose(other.item_vectors(), uninterrupted.item_vectors())
+
+
+@pytest.mark.parametrize("stage_and_epoch", [(1, 1), (1, 2), (2, 1)])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
+    uninterrupted: TrainedRanker, tmp_path: Path, stage_and_epoch: tuple[int, int]
+) -> None:
+    checkpoint = tmp_path / "ranker.pt"
+
+    def interrupt(progress: Progress) -> None:
+        if (progress.stage, progress.epoch) == stage_and_epoch:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(world(), texts(), QUICK, slates=slates, wishes=wishes(), checkpoint=checkpoint, on_progress=interrupt)
+    again: list[Progress] = []
+    resumed = train(
+        world(), texts(), QUICK, slates=slates, wishes=wishes(), checkpoint=checkpoint, on_progress=again.append
+    )
+    assert len(again) < len(uninterrupted.progress)
+    assert_same(resumed, uninterrupted)
+    assert not checkpoint.exists()
+
+
+def test_a_checkpoint_of_other_data_is_not_continued(uninterrupted: TrainedRanker, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "ranker.pt"
+
+    def interrupt(_: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(world(seed=5), texts(), QUICK, slates=slates, wishes=wishes(), checkpoint=checkpoint, on_progress=interrupt)
+    assert_same(train(world(), texts(), QUICK, slates=slates, wishes=wishes(), checkpoint=checkpoint), uninterrupted)
+
+
+def test_it_learns_an_order_that_popularity_cannot_see() -> None:
+    split = leave_one_out(world(people=300))
+    trained = train(split.train, texts(), replace(QUICK, epochs=10, learning_rate=8e-3, validate_every=5))
+    result = evaluate({"popularity": score_popularity(popularity(split.train)), "ranker": trained.scorer()}, split)
+    assert result.row("ranker").ndcg[10] > 0.6
+    assert result.row("ranker").ndcg[10] > 2 * result.row("popularity").ndcg[10]
+
+
+def test_validation_labels_are_not_trained_on() -> None:
+    """Whatever the last items are, the weights before the first validation are the same."""
+    events = world()
+    last = events.offsets()[1:] - 1
+    changed = replace(events, item=events.item.copy())
+    changed.item[last] = (changed.item[last] + 1) % ITEMS
+    config = replace(QUICK, epochs=1, slate_epochs=0)
+    one, two = (train(world_, texts(), config).item_vectors() for world_ in (events, changed))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_slates_hold_the_positive_first_and_nothing_the_person_had() -> None:
+    asked: list[tuple[NDArray[np.int64], NDArray[np.int32]]] = []
+
+    def recorded(rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
+        asked.append((rows, candidates))
+        return slates(rows, candidates)
+
+    events = world()
+    train(events, texts(), replace(QUICK, epochs=1), slates=recorded)
+    rows, candidates = max(asked, key=lambda call: len(call[0]))
+    assert candidates.shape[1] == SLATE
+    np.testing.assert_array_equal(candidates[:, 0], events.item[rows])
+    for row, slate in zip(rows, candidates, strict=True):
+        before = events.item[(events.user == events.user[row]) & (events.occurred_at < events.occurred_at[row])]
+        assert not np.isin(slate[1:], [*before, events.item[row]]).any()
+        assert len(np.unique(slate)) == SLATE
+
+
+def test_hides_are_never_predicted() -> None:
+    events = replace(world(), kind=np.full(len(world()), KINDS.index("hide") + 1))
+    with pytest.raises(DefinitionError, match="no positive event"):
+        train(events, texts(), QUICK)
+
+
+def test_text_vectors_of_another_catalogue_are_refused() -> None:
+    with pytest.raises(DefinitionError, match=r"needs \(80, 384\)"):
+        train(world(), texts()[:5], QUICK)
+
+
+def test_a_large_catalogue_learns_from_sampled_negatives() -> None:
+    lines: list[Progress] = []
+    config = replace(QUICK, all_items_limit=10, epochs=4, learning_rate=8e-3, slate_epochs=0)
+    train(world(), texts(), config, on_progress=lines.append)
+    assert lines[-1].loss < lines[0].loss
+
+
+def test_the_fused_softmax_has_the_gradient_of_cross_entropy() -> None:
+    torch.manual_seed(0)
+    users, items = (torch.nn.functional.normalize(torch.randn(n, 8), dim=1).requires_grad_() for n in (30, 20))
+    target = torch.randint(0, 20, (30,))
+    ours = _AllItemsSoftmax.apply(users, items, target, 0.05)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    theirs = torch.nn.functional.cross_entropy(users @ items.T / 0.05, target)
+    torch.testing.assert_close(ours, theirs)
+    for mine, reference in zip(
+        torch.autograd.grad(ours, [users, items]), torch.autograd.grad(theirs, [users, items]), strict=True
+    ):
+        torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-4)
