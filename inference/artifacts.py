@@ -100,10 +100,14 @@ def _download(bucket: str, prefix: str, folder: Path) -> None:
     client = boto3.client("s3")
     listed = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/").get("Contents", [])
     if not listed:
-        raise ArtifactError(f"s3://{bucket}/{prefix} is missing; release again, or point ARTIFACTS_URL at where it lies")
+        raise ArtifactError(
+            f"s3://{bucket}/{prefix} is missing; release again, or point ARTIFACTS_URL at where it lies"
+        )
     for entry in listed:
         if entry["Size"] > MAX_FILE_BYTES:
-            raise ArtifactError(f"s3://{bucket}/{entry['Key']} has {entry['Size']} bytes; at most {MAX_FILE_BYTES} are loaded")
+            raise ArtifactError(
+                f"s3://{bucket}/{entry['Key']} has {entry['Size']} bytes; at most {MAX_FILE_BYTES} are loaded"
+            )
         client.download_file(bucket, entry["Key"], str(folder / Path(entry["Key"]).name))
 
 
@@ -132,5 +136,7 @@ def get(root_url: str, path: str) -> bytes:
 
         key = f"{parts.path.strip('/')}/{path}".strip("/")
         return bytes(boto3.client("s3").get_object(Bucket=parts.netloc, Key=key)["Body"].read())
-    except Exception as error:  # noqa: BLE001 - boto3 raises types of its own making
-        raise ArtifactError(f"{root_url}/{path} cannot be read ({type(error).__name__}); release a model first") from error
+    except Exception as error:
+        raise ArtifactError(
+            f"{root_url}/{path} cannot be read ({type(error).__name__}); release a model first"
+        ) from error

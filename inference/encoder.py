@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer  # type: ignore[import-untyped]  # ships stubs without py.typed
+from tokenizers import Encoding, Tokenizer
 
 from inference import telemetry
 from schemas.errors import ArtifactError

@@ -160,7 +160,10 @@ class Recommender:
         wish = ranker.project(asked.wish_text[None]) if asked.wish_text is not None else None
         with steps.step("user vector"):
             inputs = person_inputs(asked.person, asked.at, wish, ranker.dim)
-            if not all(asked.person.views[view.name].settled for view in CONTEXT_VIEWS) and asked.person.history.item_ids:
+            if (
+                not all(asked.person.views[view.name].settled for view in CONTEXT_VIEWS)
+                and asked.person.history.item_ids
+            ):
                 degraded.append("features")
             user_vector, _ = ranker.run(inputs | no_candidates(ranker.dim))
         with steps.step("candidates"):
@@ -197,14 +200,23 @@ class Recommender:
             for row, vector in enumerate(history.vectors)
             if vector is not None and history.titles[row] and history.kinds[row] not in NEGATIVE_KINDS
         ]
-        past = np.stack([_row(history, row) for row in past_rows]) if past_rows and with_reasons else np.zeros((0, 1), np.float32)
+        past = (
+            np.stack([_row(history, row) for row in past_rows])
+            if past_rows and with_reasons
+            else np.zeros((0, 1), np.float32)
+        )
         return tuple(
             RecommendedItem(
                 item_id=candidates.item_ids[index],
                 score=float(scores[index]),
                 title=candidates.titles[index],
                 reasons=explain.reasons(
-                    candidates.vectors[index], int(candidates.sources[index]), history, wish, past=past, past_rows=past_rows
+                    candidates.vectors[index],
+                    int(candidates.sources[index]),
+                    history,
+                    wish,
+                    past=past,
+                    past_rows=past_rows,
                 )
                 if with_reasons
                 else None,
@@ -217,7 +229,9 @@ class Recommender:
         left_out = set(request.exclude)
         wanted = None if request.candidates is None else set(request.candidates)
         items = [
-            RecommendedItem(item_id=item_id, score=score, title=title, reasons=("popular",) if request.explain else None)
+            RecommendedItem(
+                item_id=item_id, score=score, title=title, reasons=("popular",) if request.explain else None
+            )
             for item_id, title, score in self.models.popular()
             if item_id not in left_out and (wanted is None or item_id in wanted)
         ]
@@ -284,9 +298,7 @@ def person_inputs(
     }
 
 
-def candidate_inputs(
-    candidates: Candidates, views: dict[str, Columns], at: datetime
-) -> dict[str, NDArray[np.generic]]:
+def candidate_inputs(candidates: Candidates, views: dict[str, Columns], at: datetime) -> dict[str, NDArray[np.generic]]:
     """The ranker's inputs that describe n candidates."""
     n = len(candidates)
     seconds = np.full(n, at.timestamp())
@@ -312,7 +324,11 @@ def no_candidates(dim: int) -> dict[str, NDArray[np.generic]]:
     """One empty candidate: what is fed when only the user vector is wanted."""
     width = len(candidate_features())
     empty = np.zeros((1, 1, width), np.float32)
-    return {"candidate_vectors": np.zeros((1, 1, dim), np.float32), "candidate_features": empty, "candidate_mask": empty}
+    return {
+        "candidate_vectors": np.zeros((1, 1, dim), np.float32),
+        "candidate_features": empty,
+        "candidate_mask": empty,
+    }
 
 
 def _one_row(view: FeatureView, columns: Columns, seconds: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

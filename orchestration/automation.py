@@ -17,14 +17,22 @@ daily_job = dg.define_asset_job(
 
 catalogue_job = dg.define_asset_job(
     "catalogue",
-    dg.AssetSelection.assets("items", "source_events", "text_vectors", "item_vectors", "popular_items", "co_visitation"),
+    dg.AssetSelection.assets(
+        "items", "source_events", "text_vectors", "item_vectors", "popular_items", "co_visitation"
+    ),
     description="New items and events from the source; their vectors and the floor's lists.",
 )
 
 training_job = dg.define_asset_job(
     "training",
     dg.AssetSelection.assets(
-        "training_set", "ranker", "ranker_evaluation", "ranker_onnx", "item_vectors", "ranker_release", "recommend_function"
+        "training_set",
+        "ranker",
+        "ranker_evaluation",
+        "ranker_onnx",
+        "item_vectors",
+        "ranker_release",
+        "recommend_function",
     ),
     description="Train, judge, export, gate and release a ranker.",
 )
@@ -35,7 +43,9 @@ JOBS = [daily_job, catalogue_job, training_job]
 def schedules() -> list[dg.ScheduleDefinition | dg.UnresolvedPartitionedAssetScheduleDefinition]:
     """The schedules of the jobs above, in UTC."""
     return [
-        dg.build_schedule_from_partitioned_job(daily_job, name="daily_features_at_01_15", hour_of_day=1, minute_of_hour=15),
+        dg.build_schedule_from_partitioned_job(
+            daily_job, name="daily_features_at_01_15", hour_of_day=1, minute_of_hour=15
+        ),
         dg.ScheduleDefinition(name="catalogue_at_01_00", job=catalogue_job, cron_schedule="0 1 * * *"),
         dg.ScheduleDefinition(name="training_on_mondays", job=training_job, cron_schedule="0 3 * * 1"),
     ]

@@ -37,7 +37,9 @@ def index_recall_is_high(larder: Larder) -> dg.AssetCheckResult:
 
     with larder.connect() as connection:
         recall = index_recall(connection)
-    return dg.AssetCheckResult(passed=recall >= 0.95, metadata={"recall_at_10": recall}, severity=dg.AssetCheckSeverity.WARN)
+    return dg.AssetCheckResult(
+        passed=recall >= 0.95, metadata={"recall_at_10": recall}, severity=dg.AssetCheckSeverity.WARN
+    )
 
 
 @dg.asset_check(asset="source_events", description="Every row that was read is stored, a duplicate or in quarantine.")

@@ -46,9 +46,7 @@ def walk(
             context.log.info(f"{first} to {last}: {sum(entry.get('rows', 0) for entry in built.values()):,} rows")
     except Exception as error:
         for day, metadata in done.items():
-            context.log_event(
-                dg.AssetMaterialization(context.asset_key, partition=day.isoformat(), metadata=metadata)
-            )
+            context.log_event(dg.AssetMaterialization(context.asset_key, partition=day.isoformat(), metadata=metadata))
         failed = [day for day in days if day not in done]
         raise dg.Failure(
             f"{len(done)} of {len(days)} partitions are built; {failed[0]} to {failed[-1]} are not: {error}. "

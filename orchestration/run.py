@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ from rich.table import Table
 from infra import deployment as deployments
 from infra import postgres
 from infra.deployment import Deployment
+from infra.ui import prepare_dagster
 from orchestration.progress import terminal
 from orchestration.sources.open import open_source
 from schemas.errors import LarderError, SettingsError
@@ -48,8 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m orchestration.run",
         description="Take raw events all the way to an explained recommendation. Safe to repeat: only what is new is done.",
     )
-    parser.add_argument("--data", help="a MovieLens folder, a folder or s3:// prefix with larder.toml (default: a simulated world)")
-    parser.add_argument("--shift", action="store_true", help="shift tabular data so that its last event falls within the last week")
+    parser.add_argument(
+        "--data", help="a MovieLens folder, a folder or s3:// prefix with larder.toml (default: a simulated world)"
+    )
+    parser.add_argument(
+        "--shift", action="store_true", help="shift tabular data so that its last event falls within the last week"
+    )
     parser.add_argument("--user", help="whose recommendations to print (default: the most recently active person)")
     parser.add_argument("--retrain", action="store_true", help="train even if the last training is recent")
     options = parser.parse_args(arguments)
@@ -71,8 +75,7 @@ def _run(options: argparse.Namespace) -> int:
     with _step("database"):
         url = postgres.prepare(record)
     record.save()
-    os.environ["DEPLOYMENT"] = record.name
-    _prepare_dagster(record)
+    prepare_dagster(record)
     import dagster as dg
 
     from orchestration.definitions import defs
@@ -167,9 +170,11 @@ def _what_is_new(larder: Any, retrain: bool) -> Todo:
         day += timedelta(days=1)
     from schemas.views import fingerprint
 
-    due = latest is None or latest[1] != fingerprint() or (
-        datetime.now(UTC) - datetime.fromisoformat(latest[0])
-    ) > timedelta(days=2 * RETRAIN_AFTER_DAYS)
+    due = (
+        latest is None
+        or latest[1] != fingerprint()
+        or (datetime.now(UTC) - datetime.fromisoformat(latest[0])) > timedelta(days=2 * RETRAIN_AFTER_DAYS)
+    )
     return Todo((min(stale), max(stale)) if stale else None, retrain or due)
 
 
@@ -202,23 +207,18 @@ class _Launcher:
                 if event.is_step_failure
             ]
             step, reason = reasons[0] if reasons else ("?", "see the run's log in `make ui`")
-            raise LarderError(f"asset {step} failed: {_innermost(reason)} (the whole story: `make ui`, run {result.run_id[:8]})")
+            raise LarderError(
+                f"asset {step} failed: {_innermost(reason)} (the whole story: `make ui`, run {result.run_id[:8]})"
+            )
 
 
 def _innermost(reason: str) -> str:
     """The last cause of a Dagster error: the line a person needs."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    causes = [line for line in lines if "Error" in line.split(":")[0] or line.startswith(("dagster", "schemas", "psycopg"))]
+    causes = [
+        line for line in lines if "Error" in line.split(":")[0] or line.startswith(("dagster", "schemas", "psycopg"))
+    ]
     return (causes or lines)[-1] if lines else reason
-
-
-def _prepare_dagster(record: Deployment) -> None:
-    home = record.dagster_home
-    home.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(Path(__file__).parents[1] / "infra" / "dagster" / "dagster.yaml", home / "dagster.yaml")
-    os.environ["DAGSTER_HOME"] = str(home)
-    # One transaction for a hundred partition events instead of one each.
-    os.environ.setdefault("DAGSTER_EVENT_BATCH_SIZE", "100")
 
 
 @contextmanager
@@ -274,7 +274,8 @@ def _show(url: str, record: Deployment, user_id: str | None) -> None:
         table.add_row(item.item_id, item.title, f"{item.score:.2f}", "; ".join(item.reasons or ()))
     console.print(table)
     console.print(
-        f"answered in {total:.1f} ms: " + ", ".join(f"{name} {value:.1f}" for name, value in steps.ms.items())
+        f"answered in {total:.1f} ms: "
+        + ", ".join(f"{name} {value:.1f}" for name, value in steps.ms.items())
         + (f"; degraded: {', '.join(answer.degraded)}" if answer.degraded else "")
     )
 

@@ -72,7 +72,9 @@ def read_sql(view: FeatureView, entities: str, at: str = "%(at)s") -> str:
     )
     names = ", ".join(name for name, _, _ in view.columns)
     base = base_sql(
-        view, "recent_events", f"e.occurred_at >= (SELECT settled FROM edge) AND e.occurred_at < {at} AND {_of_event(entities)}"
+        view,
+        "recent_events",
+        f"e.occurred_at >= (SELECT settled FROM edge) AND e.occurred_at < {at} AND {_of_event(entities)}",
     )
     return f"""
         WITH newest AS (
@@ -102,7 +104,9 @@ def _aged(state: State, column: str) -> str:
     if state.merge is not Merge.DECAY:
         return f"s.{column}"
     late = "CAST(EXTRACT(EPOCH FROM (SELECT midnight - settled FROM edge)) AS DOUBLE PRECISION)"
-    return f"(s.{column} * POWER(CAST(2 AS DOUBLE PRECISION), -{late} / {(state.half_life_days or 1) * _DAY_SECONDS:.1f}))"
+    return (
+        f"(s.{column} * POWER(CAST(2 AS DOUBLE PRECISION), -{late} / {(state.half_life_days or 1) * _DAY_SECONDS:.1f}))"
+    )
 
 
 def _seconds(state: State, sql: str) -> str:

@@ -115,7 +115,9 @@ class FeatureView:
                     f"a window is 1 to {MAX_WINDOW_DAYS} days"
                 )
         if self.ttl_days < 1:
-            raise DefinitionError(f"view {self.name!r} has a ttl of {self.ttl_days} days; it must cover its head: 1 or more")
+            raise DefinitionError(
+                f"view {self.name!r} has a ttl of {self.ttl_days} days; it must cover its head: 1 or more"
+            )
 
     @property
     def by_category(self) -> bool:
@@ -147,7 +149,9 @@ class FeatureView:
     def definition_hash(self) -> str:
         """Changes exactly when a stored value could: keys, states, windows, category grouping."""
         parts = [self.name, *self.entity.keys]
-        parts += [f"{name}|{state.merge}|{state.sql}|{state.half_life_days}|{days}" for name, state, days in self.columns]
+        parts += [
+            f"{name}|{state.merge}|{state.sql}|{state.half_life_days}|{days}" for name, state, days in self.columns
+        ]
         return _digest(parts)
 
 

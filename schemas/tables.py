@@ -6,6 +6,8 @@ schema `features`, where `orchestration/compute/materialise.py` creates and wide
 
 from __future__ import annotations
 
+from typing import Any
+
 from pgvector.sqlalchemy import HALFVEC, VECTOR
 from sqlalchemy import (
     ARRAY,
@@ -46,7 +48,7 @@ metadata = MetaData(
 Instant = DateTime(timezone=True)
 
 
-def _now(name: str) -> Column[object]:
+def _now(name: str) -> Column[Any]:
     return Column(name, Instant, nullable=False, server_default=func.now())
 
 
@@ -184,7 +186,7 @@ feature_ledger = Table(
 def view_table(view: FeatureView) -> Table:
     """The snapshot table of `view`: one row per partition and entity, one column per state and window."""
     of_merge = {Merge.MAX: Instant}
-    columns: list[Column[object]] = [
+    columns: list[Column[Any]] = [
         Column("partition_date", Date, primary_key=True),
         *(Column(key, Text, primary_key=True) for key in view.entity.keys),
     ]

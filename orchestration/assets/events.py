@@ -49,11 +49,11 @@ def load_source(context: dg.AssetExecutionContext, larder: Larder) -> Iterator[d
         start = time.monotonic()
         source = open_source(record.data, start=record.start_date, until=datetime.now(UTC))
         with larder.connect() as connection:
-            report = ingest(
-                source, larder.lake, connection, shift_days=record.shift_days, progress=progress(context)
-            )
+            report = ingest(source, larder.lake, connection, shift_days=record.shift_days, progress=progress(context))
             (items,) = connection.execute("SELECT count(*) FROM items").fetchone() or (0,)
-            sample = connection.execute("SELECT item_id, title, categories FROM items ORDER BY item_id LIMIT 5").fetchall()
+            sample = connection.execute(
+                "SELECT item_id, title, categories FROM items ORDER BY item_id LIMIT 5"
+            ).fetchall()
             quarantined = connection.execute(
                 "SELECT file, line, reason FROM quarantine ORDER BY quarantine_id DESC LIMIT 10"
             ).fetchall()

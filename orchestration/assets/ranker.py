@@ -102,13 +102,19 @@ def ranker(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeR
             larder.lake, connection, larder.artifacts_url, larder.record.folder / "training", progress=progress(context)
         )
     losses = [(entry.epoch, entry.loss) for entry in report.progress if entry.stage == 1]
-    quality = [(entry.epoch, entry.ndcg_at_10) for entry in report.progress if entry.stage == 1 and entry.ndcg_at_10 is not None]
+    quality = [
+        (entry.epoch, entry.ndcg_at_10)
+        for entry in report.progress
+        if entry.stage == 1 and entry.ndcg_at_10 is not None
+    ]
 
     def draw(axes: Any) -> None:
         axes.plot([epoch for epoch, _ in losses], [loss for _, loss in losses], color="#888", label="loss")
         axes.set_xlabel("epoch", fontsize=8)
         right = axes.twinx()
-        right.plot([epoch for epoch, _ in quality], [value for _, value in quality], "o-", color="#0a6", label="NDCG@10")
+        right.plot(
+            [epoch for epoch, _ in quality], [value for _, value in quality], "o-", color="#0a6", label="NDCG@10"
+        )
         right.tick_params(labelsize=8)
         axes.figure.legend(fontsize=7, loc="upper right")
 
@@ -200,7 +206,9 @@ def ranker_onnx(context: dg.AssetExecutionContext, larder: Larder) -> dg.Materia
             "int8_p50_ms": exported.manifest.latency_ms["cpu-int8_p50"],
             "int8_ndcg_loss_rate": exported.manifest.parity["int8"]["ndcg_loss_rate"],
             "int8_top_10_overlap_rate": exported.manifest.parity["int8"]["top_10_overlap_rate"],
-            "manifest": dg.MetadataValue.json({"files": {name: entry.size_bytes for name, entry in exported.manifest.files.items()}}),
+            "manifest": dg.MetadataValue.json(
+                {"files": {name: entry.size_bytes for name, entry in exported.manifest.files.items()}}
+            ),
             metadata.SECONDS: time.monotonic() - start,
         }
     )

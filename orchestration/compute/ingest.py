@@ -61,14 +61,14 @@ def ingest(
     now = now or datetime.now(UTC)
     fingerprint = f"{source.fingerprint()}+{shift_days}"
     with connection.transaction():
-        row = connection.execute(
+        row: tuple[int, int, int, int, int, int] | None = connection.execute(
             "SELECT read_rows, stored_rows, duplicate_rows, quarantined_rows, items, people FROM ingests "
             "WHERE source = %s AND fingerprint = %s ORDER BY ingest_id DESC LIMIT 1",
             (source.name, fingerprint),
         ).fetchone()
     if row is not None:
         progress(f"{source.description}: already loaded, nothing new")
-        return IngestReport(source.name, *row, days=(), skipped=True)
+        return IngestReport(source.name, *row, (), skipped=True)
 
     shift = timedelta(days=shift_days)
     with tempfile.TemporaryDirectory(prefix="larder-ingest-") as folder, duck() as db, connection.transaction():
@@ -107,7 +107,9 @@ def ingest(
         appended.days,
     )
     if report.read != report.stored + report.duplicates + report.quarantined:
-        raise LarderError(f"rows went missing while loading {source.name}: {report}")  # the table's constraint says so too
+        raise LarderError(
+            f"rows went missing while loading {source.name}: {report}"
+        )  # the table's constraint says so too
     progress(
         f"{report.read:,} rows = {report.stored:,} stored + {report.duplicates:,} duplicates + "
         f"{report.quarantined:,} quarantined; {items:,} items, {people:,} people"

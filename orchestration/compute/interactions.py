@@ -51,7 +51,8 @@ class Interactions:
 def load_interactions(lake: Lake, connection: psycopg.Connection) -> Interactions:
     """All events of the lake with items that are in the catalogue (others cannot be scored), as arrays."""
     item_ids = np.array(
-        [item_id for (item_id,) in connection.execute('SELECT item_id FROM items ORDER BY item_id COLLATE "C"')], np.str_
+        [item_id for (item_id,) in connection.execute('SELECT item_id FROM items ORDER BY item_id COLLATE "C"')],
+        np.str_,
     )
     with duck() as db:
         db.register("lake_events", lake.events(connection))

@@ -90,7 +90,9 @@ class Lake:
         ).fetchall()
         return self._dataset([path for (path,) in rows])
 
-    def append(self, connection: psycopg.Connection, staged: Sequence[Path], duck: duckdb.DuckDBPyConnection) -> Appended:
+    def append(
+        self, connection: psycopg.Connection, staged: Sequence[Path], duck: duckdb.DuckDBPyConnection
+    ) -> Appended:
         """Add the events in the `staged` Parquet files, each event id once, inside the caller's transaction.
 
         Memory is bounded: DuckDB sorts with spilling, days are written one row group at a time. Leaves in `duck`
@@ -151,7 +153,9 @@ class Lake:
         (wanted,) = duck.execute(
             "SELECT (SELECT count(*) FROM new_events) + (SELECT count(*) FROM kept_events)"
         ).fetchone() or (0,)
-        (kept,) = connection.execute("SELECT sum(rows) FROM lake_files WHERE day = ANY(%s)", (list(days),)).fetchone() or (0,)
+        (kept,) = connection.execute(
+            "SELECT sum(rows) FROM lake_files WHERE day = ANY(%s)", (list(days),)
+        ).fetchone() or (0,)
         if not wanted == written == kept:
             # Raised inside the transaction: no pointer moves.
             raise LarderError(f"{wanted} events had to be written to the lake, {written} were, {kept} would be named")
@@ -161,7 +165,10 @@ class Lake:
         self._fs.create_dir(full.rsplit("/", 1)[0], recursive=True)
         rows = 0
         # A crash in the middle leaves a file that no row names; the next attempt overwrites it.
-        with self._fs.open_output_stream(full) as stream, pq.ParquetWriter(stream, EVENT_SCHEMA, compression="zstd") as out:
+        with (
+            self._fs.open_output_stream(full) as stream,
+            pq.ParquetWriter(stream, EVENT_SCHEMA, compression="zstd") as out,
+        ):
             for table in tables:
                 out.write_table(table)
                 rows += table.num_rows

@@ -135,7 +135,12 @@ def evaluate_ranker(
         chosen = np.random.default_rng(0).permutation(len(later.queries))[:JUDGED_LABELS]
         later = Split(later.name, later.train, later.queries.take(np.sort(chosen)))
         frozen = _train(
-            connection, artifacts_url, later, Slates(ask, later.train, categories), scratch / "time_split.ckpt", progress
+            connection,
+            artifacts_url,
+            later,
+            Slates(ask, later.train, categories),
+            scratch / "time_split.ckpt",
+            progress,
         )
         late_slates = Slates(ask, later.queries.interactions, categories)
         second = evaluate({**_floor(later), RANKER: frozen.scorer(late_slates, rerank=RERANKED)}, later)
@@ -191,7 +196,10 @@ def verdict(evaluation: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
     """Whether the ranker beats every floor on both splits (NDCG@10), and that in words."""
     passed, words = True, []
     for key, name in (("leave_one_out", "leave-one-out"), ("time_split", "time split")):
-        scores = {row["name"]: row["ndcg"]["10"] if "10" in row["ndcg"] else row["ndcg"][10] for row in evaluation[key]["rows"]}
+        scores = {
+            row["name"]: row["ndcg"]["10"] if "10" in row["ndcg"] else row["ndcg"][10]
+            for row in evaluation[key]["rows"]
+        }
         best = max(FLOOR, key=lambda row: scores[row])
         beats = scores[RANKER] > scores[best]
         passed &= beats
@@ -214,7 +222,9 @@ def _train(
 
     def report(entry: Progress) -> None:
         quality = f", validation NDCG@10 {entry.ndcg_at_10:.4f}" if entry.ndcg_at_10 is not None else ""
-        progress(f"stage {entry.stage}, epoch {entry.epoch} of {entry.epochs}: loss {entry.loss:.3f}{quality}, {entry.seconds:.0f} s")
+        progress(
+            f"stage {entry.stage}, epoch {entry.epoch} of {entry.epochs}: loss {entry.loss:.3f}{quality}, {entry.seconds:.0f} s"
+        )
 
     trained = train(
         split.train,

@@ -33,7 +33,9 @@ def refresh_co_visitation(connection: psycopg.Connection[Any], interactions: Int
     with connection.transaction():
         connection.execute("LOCK TABLE co_visitation IN SHARE ROW EXCLUSIVE MODE")
         connection.execute("DELETE FROM co_visitation")
-        with connection.cursor().copy("COPY co_visitation (item_id, rank, neighbour_id, score, people) FROM STDIN") as copy:
+        with connection.cursor().copy(
+            "COPY co_visitation (item_id, rank, neighbour_id, score, people) FROM STDIN"
+        ) as copy:
             for item, (others, scores, counts) in enumerate(
                 zip(neighbours.item.tolist(), neighbours.score.tolist(), neighbours.count.tolist(), strict=True)
             ):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 
 import adbc_driver_postgresql.dbapi
+import duckdb
 import psycopg
 import pyarrow as pa
 from sqlalchemy import text
@@ -77,8 +78,10 @@ def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: L
     """
     with psycopg.connect(url) as connection:
         events = lake.events(connection, first - timedelta(days=view.max_window_days), last)
-        counted = dict(connection.execute("SELECT day, rows FROM lake_files WHERE day BETWEEN %s AND %s", (first, last)))
-        items = _items(connection)
+        counted: dict[date, int] = dict(
+            connection.execute("SELECT day, rows FROM lake_files WHERE day BETWEEN %s AND %s", (first, last))
+        )
+        items = load_item_categories(connection)
     days = [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
     with duck() as db:
         db.register("events", events)
@@ -112,7 +115,8 @@ def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: L
     return reports
 
 
-def _items(connection: psycopg.Connection) -> pa.Table:
+def load_item_categories(connection: psycopg.Connection) -> pa.Table:
+    """The relation `items (item_id, categories)` that views grouped by category join."""
     rows = connection.execute("SELECT item_id, categories FROM items").fetchall()
     return pa.table(
         {
@@ -122,12 +126,14 @@ def _items(connection: psycopg.Connection) -> pa.Table:
     )
 
 
-def _reports(db: object, view: FeatureView, days: list[date], counted: dict[date, int]) -> list[PartitionReport]:
+def _reports(
+    db: duckdb.DuckDBPyConnection, view: FeatureView, days: list[date], counted: dict[date, int]
+) -> list[PartitionReport]:
     names = [name for name, _, _ in view.columns]
     rates = ", ".join(f"avg(CASE WHEN {name} IS NULL THEN 1 ELSE 0 END)" for name in names)
     found = {
         row[0]: row
-        for row in db.execute(  # type: ignore[attr-defined]
+        for row in db.execute(
             f"SELECT partition_date, count(*), {rates} FROM snapshot GROUP BY partition_date"
         ).fetchall()
     }

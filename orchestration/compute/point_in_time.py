@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 
 import duckdb
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from inference.assemble import finish
 from orchestration.compute.lake import Lake, duck
-from orchestration.compute.materialise import _items
+from orchestration.compute.materialise import load_item_categories
 from orchestration.compute.windows import point_in_time_sql, tile_sql
 from schemas.errors import DefinitionError
 from schemas.features import FeatureView, Merge
@@ -35,7 +34,7 @@ class PointInTime:
 
     def __init__(self, lake: Lake, connection: psycopg.Connection) -> None:
         self._events = lake.events(connection)
-        self._items = _items(connection)
+        self._items = load_item_categories(connection)
         self._tiled: set[str] = set()
         self._duck = duck()
 
@@ -47,7 +46,7 @@ class PointInTime:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._duck.__exit__(*error)
+        self._duck.__exit__(None, None, None)
 
     def features(self, view: FeatureView, keys: dict[str, NDArray[np.str_]], at: NDArray[np.int64]) -> FeatureRows:
         """Features of `view` for n labels: `keys` one array `(n,)` per key column, `at (n,)` microseconds UTC.
@@ -73,15 +72,15 @@ class PointInTime:
             f"CREATE OR REPLACE TEMP TABLE labels AS SELECT min(label_id) AS label_id, {listed}, read_at "
             f"FROM all_labels GROUP BY {listed}, read_at"
         )
-        sql = point_in_time_sql(view).replace("JOIN tiles AS t", f"JOIN tiles_{view.name} AS t")
+        sql = point_in_time_sql(view, tiles=f"tiles_{view.name}")
         names = ", ".join(
             f"epoch({name}) AS {name}" if state.merge is Merge.MAX and state.name.endswith("_at") else name
             for name, state, _ in view.columns
         )
         same = " AND ".join(f"a.{key} = l.{key}" for key in view.entity.keys)
         result = self._db.execute(
-            f"SELECT a.label_id, {names} FROM ({sql}) AS r JOIN labels AS l ON l.label_id = r.label_id "
-            f"JOIN all_labels AS a ON {same} AND a.read_at = l.read_at".replace("SELECT a.label_id", "SELECT a.label_id AS label_id")
+            f"SELECT a.label_id AS label_id, {names} FROM ({sql}) AS r JOIN labels AS l ON l.label_id = r.label_id "
+            f"JOIN all_labels AS a ON {same} AND a.read_at = l.read_at"
         ).fetchnumpy()
         place = np.asarray(result["label_id"])
         columns: dict[str, NDArray[np.float64]] = {}
@@ -94,8 +93,3 @@ class PointInTime:
         seconds = at / 1e6
         values, mask = finish(view, columns, at=seconds, as_of=np.floor(seconds / 86_400) * 86_400, present=present)
         return FeatureRows(values, mask)
-
-
-def horizon(view: FeatureView) -> timedelta:
-    """How far back a read of `view` can see."""
-    return timedelta(days=view.max_window_days + 1)

@@ -97,7 +97,9 @@ def load_training_set(lake: Lake, connection: psycopg.Connection[Any], artifacts
     table = pq.read_table(io.BytesIO(artifacts.get(artifacts_url, PATH)))
     found = (table.schema.metadata or {}).get(b"version", b"").decode()
     if found != _version(split.train):
-        raise DefinitionError("the training set was built from other events or definitions; materialise training_set again")
+        raise DefinitionError(
+            "the training set was built from other events or definitions; materialise training_set again"
+        )
 
     def block(name: str) -> NDArray[np.float32]:
         column = table[name].combine_chunks()

@@ -63,7 +63,9 @@ def refresh_text_vectors(
         part = todo[begin : begin + ENCODE_BATCH]
         vectors = encoder.encode([text for _, text, _ in part])
         with connection.transaction():
-            connection.execute(f"CREATE TEMP TABLE incoming (item_id text, text_hash text, vector vector({TEXT_DIM})) ON COMMIT DROP")
+            connection.execute(
+                f"CREATE TEMP TABLE incoming (item_id text, text_hash text, vector vector({TEXT_DIM})) ON COMMIT DROP"
+            )
             with connection.cursor().copy("COPY incoming FROM STDIN WITH (FORMAT BINARY)") as copy:
                 copy.set_types(["text", "text", "vector"])
                 for (item_id, _, digest), vector in zip(part, vectors, strict=True):
@@ -104,7 +106,7 @@ def index_recall(connection: psycopg.Connection[Any], *, k: int = 10, queries: i
 def load_text_vectors(connection: psycopg.Connection[Any], item_ids: NDArray[np.str_]) -> NDArray[np.float32]:
     """`(items, 384)` in the order of `item_ids`. Raises DefinitionError if an item has none."""
     register_vector(connection)
-    found = {item_id: vector for item_id, vector in connection.execute("SELECT item_id, vector FROM text_vectors")}
+    found = dict(connection.execute("SELECT item_id, vector FROM text_vectors").fetchall())
     missing = [item_id for item_id in item_ids.tolist() if item_id not in found]
     if missing:
         raise DefinitionError(
@@ -138,14 +140,19 @@ def refresh_item_vectors(connection: psycopg.Connection[Any], folder: Path) -> V
             none = np.zeros(ranker.dim, np.float32)
             vectors = projected + np.stack([residuals.get(item_id, none) for item_id, _, _ in rows])
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-            connection.execute("DELETE FROM item_vectors WHERE model_version = %s AND item_id = ANY(%s)", (version, [row[0] for row in rows]))
+            connection.execute(
+                "DELETE FROM item_vectors WHERE model_version = %s AND item_id = ANY(%s)",
+                (version, [row[0] for row in rows]),
+            )
             with connection.cursor().copy(
                 "COPY item_vectors (model_version, item_id, vector, text_hash) FROM STDIN WITH (FORMAT BINARY)"
             ) as copy:
                 copy.set_types(["text", "text", "halfvec", "text"])
                 for (item_id, _, digest), vector in zip(rows, vectors, strict=True):
                     copy.write_row((version, item_id, HalfVector(vector), digest))
-        (total,) = connection.execute("SELECT count(*) FROM item_vectors WHERE model_version = %s", (version,)).fetchone() or (0,)
+        (total,) = connection.execute(
+            "SELECT count(*) FROM item_vectors WHERE model_version = %s", (version,)
+        ).fetchone() or (0,)
         if total > EXACT_LIMIT:
             connection.execute(
                 f"CREATE INDEX IF NOT EXISTS ix_{partition}_hnsw ON {partition} "

@@ -22,7 +22,9 @@ def tile_sql(view: FeatureView, *, on_time: bool = False) -> str:
         for state in view.states
     )
     where = " WHERE CAST(known_at AS DATE) <= CAST(occurred_at AS DATE)" if on_time else ""
-    return f"SELECT {keys}, CAST(occurred_at AS DATE) AS day, {states} FROM ({base_sql(view)}){where} GROUP BY {keys}, day"
+    return (
+        f"SELECT {keys}, CAST(occurred_at AS DATE) AS day, {states} FROM ({base_sql(view)}){where} GROUP BY {keys}, day"
+    )
 
 
 def merge_sql(state: State, condition: str, as_of_day: str) -> str:
@@ -55,12 +57,12 @@ def snapshot_sql(view: FeatureView, days: str) -> str:
     )
 
 
-def point_in_time_sql(view: FeatureView, labels: str = "labels") -> str:
+def point_in_time_sql(view: FeatureView, labels: str = "labels", tiles: str = "tiles") -> str:
     """States of `view` as they were known at each row of `labels (label_id, <keys>, read_at)`; one row per label.
 
     Three parts merge: tiles of days before the label's own, made of events known by their day's end; events of
     those days that were learned of later, if known at the label; and the label's own day, strictly before it.
-    Reads the relation `tiles` made with `on_time=True`. Labels without any event get no row.
+    `tiles` was made with `on_time=True`. Labels without any event get no row.
     """
     keys = view.entity.keys
     matches = " AND ".join(f"{{left}}.{key} = {{right}}.{key}" for key in keys)
@@ -77,7 +79,7 @@ def point_in_time_sql(view: FeatureView, labels: str = "labels") -> str:
         WITH l AS (SELECT label_id, {listed}, read_at, CAST(read_at AS DATE) AS day FROM {labels}),
         points AS (SELECT DISTINCT {listed}, day FROM l),
         snap AS (
-            SELECT {", ".join(f"l.{key}" for key in keys)}, l.day, {snap} FROM points AS l JOIN tiles AS t
+            SELECT {", ".join(f"l.{key}" for key in keys)}, l.day, {snap} FROM points AS l JOIN {tiles} AS t
             ON {matches.format(left="t", right="l")} AND t.day < l.day AND t.day >= l.day - {view.max_window_days}
             GROUP BY {", ".join(f"l.{key}" for key in keys)}, l.day
         ),

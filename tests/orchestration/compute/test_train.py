@@ -112,7 +112,9 @@ def test_a_checkpoint_of_other_data_is_not_continued(uninterrupted: TrainedRanke
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(world(seed=5), texts(), QUICK, slates=slates, wishes=wishes(), checkpoint=checkpoint, on_progress=interrupt)
+        train(
+            world(seed=5), texts(), QUICK, slates=slates, wishes=wishes(), checkpoint=checkpoint, on_progress=interrupt
+        )
     assert_same(train(world(), texts(), QUICK, slates=slates, wishes=wishes(), checkpoint=checkpoint), uninterrupted)
 
 

@@ -1,0 +1,52 @@
+# Every command a person or CI needs. `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+PORT ?= 8080
+DATA ?=
+USER_ID ?=
+.DEFAULT_GOAL := help
+.PHONY: help install run ui serve test check format pictures clean
+
+help: ## list these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## create the virtual environment with every dependency at its pinned version
+
+# torch goes first: alone it takes the CPU build where one is offered, and nothing after it pulls another.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing dependencies into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 2> >(grep -v 'is ignored: it is neither' >&2)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' 2> >(grep -v 'is ignored: it is neither' >&2)
+	@touch $@
+
+run: install ## the whole road, events to recommendations: [DATA=folder or s3://prefix] [USER_ID=…] [RETRAIN=1] [SHIFT=1]
+	@$(BIN)/python -m orchestration.run $(if $(DATA),--data '$(DATA)') $(if $(USER_ID),--user '$(USER_ID)') $(if $(RETRAIN),--retrain) $(if $(SHIFT),--shift)
+
+ui: install ## the Dagster UI with its daemon on the current deployment [UI_PORT=3000]
+	@$(BIN)/python -m infra.ui --port $(or $(UI_PORT),3000)
+
+serve: install ## answer over HTTP on this machine [PORT=8080]
+	@$(BIN)/python -m infra.serve --port $(PORT)
+
+test: install ## everything CI runs
+	@$(BIN)/python -m pytest
+
+check: install ## format, lint, types, import contracts, Dagster definitions
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@LARDER_HOME=$$(mktemp -d) $(BIN)/dg --no-cache check defs --no-check-yaml 2>&1 | grep -v -e 'virtual environment' -e 'suppress' -e '^$$'
+
+format: install ## format the code and apply safe fixes
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+pictures: install ## take the README's pictures again from the current deployment (needs chromium)
+	@$(BIN)/python -m infra.pictures
+
+clean: ## remove the virtual environment and caches; deployments in .larder stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

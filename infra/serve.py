@@ -1,0 +1,33 @@
+"""`make serve`: the HTTP function on this machine, with the current deployment's database and artefacts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from infra import deployment as deployments
+from infra import postgres
+from schemas.errors import LarderError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m infra.serve", description="Answer over HTTP on this machine.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8080)
+    options = parser.parse_args()
+    try:
+        record = deployments.current()
+        os.environ["DATABASE_URL"] = postgres.prepare(record)
+        os.environ.setdefault("ARTIFACTS_URL", record.artifacts_url)
+    except LarderError as error:
+        print(f"error ({error.type}): {error}", file=sys.stderr)
+        return 1
+    from inference.handlers import asgi
+
+    sys.argv = ["serve", "--host", options.host, "--port", str(options.port)]
+    return asgi.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

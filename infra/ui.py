@@ -1,0 +1,60 @@
+"""`make ui`: Dagster's webserver and daemon on the current deployment, its database up as long as they are."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from infra import deployment as deployments
+from infra import postgres
+from infra.deployment import Deployment
+from schemas.errors import LarderError
+
+
+def prepare_dagster(record: Deployment) -> None:
+    """Give `record` its Dagster home and point this process and its children at it."""
+    home = record.dagster_home
+    home.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(__file__).parent / "dagster" / "dagster.yaml", home / "dagster.yaml")
+    os.environ["DAGSTER_HOME"] = str(home)
+    os.environ["DEPLOYMENT"] = record.name
+    # One transaction for a hundred partition events instead of one each.
+    os.environ.setdefault("DAGSTER_EVENT_BATCH_SIZE", "100")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m infra.ui", description="The Dagster UI of the current deployment.")
+    parser.add_argument("--port", type=int, default=3000)
+    options = parser.parse_args()
+    try:
+        record = deployments.current()
+        record.save()
+        postgres.prepare(record)
+        prepare_dagster(record)
+    except LarderError as error:
+        print(f"error ({error.type}): {error}", file=sys.stderr)
+        return 1
+    print(f"deployment {record.name}: http://127.0.0.1:{options.port} (Ctrl-C stops it)", flush=True)
+    dagster = str(Path(sys.executable).with_name("dagster"))
+    command = [
+        dagster,
+        "dev",
+        "--module-name",
+        "orchestration.definitions",
+        "--port",
+        str(options.port),
+        "--log-level",
+        "warning",
+    ]
+    try:
+        return subprocess.call(command)
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
