@@ -20,6 +20,7 @@ from infra import deployment as deployments
 from infra.deployment import Deployment
 from schemas.errors import DatabaseError
 
+EXTENSION = "vector"
 MINIMUM_POSTGRES = 15
 MINIMUM_PGVECTOR = (0, 8, 2)
 _CONNECT_TIMEOUT_SECONDS = 10
@@ -85,7 +86,7 @@ def check(url: str) -> None:
         if major < MINIMUM_POSTGRES:
             raise DatabaseError(f"{shown(url)} is PostgreSQL {major}; {MINIMUM_POSTGRES} or newer is needed")
         row = connection.execute(
-            "SELECT default_version, installed_version FROM pg_available_extensions WHERE name = 'vector'"
+            "SELECT default_version, installed_version FROM pg_available_extensions WHERE name = %s", (EXTENSION,)
         ).fetchone()
         if row is None:
             raise DatabaseError(

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,20 @@ from orchestration.resources import Larder
 from schemas import tables
 
 GROUP = "ranker"
+
+
+class Training(dg.Config):
+    """What a person may turn in the launchpad; everything else is in `TrainConfig`. 0 epochs: its default."""
+
+    size: str = "small"
+    epochs: int = 0
+    seed: int = 0
+
+    def settings(self) -> Any:
+        from orchestration.compute.train import TrainConfig
+
+        config = TrainConfig(size=self.size, seed=self.seed)
+        return replace(config, epochs=self.epochs) if self.epochs else config
 
 
 @dg.asset(
@@ -94,12 +109,17 @@ def training_set(context: dg.AssetExecutionContext, larder: Larder) -> dg.Materi
     code_version="1",
     retry_policy=dg.RetryPolicy(max_retries=1),
 )
-def ranker(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
+def ranker(context: dg.AssetExecutionContext, config: Training, larder: Larder) -> dg.MaterializeResult[Any]:
     from orchestration.compute.learn import train_ranker
 
     with asset_span(context), larder.connect() as connection:
         report = train_ranker(
-            larder.lake, connection, larder.artifacts_url, larder.record.folder / "training", progress=progress(context)
+            larder.lake,
+            connection,
+            larder.artifacts_url,
+            larder.record.folder / "training",
+            config=config.settings(),
+            progress=progress(context),
         )
     losses = [(entry.epoch, entry.loss) for entry in report.progress if entry.stage == 1]
     quality = [
@@ -138,12 +158,17 @@ def ranker(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeR
     "a global time split.",
     code_version="1",
 )
-def ranker_evaluation(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
+def ranker_evaluation(context: dg.AssetExecutionContext, config: Training, larder: Larder) -> dg.MaterializeResult[Any]:
     from orchestration.compute.learn import evaluate_ranker
 
     with asset_span(context), larder.connect() as connection:
         report = evaluate_ranker(
-            larder.lake, connection, larder.artifacts_url, larder.record.folder / "training", progress=progress(context)
+            larder.lake,
+            connection,
+            larder.artifacts_url,
+            larder.record.folder / "training",
+            config=config.settings(),
+            progress=progress(context),
         )
 
     def draw(axes: Any) -> None:

@@ -104,19 +104,21 @@ def leave_one_out(interactions: Interactions, *, holdout: str = "test", least_ev
     `holdout` is "test" (train on all but the last) or "validation" (train on all but the last two).
     """
     offsets = interactions.offsets()
-    back = {"test": 1, "validation": 2}[holdout]
-    last = offsets[1:] - back
     enough = np.diff(offsets) >= least_events
+    last = offsets[1:][enough] - 1
     keep = np.ones(len(interactions), bool)
-    for step in range(1, back + 1):
-        keep[offsets[1:][enough] - step] = False
-    visible = np.ones(len(interactions), bool)
-    visible[offsets[1:][enough] - 1] = holdout == "test"
-    return Split(
-        f"leave-one-out {holdout}",
-        interactions.take(keep),
-        queries_for(interactions, last[enough], strictly_earlier=False),
-    )
+    keep[last] = False
+    if holdout == "test":
+        queries = queries_for(interactions, last, strictly_earlier=False)
+        return Split("leave-one-out test", interactions.take(keep), queries)
+    if holdout != "validation":
+        raise ValueError(f"holdout {holdout!r} is unknown; known: test, validation")
+    # The test labels are gone for good here: nothing tuned on the validation labels can have seen them.
+    known = interactions.take(keep)
+    last = known.offsets()[1:][enough] - 1
+    keep = np.ones(len(known), bool)
+    keep[last] = False
+    return Split("leave-one-out validation", known.take(keep), queries_for(known, last, strictly_earlier=False))
 
 
 def time_split(interactions: Interactions, *, cut_rate: float = 0.9, until_rate: float = 1.0) -> Split:
@@ -280,7 +282,8 @@ class SlateFeatures:
 
 
 MakeSlates = Callable[[NDArray[np.int64], NDArray[np.int32]], SlateFeatures]
-"""Takes label rows `(l,)` of the interactions and candidate items `(l, n)`; gives what was known at each label's time."""
+"""Takes label rows `(l,)` of the interactions at hand (those given to `train`, or the queries' own) and candidate items
+`(l, n)`; gives what was known at each label's time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ class Lake:
             )
         }
         duck.register("kept_events", self._dataset([path for path, _ in known.values()]))
-        reader = duck.execute(
+        reader = duck.sql(
             f"""
             SELECT {_COLUMNS} FROM (SELECT {_COLUMNS} FROM new_events UNION ALL SELECT {_COLUMNS} FROM kept_events)
             ORDER BY CAST(occurred_at AS DATE), user_id, occurred_at, event_id

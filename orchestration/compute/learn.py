@@ -100,7 +100,13 @@ def wishes_for(connection: psycopg.Connection[Any], artifacts_url: str, interact
 
 
 def train_ranker(
-    lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, scratch: Path, *, progress: Say
+    lake: Lake,
+    connection: psycopg.Connection[Any],
+    artifacts_url: str,
+    scratch: Path,
+    *,
+    config: TrainConfig,
+    progress: Say,
 ) -> TrainingReport:
     """Train on the training set and keep the result. An interrupted training goes on from its last epoch."""
     known = load_training_set(lake, connection, artifacts_url)
@@ -111,7 +117,7 @@ def train_ranker(
             load_categories(connection, known.split.train),
             (known.rows, known.context, known.context_mask),
         )
-        trained = _train(connection, artifacts_url, known.split, slates, scratch / "ranker.ckpt", progress)
+        trained = _train(connection, artifacts_url, known.split, slates, scratch / "ranker.ckpt", config, progress)
     buffer = io.BytesIO()
     torch.save(trained, buffer)
     artifacts.put(artifacts_url, TRAINED_PATH, buffer.getvalue())
@@ -119,7 +125,13 @@ def train_ranker(
 
 
 def evaluate_ranker(
-    lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, scratch: Path, *, progress: Say
+    lake: Lake,
+    connection: psycopg.Connection[Any],
+    artifacts_url: str,
+    scratch: Path,
+    *,
+    config: TrainConfig,
+    progress: Say,
 ) -> EvaluationReport:
     """Judge the trained ranker on its held-out events, and the same recipe on a global time split."""
     start = time.monotonic()
@@ -140,6 +152,7 @@ def evaluate_ranker(
             later,
             Slates(ask, later.train, categories),
             scratch / "time_split.ckpt",
+            config,
             progress,
         )
         late_slates = Slates(ask, later.queries.interactions, categories)
@@ -216,6 +229,7 @@ def _train(
     split: Split,
     slates: Slates,
     checkpoint: Path,
+    config: TrainConfig,
     progress: Say,
 ) -> TrainedRanker:
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +243,7 @@ def _train(
     trained = train(
         split.train,
         load_text_vectors(connection, split.train.item_ids),
-        TrainConfig(),
+        config,
         slates=slates,
         wishes=wishes_for(connection, artifacts_url, split.train),
         on_progress=report,

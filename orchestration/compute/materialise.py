@@ -91,7 +91,7 @@ def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: L
         db.execute(f"CREATE TEMP TABLE snapshot AS {snapshot_sql(view, 'days')}")
         reports = _reports(db, view, days, counted)
         columns = ", ".join(["partition_date", *view.entity.keys, *(name for name, _, _ in view.columns)])
-        reader = db.execute(
+        reader = db.sql(
             f"SELECT {columns} FROM snapshot ORDER BY partition_date, {', '.join(view.entity.keys)}"
         ).to_arrow_reader(65_536)
         with adbc_driver_postgresql.dbapi.connect(url) as adbc, adbc.cursor() as cursor:

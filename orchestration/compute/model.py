@@ -252,7 +252,11 @@ class Ranker(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
         for table in (self.kind, self.gap):
             nn.init.normal_(table.weight, std=0.1)
-        # Zero: the ranker starts equal to its own retriever and can only learn to be better.
+        # Zero: the ranker starts equal to its own retriever and can only learn to be better. Features start silent for
+        # the same reason: the first stage never sees them.
+        for encoder in (self.context, self.candidate_features):
+            nn.init.zeros_(encoder.project.weight)
+            nn.init.zeros_(encoder.project.bias)
         nn.init.zeros_(self.correction.weight)
         nn.init.zeros_(self.correction.bias)
 
@@ -287,8 +291,8 @@ class Ranker(nn.Module):
     ) -> Tensor:
         """The tokens `(b, p, d)` before the first block."""
         has_context = context_mask.amax(-1, keepdim=True)  # (b, 1): a context without one known feature is none
-        context = self.context(self.context.standardise(context_features, context_mask))
-        context = has_context * context + (1 - has_context) * self.no_context
+        known = self.context(self.context.standardise(context_features, context_mask))
+        context = self.no_context + has_context * known
         has_prompt = prompt_mask.unsqueeze(-1)  # (b, 1)
         prompt = self.prompt(prompt_vector * math.sqrt(prompt_vector.shape[-1]))
         prompt = has_prompt * prompt + (1 - has_prompt) * self.no_prompt

@@ -175,9 +175,9 @@ def train(
     """Train on all of `interactions` but the validation labels.
 
     `text_vectors (items, 384) float32` are the catalogue's encoded texts in the order of `interactions.item_ids`.
-    `validation` defaults to each person's last event (of those with three or more); its rows refer to `interactions`
-    or to a longer table of which `interactions` is the earlier part. `slates` supplies features as of each label;
-    without it the ranker learns from histories alone. With `checkpoint`, state is saved after every epoch, an
+    `validation` holds queries over the same table, whose labels are then left out of training; by default each
+    person's last event, of those with three or more. `slates` supplies features as of each label, by row of
+    `interactions`; without it the ranker learns from histories alone. With `checkpoint`, state is saved after every epoch, an
     interrupted run continues from it and ends where an uninterrupted one would; a file left by other data or another
     configuration is ignored and overwritten. `device` defaults to CUDA where there is one.
 
@@ -189,24 +189,22 @@ def train(
             f"text vectors have shape {text_vectors.shape}; the catalogue needs ({len(interactions.item_ids)}, {TEXT_DIM})"
         )
     if validation is None:
-        training, validation = _hold_out_last(interactions)
-    else:
-        training = interactions
+        last = interactions.offsets()[1:][np.diff(interactions.offsets()) >= 3] - 1
+        validation = queries_for(interactions, last, strictly_earlier=False)
+    if len(validation.interactions) != len(interactions):
+        raise DefinitionError(
+            f"the validation labels are rows of a table of {len(validation.interactions)} events, training got "
+            f"{len(interactions)}; give both the same table: validation labels are left out of training here"
+        )
+    keep = np.ones(len(interactions), bool)
+    keep[validation.label] = False
+    training, rows = interactions.take(keep), np.flatnonzero(keep).astype(np.int64)
     if not positive(training.kind).any():
         raise DefinitionError("there is no positive event to learn from; ingest events before training")
     cuda_devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=cuda_devices):
-        run = _Run(training, text_vectors, config, slates, wishes, validation, on_progress, checkpoint, device)
+        run = _Run(training, rows, text_vectors, config, slates, wishes, validation, on_progress, checkpoint, device)
         return run.train()
-
-
-def _hold_out_last(interactions: Interactions) -> tuple[Interactions, Queries]:
-    """Everything but each person's last event, and that event as a query."""
-    offsets = interactions.offsets()
-    labels = offsets[1:][np.diff(offsets) >= 3] - 1
-    keep = np.ones(len(interactions), bool)
-    keep[labels] = False
-    return interactions.take(keep), queries_for(interactions, labels, strictly_earlier=False)
 
 
 class _Run:
@@ -215,6 +213,7 @@ class _Run:
     def __init__(
         self,
         interactions: Interactions,
+        rows: NDArray[np.int64],
         text_vectors: NDArray[np.float32],
         config: TrainConfig,
         slates: MakeSlates | None,
@@ -225,6 +224,7 @@ class _Run:
         device: str | None,
     ) -> None:
         self.interactions = interactions
+        self.rows = rows  # (n,) where each training event stands in the caller's table
         self.config = config
         self.slates = slates
         self.wishes = wishes
@@ -598,7 +598,7 @@ class _Run:
 
     def _features(self, rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
         if self.slates is not None:
-            return self.slates(rows, candidates)
+            return self.slates(self.rows[rows], candidates)
         empty, slate = np.zeros((len(rows), 1), np.float32), np.zeros((*candidates.shape, 1), np.float32)
         return SlateFeatures(empty, empty, slate, slate)
 
@@ -639,9 +639,8 @@ class _Run:
         return self._scorer(rerank=0, slates=None)(queries)
 
     def _slate_scorer(self, queries: Queries) -> NDArray[np.float32]:
-        """The retriever's first items, re-ranked with features where the validation labels have any."""
-        known = self.slates if queries.interactions is not self.interactions else None
-        return self._scorer(rerank=SLATE, slates=known)(queries)
+        """The retriever's first items, re-ranked with what was known at each label's time."""
+        return self._scorer(rerank=SLATE, slates=self.slates)(queries)
 
     def _state(self) -> dict[str, Any]:
         state = {name: value.detach().cpu().clone() for name, value in self.modules.state_dict().items()}

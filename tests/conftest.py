@@ -1,0 +1,92 @@
+"""Fixtures every test may use: a real Postgres with a fresh migrated database per test, a lake, a small world."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from infra import postgres
+from orchestration.compute.lake import Lake
+from orchestration.compute.materialise import ensure_view_tables
+
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+_numbers = itertools.count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on MovieLens are skipped, visibly, where the files are not there."""
+    if (SHARED / "ml-100k" / "u.data").exists():
+        return
+    for item in items:
+        if item.get_closest_marker("shared"):
+            item.add_marker(pytest.mark.skip(reason="needs ../shared/data/ml-100k"))
+
+
+def replace_database(url: str, name: str) -> str:
+    """`url` with another database of the same server."""
+    head, _, options = url.partition("?")
+    return f"{head.rsplit('/', 1)[0]}/{name}?{options}"
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URL of a server for this session: DATABASE_URL's if set, else an embedded one that ends with the tests."""
+    given = os.environ.get("LARDER_TEST_DATABASE_URL")
+    return given or postgres.start_embedded(tmp_path_factory.mktemp("pg") / "data")
+
+
+@pytest.fixture(scope="session")
+def template(postgres_url: str) -> str:
+    """A migrated database that every test's own is copied from."""
+    name = f"larder_template_{os.getpid()}"
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    url = replace_database(postgres_url, name)
+    postgres.migrate(url)
+    ensure_view_tables(url)
+    return name
+
+
+@pytest.fixture
+def database(postgres_url: str, template: str) -> Iterator[str]:
+    """The URL of a migrated, empty database of this test's own."""
+    name = f"larder_test_{os.getpid()}_{next(_numbers)}"
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield replace_database(postgres_url, name)
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def connection(database: str) -> Iterator[psycopg.Connection]:
+    """A connection in UTC to the test's database."""
+    with psycopg.connect(database, options="-c TimeZone=UTC") as opened:
+        yield opened
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Lake:
+    """An empty lake in the test's folder."""
+    return Lake((tmp_path / "lake").as_uri())
+
+
+@pytest.fixture
+def larder_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Deployments of this test live in its own folder; nothing of the machine's environment leaks in."""
+    for name in ("DATABASE_URL", "LAKE_URL", "ARTIFACTS_URL", "DEPLOYMENT", "DAGSTER_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LARDER_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def days_ago(days: float) -> datetime:
+    """Midnight today (UTC) less `days`."""
+    return TODAY - timedelta(days=days)
