@@ -348,11 +348,17 @@ def _sources(
 ) -> tuple[list[str], dict[str, Any]]:
     """The sub-selects that pick candidates `(item_id, source, place, evidence)`, and their parameters."""
     if given is not None:
+        # Without a model these are put in order by the same evidence as the floor's own candidates.
         sql = (
-            f"SELECT item_id, {SOURCES['given']} AS source, place, 0::float8 AS evidence "
-            "FROM unnest(%(given)s::text[]) WITH ORDINALITY AS g (item_id, place) WHERE item_id IN (SELECT item_id FROM allowed)"
+            f"(SELECT g.item_id, {SOURCES['given']} AS source, coalesce(min(p.rank), 100000 + min(g.place)) AS place, "
+            "coalesce(sum(c.score / sqrt(r.place)), 0) AS evidence "
+            "FROM unnest(%(given)s::text[]) WITH ORDINALITY AS g (item_id, place) "
+            "LEFT JOIN popular_items AS p ON p.list = 'trending' AND p.item_id = g.item_id "
+            "LEFT JOIN (unnest(%(recent)s::text[]) WITH ORDINALITY AS r (item_id, place) "
+            "JOIN co_visitation AS c ON c.item_id = r.item_id) ON c.neighbour_id = g.item_id "
+            "WHERE g.item_id IN (SELECT item_id FROM allowed) GROUP BY g.item_id)"
         )
-        return [sql], {"given": given, "champion": champion}
+        return [sql], {"given": given, "champion": champion, "recent": recent}
     picked: list[str] = []
     parameters: dict[str, Any] = {
         "champion": champion,

@@ -19,10 +19,10 @@ Metadata = dict[str, Any]
 def asset_span(context: dg.AssetExecutionContext) -> Iterator[None]:
     """A span around an asset's body, under the trace that launched the run (tag `traceparent`), if one did."""
     carrier = {"traceparent": tag} if (tag := context.run.tags.get("traceparent")) else None
-    name = context.asset_key.to_user_string() if len(context.selected_asset_keys) == 1 else context.op.name
-    with span(f"asset {name}", attributes={"dagster.run_id": context.run_id}, carrier=carrier):
+    names = ", ".join(sorted(key.to_user_string() for key in context.selected_asset_keys))
+    with span(f"asset {names}", attributes={"dagster.run_id": context.run.run_id}, carrier=carrier):
         if carrier is None and (made := inject()):
-            context.instance.add_run_tags(context.run_id, made)
+            context.instance.add_run_tags(context.run.run_id, made)
         yield
 
 

@@ -24,7 +24,7 @@ from infra import postgres
 from infra.deployment import Deployment
 from infra.ui import prepare_dagster
 from orchestration.progress import terminal
-from orchestration.sources.open import open_source
+from orchestration.sources.open import is_simulated, open_source, simulated_world
 from schemas.errors import LarderError, SettingsError
 from schemas.views import VIEWS
 
@@ -120,7 +120,8 @@ def _run(options: argparse.Namespace) -> int:
 def _deployment(data: str | None, shift: bool) -> Deployment:
     """The deployment for DATA: as recorded, or a new one with its start and shift settled now."""
     name = os.environ.get("DEPLOYMENT") or deployments.name_for(data)
-    source = str(Path(data).resolve()) if data and not data.startswith("s3://") else data
+    simulated = is_simulated(data)
+    source = data if simulated or data is None or data.startswith("s3://") else str(Path(data).expanduser().resolve())
     found = deployments.load(name)
     if found is not None:
         if found.data != source and data is not None:
@@ -128,14 +129,15 @@ def _deployment(data: str | None, shift: bool) -> Deployment:
                 f"deployment {name!r} was made from {found.data or 'the simulator'}, not from {source}; "
                 "choose another name with DEPLOYMENT=<name>"
             )
-        if found.data is not None:
+        if not is_simulated(found.data):
             open_source(found.data, start=found.start_date, until=datetime.now(UTC)).time_range()
         return found
     now = datetime.now(UTC)
-    start = now.date() - timedelta(days=deployments.DEFAULT_DAYS)
+    days = simulated_world(data, now.date()).days if simulated else deployments.DEFAULT_DAYS
+    start = now.date() - timedelta(days=days)
     opened = open_source(source, start=start, until=now)
-    if data is None:
-        return Deployment(name, None, start)
+    if simulated:
+        return Deployment(name, source, start)
     first, last = opened.time_range()
     weeks = (now - last).days // 7 if opened.historical or shift else 0
     return Deployment(name, source, (first + timedelta(weeks=weeks)).date(), weeks * 7)
@@ -199,26 +201,22 @@ class _Launcher:
             asset_selection=[dg.AssetKey(name) for name in assets],
             tags=tags,
             raise_on_error=False,
+            # The terminal shows our progress; Dagster's own log is in the UI.
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
         )
-        if not result.success:
-            reasons = [
-                (event.step_key, event.event_specific_data.error_display_string)  # type: ignore[union-attr]
-                for event in result.all_events
-                if event.is_step_failure
-            ]
-            step, reason = reasons[0] if reasons else ("?", "see the run's log in `make ui`")
-            raise LarderError(
-                f"asset {step} failed: {_innermost(reason)} (the whole story: `make ui`, run {result.run_id[:8]})"
-            )
-
-
-def _innermost(reason: str) -> str:
-    """The last cause of a Dagster error: the line a person needs."""
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    causes = [
-        line for line in lines if "Error" in line.split(":")[0] or line.startswith(("dagster", "schemas", "psycopg"))
-    ]
-    return (causes or lines)[-1] if lines else reason
+        if result.success:
+            return
+        failures = [event for event in result.all_events if event.is_step_failure]
+        error = failures[0].step_failure_data.error if failures else None
+        causes = []
+        while error is not None:
+            causes.append(error)
+            error = error.cause
+        if any(cause.cls_name == "DagsterExecutionInterruptedError" for cause in causes):
+            raise KeyboardInterrupt
+        reason = causes[-1].message.strip() if causes else "the run's log says more"
+        step = failures[0].step_key if failures else "a step"
+        raise LarderError(f"{step} failed: {reason} (the whole story: `make ui`, run {result.run_id[:8]})")
 
 
 @contextmanager

@@ -51,12 +51,16 @@ class TrainConfig:
 
     size: str = "small"
     seed: int = 0
-    epochs: int = 30  # the cosine schedule ends here; three of MovieLens-100K's take about six seconds
-    learning_rate: float = 3e-3  # with unit vectors and τ = 0.05 a larger step than SASRec's 1e-3 still converges
+    epochs: int = 16  # the cosine schedule ends here; a million events still gain from 30
+    learning_rate: float = (
+        8e-3  # unit vectors and τ = 0.05 bear it; at 3e-3 a small history of events is not learned in time
+    )
     weight_decay: float = 0.01
-    dropout: float = 0.2
+    dropout: float = 0.05  # so few epochs underfit: NDCG@10 0.141 on MovieLens-100K, 0.127 with 0.1 and 12 epochs
     temperature: float = 0.05
-    batch_tokens: int = 4096  # about 20 long histories: small catalogues need steps more than they need large batches
+    batch_tokens: int | None = (
+        None  # None: a hundredth of the events, 1,024 to 8,192: few events need steps, many speed
+    )
     warmup_rate: float = 0.05  # of all steps
     gradient_norm: float = 1.0
     all_items_limit: int = 20_000  # up to here the softmax sees every item; beyond, sampled negatives
@@ -70,7 +74,7 @@ class TrainConfig:
     slate_epochs: int = 1
     slate_labels: int = 10  # per person: more would be millions of rows for little
     slate_rows: int = 20_000  # label rows an epoch at most
-    slate_learning_rate: float = 1e-3  # the body is trained; only the second head starts from nothing
+    slate_learning_rate: float = 3e-3  # for the parts that start here; see slate_body_rate for the rest
     slate_body_rate: float = 0.05  # of it: the retriever is not to be unlearned on a tenth of its labels
     slate_weight: float = 0.5
     calibration_weight: float = 0.2
@@ -253,6 +257,7 @@ class _Run:
             self.ranker.user.out_features,
             torch.from_numpy(self.counts >= config.min_item_events),
         ).to(self.device)
+        self.batch_tokens = config.batch_tokens or int(np.clip(len(interactions) // 100, 1024, 8192))
         self.calibration = nn.Parameter(torch.tensor([1.0, -math.log(SLATE - 1)], device=self.device))
         self.modules = nn.ModuleDict({"ranker": self.ranker, "tower": self.tower})
         self.stage, self.epoch, self.stale = 1, 0, 0
@@ -409,7 +414,7 @@ class _Run:
         length = table[:, 1] - table[:, 0]
         # Jitter mixes neighbours in length, or the same people would meet in every epoch.
         order = np.argsort(length * generator.uniform(0.9, 1.1, len(length)), kind="stable")
-        return _batches(table[order], length[order] + FIRST_EVENT, self.config.batch_tokens, generator)
+        return _batches(table[order], length[order] + FIRST_EVENT, self.batch_tokens, generator)
 
     def _next_item_losses(self, epoch: int) -> Iterator[Tensor]:
         """One loss per batch: next-item softmax at every position, with and without ids in the item vectors."""
@@ -545,9 +550,7 @@ class _Run:
         length = np.minimum(self.labels.stop - self.labels.start, MAX_HISTORY)[chosen]
         order = np.argsort(length * generator.uniform(0.9, 1.1, len(length)), kind="stable")
         tokens = length[order] + FIRST_EVENT + SLATE
-        return [
-            batch[:, 0] for batch in _batches(chosen[order][:, None], tokens, 2 * self.config.batch_tokens, generator)
-        ]
+        return [batch[:, 0] for batch in _batches(chosen[order][:, None], tokens, 2 * self.batch_tokens, generator)]
 
     def _slate_losses(
         self, epoch: int, candidates: NDArray[np.int32], log_q: NDArray[np.float32], features: SlateFeatures

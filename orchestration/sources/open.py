@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from datetime import date, datetime
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 from orchestration.sources import Source
 from orchestration.sources.movielens import KNOWN_LAYOUTS, open_movielens
@@ -13,14 +15,19 @@ from orchestration.sources.tabular import EXAMPLE, Tabular
 from orchestration.sources.tabular_files import SUFFIXES, is_s3, open_store
 from schemas.errors import SourceError
 
+SIMULATED = "simulated"
+
 
 def open_source(data: str | None, *, start: date, until: datetime) -> Source:
-    """The source for `data`: None is the simulator from `start` until `until`, else a folder or an s3:// prefix.
+    """The source for `data`: a folder, an s3:// prefix, or the simulator from `start` until `until`.
+
+    None and `simulated` mean the simulator's default world; `simulated?people=20000&seed=3` sets any field of `World`.
 
     A larder.toml decides before any file name does. Raises SourceError if there is nothing to read, saying what is known.
     """
-    if not data:
-        return Simulator(World(start=start), until)
+    if is_simulated(data):
+        return Simulator(simulated_world(data, start), until)
+    assert data is not None
     if is_s3(data):
         return Tabular(data)
     folder = Path(data).expanduser()
@@ -36,3 +43,22 @@ def open_source(data: str | None, *, start: date, until: datetime) -> Source:
                 f"A larder.toml looks like this:\n\n{EXAMPLE}"
             )
     return Tabular(folder)
+
+
+def is_simulated(data: str | None) -> bool:
+    """True if `data` asks for the simulator."""
+    return not data or data.split("?", 1)[0] == SIMULATED
+
+
+def simulated_world(data: str | None, start: date) -> World:
+    """The world that `simulated?field=value&…` describes. Raises SourceError for a field or value it cannot have."""
+    kinds = {field.name: field.type for field in fields(World) if field.name != "start"}
+    values: dict[str, int | float] = {}
+    for name, value in parse_qsl((data or "").partition("?")[2], keep_blank_values=True):
+        if name not in kinds:
+            raise SourceError(f"a simulated world has no {name!r}; it has {', '.join(kinds)}")
+        try:
+            values[name] = float(value) if kinds[name] == "float" else int(value)
+        except ValueError:
+            raise SourceError(f"simulated world: {name} is {value!r}; give a number") from None
+    return World(start=start, **values)  # type: ignore[arg-type]  # numbers of the fields' own kinds

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 from door_app import SmallApplication
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from otlp_receiver import Receiver, receiving
 
 from inference import telemetry
 from inference.handlers.aws_lambda import create_handler
@@ -27,57 +24,13 @@ XRAY = "Root=1-5759e988-bd862e3fe1be46a994272793;Parent=53995c3f42cd8ad8;Sampled
 JSON = {"content-type": "application/json"}
 
 
-class Receiver(ThreadingHTTPServer):
-    """Keeps the bytes of every export; `delay_seconds` makes it slow."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Export)
-        self.bodies: list[bytes] = []
-        self.paths: list[str] = []
-        self.delay_seconds = 0.0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def resources(self) -> list[Any]:
-        return [r for body in self.bodies for r in ExportTraceServiceRequest.FromString(body).resource_spans]
-
-    def spans(self) -> dict[str, Any]:
-        return {s.name: s for r in self.resources() for scope in r.scope_spans for s in scope.spans}
-
-
-class _Export(BaseHTTPRequestHandler):
-    server: Receiver
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        time.sleep(self.server.delay_seconds)
-        self.server.bodies.append(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
-        self.server.paths.append(self.path)
-        self.send_response(200)
-        self.send_header("Content-Type", "application/x-protobuf")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        pass
-
-
 @pytest.fixture
 def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
-    server = Receiver()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", server.url)
-    telemetry.shutdown()
-    yield server
-    telemetry.shutdown()
-    server.shutdown()
-    server.server_close()
-    thread.join(10)
+    with receiving() as server:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", server.url)
+        telemetry.shutdown()
+        yield server
+        telemetry.shutdown()
 
 
 @pytest.fixture

@@ -68,3 +68,26 @@ def test_tables_without_larder_toml_get_an_example(tmp_path: Path) -> None:
     (tmp_path / "orders.csv").write_text("a,b\n")
     with pytest.raises(SourceError, match=r"larder\.toml is missing \(found orders\.csv\)(.|\n)*\[events\]"):
         opened(tmp_path)
+
+
+def test_a_simulated_world_takes_its_parameters_from_data() -> None:
+    source = opened("simulated?people=300&items=150&events_per_person=20.5&seed=3")
+    assert isinstance(source, Simulator)
+    assert (source.world.people, source.world.items, source.world.events_per_person, source.world.seed) == (
+        300,
+        150,
+        20.5,
+        3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("simulated?peple=3", "has no 'peple'; it has seed, people"),
+        ("simulated?people=x", "people is 'x'; give a number"),
+    ],
+)
+def test_a_simulated_world_refuses_what_it_does_not_know(data: str, words: str) -> None:
+    with pytest.raises(SourceError, match=words):
+        opened(data)

@@ -1,0 +1,140 @@
+"""The store: events once each, two round trips a recommendation, errors that say so."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import psycopg
+import pytest
+from conftest import TODAY
+
+from inference.store import Filters, Store
+from schemas.errors import Unavailable
+
+
+@pytest.fixture
+def store(database: str) -> Iterator[Store]:
+    opened = Store(database)
+    yield opened
+    opened.close()
+
+
+def posted(number: int, **changes: object) -> dict[str, object]:
+    base = {"event_id": f"e{number}", "user_id": "u", "item_id": "i", "kind": "view", "value": None, "request_id": None}
+    return base | {"occurred_at": (TODAY + timedelta(seconds=number)).isoformat()} | changes
+
+
+def test_a_repeated_event_changes_nothing(store: Store, connection: psycopg.Connection) -> None:
+    assert store.accept_events([posted(1), posted(2)], 1000) == {"e1", "e2"}
+    assert store.accept_events([posted(2, occurred_at=TODAY.isoformat()), posted(3), posted(3)], 1000) == {"e3"}
+    for table in ("event_keys", "recent_events", "user_history"):
+        assert connection.execute(f"SELECT count(*) FROM {table}").fetchone() == (3,), table
+
+
+def test_history_keeps_the_newest_200(store: Store, connection: psycopg.Connection) -> None:
+    store.accept_events([posted(n) for n in range(250)], 5000)
+    rows = connection.execute("SELECT event_id FROM user_history ORDER BY occurred_at").fetchall()
+    assert [event_id for (event_id,) in rows] == [f"e{n}" for n in range(50, 250)]
+
+
+def test_writers_of_the_same_events_do_not_block_each_other(database: str, connection: psycopg.Connection) -> None:
+    stores = [Store(database) for _ in range(4)]
+    new: list[set[str]] = []
+
+    def write(store: Store, order: int) -> None:
+        for start in range(0, 100, 20):
+            batch = [posted(n) for n in range(start, start + 20)]
+            new.append(store.accept_events(batch[::order], 10_000))
+
+    threads = [threading.Thread(target=write, args=(store, 1 if n % 2 else -1)) for n, store in enumerate(stores)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for store in stores:
+        store.close()
+    assert sum(len(ids) for ids in new) == 100
+    assert connection.execute("SELECT count(*) FROM recent_events").fetchone() == (100,)
+
+
+def test_an_unreachable_database_is_unavailable() -> None:
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        Store("postgresql://127.0.0.1:1/x").ping(100)
+
+
+def test_a_slow_statement_ends_at_its_timeout(store: Store, database: str) -> None:
+    with psycopg.connect(database) as other:
+        other.execute("LOCK TABLE model_aliases IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(Unavailable, match="did not answer in time"):
+            store.ping(50)
+    assert store.ping(1000) is None  # the connection is still good
+
+
+def test_a_connection_that_died_is_replaced(store: Store, database: str) -> None:
+    store.ping(1000)
+    with psycopg.connect(database, autocommit=True) as other:
+        other.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'larder' AND datname = current_database()"
+        )
+    with pytest.raises(Unavailable):
+        store.ping(1000)
+    assert store.ping(1000) is None
+
+
+def test_a_recommendation_takes_two_round_trips(database: str, tmp_path: Path) -> None:
+    with counting_proxy(database, tmp_path) as (url, turns):
+        store = Store(url)
+        store.ping(1000)
+        for _ in range(8):  # past the threshold at which statements become prepared
+            before = len(turns)
+            store.read_person("u", TODAY, 1000)
+            store.pick_candidates(at=TODAY, filters=Filters(), limit=500, timeout_ms=1000, recent=["i"])
+            assert len(turns) - before == 2
+        store.close()
+
+
+@contextmanager
+def counting_proxy(url: str, folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """A server in front of Postgres that counts round trips: how often the client speaks after the server did."""
+    target = f"{parse_qs(urlsplit(url).query)['host'][0]}/.s.PGSQL.5432"
+    turns: list[int] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        client, _ = listener.accept()
+        server = socket.socket(socket.AF_UNIX)
+        server.connect(target)
+        last = ["server"]
+
+        def pump(source: socket.socket, sink: socket.socket, name: str) -> None:
+            try:
+                while data := source.recv(1 << 20):
+                    if name == "client" and last[0] == "server":
+                        turns.append(len(data))
+                    last[0] = name
+                    sink.sendall(data)
+            except OSError:
+                pass
+            finally:
+                sink.close()
+
+        threads = [
+            threading.Thread(target=pump, args=arguments, daemon=True)
+            for arguments in ((client, server, "client"), (server, client, "server"))
+        ]
+        for thread in threads:
+            thread.start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    parts = urlsplit(url)
+    yield (
+        f"postgresql://postgres@127.0.0.1:{listener.getsockname()[1]}{parts.path}?sslmode=disable&gssencmode=disable",
+        turns,
+    )
+    listener.close()

@@ -1,0 +1,307 @@
+"""The whole road on a small world: from raw events to an explained, traced answer; then again, and what changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+import psycopg
+import pytest
+from lambda_runtime_api import running_function
+from otlp_receiver import receiving
+
+from inference import http
+from inference.runtime import LarderApplication
+from inference.settings import Settings
+from infra import postgres
+from infra.deployment import Deployment
+from orchestration.compute.materialise import ensure_view_tables
+from orchestration.definitions import build_definitions
+from orchestration.resources import Larder
+from orchestration.sources.open import open_source
+from schemas.views import VIEWS
+
+WORLD = "simulated?people=900&items=250&days=50&events_per_person=45"
+TRAINING = {"ops": {name: {"config": {"epochs": 10, "slate_rows": 1000}} for name in ("ranker", "ranker_evaluation")}}
+YESTERDAY = datetime.now(UTC).date() - timedelta(days=1)
+
+
+@dataclass
+class Road:
+    """A deployment that has been through everything."""
+
+    url: str
+    record: Deployment
+    instance: dg.DagsterInstance
+    application: LarderApplication
+
+    def materialise(self, *names: str, **options: Any) -> dg.ExecuteInProcessResult:
+        job = build_definitions(Larder(deployment=self.record.name)).resolve_implicit_global_asset_job_def()
+        return job.execute_in_process(
+            instance=self.instance, asset_selection=[dg.AssetKey(name) for name in names], **options
+        )
+
+    def post(self, path: str, document: dict[str, Any]) -> dict[str, Any]:
+        response = http.handle(
+            self.application,
+            "POST",
+            path,
+            {"content-type": "application/json"},
+            json.dumps(document).encode(),
+            deadline=None,
+        )
+        return {"status": response.status, **json.loads(response.body)}
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
+    home = tmp_path_factory.mktemp("road")
+    start = YESTERDAY - timedelta(days=49)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DATABASE_URL", "LAKE_URL", "ARTIFACTS_URL"):
+            patch.delenv(name, raising=False)
+        patch.setenv("LARDER_HOME", str(home))
+        patch.setenv("DEPLOYMENT", "small")
+        record = Deployment("small", WORLD, start)
+        record.save()
+        url = postgres.prepare(record)
+        ensure_view_tables(url)
+        with dg.DagsterInstance.ephemeral() as instance:
+            made = Road(url, record, instance, LarderApplication.from_settings(Settings(url, record.artifacts_url)))
+            partitions = {
+                "dagster/asset_partition_range_start": (YESTERDAY - timedelta(days=9)).isoformat(),
+                "dagster/asset_partition_range_end": YESTERDAY.isoformat(),
+            }
+            made.materialise("source_events", "items")
+            # Partitions start where the definitions were loaded for another deployment: ask for a range both have.
+            made.materialise("events", *(view.name for view in VIEWS), tags=partitions)
+            made.materialise("text_vectors", "popular_items", "co_visitation", "training_set")
+            made.materialise("ranker", "ranker_evaluation", "ranker_onnx", run_config=TRAINING)
+            made.materialise("item_vectors", "ranker_release", "recommend_function")
+            made.application.warm()
+            yield made
+            made.application.store.close()
+
+
+def newest_user(road: Road) -> str:
+    with psycopg.connect(road.url) as connection:
+        row = connection.execute(
+            "SELECT user_id FROM user_history GROUP BY user_id HAVING count(*) > 10 ORDER BY max(occurred_at) DESC LIMIT 1"
+        ).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def test_without_a_released_model_the_floor_answers_and_says_so(road: Road) -> None:
+    user = newest_user(road)
+    with psycopg.connect(road.url) as connection:
+        alias = connection.execute("DELETE FROM model_aliases RETURNING alias, version, revision").fetchone()
+    try:
+        answer = road.post("/recommendations", {"user_id": user, "k": 10})
+        assert (answer["model_version"], answer["degraded"]) == ("co-visitation", ["ranker"])
+        ten = [item["item_id"] for item in answer["items"]]
+        assert len(ten) == 10
+        given = road.post("/recommendations", {"user_id": user, "candidates": ten[::-1]})
+        assert [item["item_id"] for item in given["items"]] == ten
+    finally:
+        with psycopg.connect(road.url) as connection:
+            connection.execute("INSERT INTO model_aliases (alias, version, revision) VALUES (%s, %s, %s)", alias)
+
+
+def test_every_event_of_the_source_is_in_the_lake_once(road: Road) -> None:
+    source = open_source(WORLD, start=road.record.start_date, until=datetime.now(UTC) - timedelta(days=1))
+    expected = {row.event_id for row in source.events()}  # type: ignore[union-attr]  # the simulator has no bad rows
+    with psycopg.connect(road.url) as connection:
+        from orchestration.compute.lake import Lake
+
+        table = Lake(road.record.lake_url).events(connection).to_table(columns=["event_id"])
+    found = table["event_id"].to_pylist()
+    assert len(found) == len(set(found))
+    assert expected <= set(found)
+    assert len(expected) > 5_000
+
+
+def test_the_ledger_names_every_partition_that_was_asked_for(road: Road) -> None:
+    with psycopg.connect(road.url) as connection:
+        rows = connection.execute("SELECT view, count(*), sum(rows) FROM feature_ledger GROUP BY view").fetchall()
+    assert {view: days for view, days, _ in rows} == {view.name: 10 for view in VIEWS}
+    assert all(total > 100 for _, _, total in rows)
+
+
+def test_the_verdict_compares_the_ranker_with_every_floor_on_both_splits(road: Road) -> None:
+    with psycopg.connect(road.url) as connection:
+        passed, record = connection.execute("SELECT passed, record FROM gate_records").fetchone() or (None, None)
+        alias = connection.execute("SELECT version FROM model_aliases").fetchone()
+    assert record is not None
+    for split in ("leave_one_out", "time_split"):
+        names = [row["name"] for row in record["evaluation"][split]["rows"]]
+        assert names == ["popularity", "7-day popularity", "co-visitation", "ranker"]
+    assert record["parity"]["int8"]["top_10_overlap_rate"] >= 0.95
+    assert passed, record["words"]
+    assert alias is not None
+
+
+def test_a_known_person_gets_ten_unseen_titles_with_reasons(road: Road) -> None:
+    user = newest_user(road)
+    answer = road.post("/recommendations", {"user_id": user, "k": 10, "explain": True})
+    assert answer["status"] == 200
+    assert len({item["item_id"] for item in answer["items"]}) == 10
+    assert all(item["title"] and item["reasons"] for item in answer["items"])
+    with psycopg.connect(road.url) as connection:
+        seen = {row[0] for row in connection.execute("SELECT item_id FROM user_history WHERE user_id = %s", (user,))}
+    assert not seen & {item["item_id"] for item in answer["items"]}
+    scores = [item["score"] for item in answer["items"]]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_a_new_event_changes_the_next_answer(road: Road) -> None:
+    user = newest_user(road)
+    before = road.post("/recommendations", {"user_id": user, "k": 5})
+    watched = before["items"][0]["item_id"]
+    event = {"event_id": "posted-1", "user_id": user, "item_id": watched, "kind": "rating", "value": 5}
+    assert road.post("/events", {"events": [event]})["outcomes"][0]["outcome"] == "stored"
+    assert road.post("/events", {"events": [event]})["outcomes"][0]["outcome"] == "duplicate"
+    after = road.post("/recommendations", {"user_id": user, "k": 5})
+    assert watched not in [item["item_id"] for item in after["items"]]
+
+
+def test_an_unknown_person_with_a_wish_gets_an_answer_about_the_wish(road: Road) -> None:
+    with psycopg.connect(road.url) as connection:
+        categories = dict(connection.execute("SELECT item_id, categories FROM items").fetchall())
+    names = sorted({name for held in categories.values() for name in held})
+    lifts = []
+    for name in names:
+        answer = road.post("/recommendations", {"user_id": "nobody", "k": 10, "prompt": name})
+        assert answer["prompt_version"] == "wish.v1"
+        share = sum(name in categories[item["item_id"]] for item in answer["items"]) / 10
+        base = sum(name in held for held in categories.values()) / len(categories)
+        lifts.append(share / base)
+    assert sum(lifts) / len(lifts) > 1.5
+
+
+def test_a_new_item_with_only_a_text_can_be_recommended_at_once(road: Road) -> None:
+    with psycopg.connect(road.url) as connection:
+        title, description, categories = connection.execute(
+            "SELECT title, description, categories FROM items ORDER BY item_id LIMIT 1"
+        ).fetchone() or ("", "", [])
+        connection.execute(
+            "INSERT INTO items (item_id, title, description, categories) VALUES ('brand-new', %s, %s, %s)",
+            (f"{title} again", description, categories),
+        )
+    result = road.materialise("text_vectors", "item_vectors")
+    encoded = {
+        event.asset_key.to_user_string(): event.materialization.metadata["encoded"].value  # type: ignore[union-attr]
+        for event in result.get_asset_materialization_events()
+    }
+    assert encoded["text_vectors"] == 1
+    assert encoded["item_vectors"] >= 1
+    similar = road.post("/similar", {"text": f"{title} again. {description}", "k": 3})
+    assert "brand-new" in [item["item_id"] for item in similar["items"]]
+    answer = road.post("/recommendations", {"user_id": "nobody", "k": 20, "prompt": f"{title} again. {description}"})
+    assert "brand-new" in [item["item_id"] for item in answer["items"]]
+
+
+def test_given_candidates_are_ranked_and_nothing_else(road: Road) -> None:
+    user = newest_user(road)
+    ten = [item["item_id"] for item in road.post("/recommendations", {"user_id": user, "k": 10})["items"]]
+    answer = road.post("/recommendations", {"user_id": user, "candidates": [*ten[::-1], "no-such-item"], "k": 20})
+    assert [item["item_id"] for item in answer["items"]] == ten
+    assert road.post("/recommendations", {"user_id": user, "candidates": []})["items"] == []
+
+
+def test_filters_hold_for_every_item(road: Road) -> None:
+    with psycopg.connect(road.url) as connection:
+        categories = dict(connection.execute("SELECT item_id, categories FROM items").fetchall())
+    name = sorted({name for held in categories.values() for name in held})[0]
+    only = road.post("/recommendations", {"user_id": "nobody", "k": 50, "filters": {"categories": [name]}})
+    none = road.post("/recommendations", {"user_id": "nobody", "k": 50, "filters": {"exclude_categories": [name]}})
+    assert only["items"]
+    assert all(name in categories[item["item_id"]] for item in only["items"])
+    assert none["items"]
+    assert not any(name in categories[item["item_id"]] for item in none["items"])
+
+
+def test_an_unknown_anchor_is_a_clear_404(road: Road) -> None:
+    answer = road.post("/similar", {"item_id": "no-such-item"})
+    assert answer["status"] == 404
+    assert "no-such-item" in answer["error"]["message"]
+
+
+def test_a_restart_with_the_database_gone_answers_from_the_shipped_list(road: Road) -> None:
+    dark = LarderApplication.from_settings(Settings("postgresql://127.0.0.1:1/none", road.record.artifacts_url))
+    response = http.handle(
+        dark,
+        "POST",
+        "/recommendations",
+        {"content-type": "application/json"},
+        b'{"user_id": "u", "k": 5}',
+        deadline=None,
+    )
+    answer = json.loads(response.body)
+    assert answer["degraded"] == ["database"]
+    assert len(answer["items"]) == 5
+
+
+def test_health_names_the_model_that_serves(road: Road) -> None:
+    health = road.application.health()
+    assert health.database_round_trip_ms is not None
+    assert health.model_version == road.post("/recommendations", {"user_id": "u"})["model_version"]
+    assert health.status == "ok"
+
+
+def test_a_second_load_brings_only_what_happened_since(road: Road) -> None:
+    result = road.materialise("source_events", "items")
+    (report,) = [
+        event.materialization.metadata
+        for event in result.get_asset_materialization_events()
+        if event.asset_key and event.asset_key.to_user_string() == "source_events"
+    ]
+    assert report["duplicate_rows"].value > 5_000
+    assert report["rows"].value < 500
+
+
+def test_every_door_gives_the_same_bytes_for_the_same_request(road: Road) -> None:
+    document = {"user_id": newest_user(road), "k": 10, "explain": True, "prompt": "a slow story", "request_id": "r-1"}
+    document["at"] = datetime.now(UTC).isoformat()
+    environment = {"DATABASE_URL": road.url, "ARTIFACTS_URL": road.record.artifacts_url}
+    headers = {"content-type": "application/json"}
+    ours = http.handle(
+        road.application, "POST", "/recommendations", headers, json.dumps(document).encode(), deadline=None
+    )
+    with running_function("inference.handlers.aws_lambda.handler", environment) as function:
+        direct = function.invoke(document)
+    assert ours.status == 200
+    assert len(json.loads(direct)["items"]) == 10
+    assert direct == ours.body
+
+
+def test_a_trace_reaches_from_the_request_to_database_and_model(road: Road) -> None:
+    environment = {"DATABASE_URL": road.url, "ARTIFACTS_URL": road.record.artifacts_url}
+    user = newest_user(road)
+    with receiving() as receiver:
+        environment |= {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url}
+        with running_function("inference.handlers.aws_lambda.handler", environment) as function:
+            function.invoke({"user_id": user, "prompt": "canary wish"})
+        # The handler flushes before it answers: what the platform freezes has been sent.
+        spans = receiver.spans()
+        sent = b"".join(receiver.bodies)
+    request = next(span for name, span in spans.items() if span.kind == 2)
+    for name in ("db read_person", "rank", "db pick_candidates", "re-rank"):
+        assert spans[name].trace_id == request.trace_id, name
+    assert b"canary wish" not in sent
+    assert user.encode() not in sent
+
+
+def test_importing_definitions_does_not_import_torch() -> None:
+    code = "import sys, orchestration.definitions; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, env=os.environ
+    )
+    assert done.stdout.split() == ["False", "False"]
