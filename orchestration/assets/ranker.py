@@ -27,14 +27,24 @@ class Training(dg.Config):
     """
 
     size: str = "small"
-    epochs: int = 12
-    slate_rows: int = 3000
+    epochs: int = 10
+    slate_rows: int = 2000
     seed: int = 0
 
     def settings(self) -> Any:
         from orchestration.compute.train import TrainConfig
 
-        return TrainConfig(size=self.size, seed=self.seed, epochs=self.epochs, slate_rows=self.slate_rows)
+        # Batches and step for a hundred thousand to a million events in few epochs.
+        return TrainConfig(
+            size=self.size,
+            seed=self.seed,
+            epochs=self.epochs,
+            slate_rows=self.slate_rows,
+            batch_tokens=2048,
+            learning_rate=4e-3,
+            validate_every=5,
+            validation_people=500,
+        )
 
 
 @dg.asset(

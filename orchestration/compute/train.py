@@ -747,7 +747,12 @@ def _slate_labels(interactions: Interactions, config: TrainConfig) -> Queries:
     offsets = interactions.offsets()
     position = np.arange(len(interactions))
     last = position >= offsets[1:][interactions.user] - config.slate_labels
-    return queries_for(interactions, np.flatnonzero(last).astype(np.int64), strictly_earlier=True)
+    rows = np.flatnonzero(last).astype(np.int64)
+    # Mining costs a pass of the ranker per label: none is mined that no epoch will use.
+    most = config.slate_rows * max(config.slate_epochs, 1)
+    if len(rows) > most:
+        rows = np.sort(np.random.default_rng((config.seed, 6)).permutation(rows)[:most])
+    return queries_for(interactions, rows, strictly_earlier=True)
 
 
 def _batches(
