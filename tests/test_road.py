@@ -29,7 +29,7 @@ from orchestration.sources.open import open_source
 from schemas.views import VIEWS
 
 WORLD = "simulated?people=900&items=250&days=50&events_per_person=45"
-TRAINING = {"ops": {name: {"config": {"epochs": 10, "slate_rows": 1000}} for name in ("ranker", "ranker_evaluation")}}
+TRAINING = {"ops": {name: {"config": {"epochs": 10, "slate_rows": 1000}} for name in ("ranker",)}}
 YESTERDAY = datetime.now(UTC).date() - timedelta(days=1)
 
 

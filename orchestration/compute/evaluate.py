@@ -324,7 +324,8 @@ RunRanker = Callable[[dict[str, NDArray[Any]]], tuple[NDArray[np.float32], NDArr
 class RankerScorer:
     """The ranker as a `Scorer`: the first `rerank` items by ⟨u, v⟩ get the full score, the rest follow them in order.
 
-    `rerank` None scores the whole catalogue, 0 leaves it at the user vector. `item_vectors (items, d) float32`.
+    `rerank` None scores the whole catalogue, 0 leaves it at the user vector. `item_vectors (items, d) float32`. Each of
+    `sources`, the other candidate sources of serving, gives a quarter of the re-ranked items: its best that are not in yet.
     `wish_vectors`, if given, turns queries into wishes `(q, d)` in item space; a zero row is no wish.
     """
 
@@ -335,6 +336,7 @@ class RankerScorer:
     slates: MakeSlates | None = None
     rerank: int | None = 500
     wish_vectors: Callable[[Queries], NDArray[np.float32]] | None = None
+    sources: tuple[Scorer, ...] = ()
 
     def inputs(self, queries: Queries, candidates: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
         """The graph's inputs for `candidates (q, n)`."""
@@ -373,8 +375,7 @@ class RankerScorer:
         rerank = items if self.rerank is None else min(self.rerank, items)
         if rerank == 0:
             return similarity
-        offered = np.where(queries.seen(), -2.0, similarity)
-        first = np.argpartition(-offered, rerank - 1, axis=1)[:, :rerank].astype(np.int32)
+        first = self._candidates(queries, similarity, rerank)
         # Below every re-ranked item: similarities lie in ±1, scores are logits.
         scores = similarity - np.float32(1000)
         here = np.arange(q)[:, None]
@@ -382,6 +383,22 @@ class RankerScorer:
             part = first[:, begin : begin + MAX_CANDIDATES]
             scores[here, part] = np.maximum(self.run(self.inputs(queries, part))[1], np.float32(-900))
         return scores
+
+    def _candidates(self, queries: Queries, similarity: NDArray[np.float32], count: int) -> NDArray[np.int32]:
+        """`(q, count)` different items: the nearest by user vector, then the best of each other source."""
+        taken = queries.seen()
+        here = np.arange(len(queries))[:, None]
+        share = count // 4
+        picked: list[NDArray[np.int64]] = []
+        for scores, size in (
+            (similarity, count - share * len(self.sources)),
+            *((source(queries), share) for source in self.sources),
+        ):
+            # Items that are out come last, but a catalogue smaller than the count may still need them.
+            best = np.argpartition(np.where(taken, np.inf, -scores), size - 1, axis=1)[:, :size]
+            taken[here, best] = True
+            picked.append(best)
+        return np.concatenate(picked, axis=1).astype(np.int32)
 
 
 def _is_repeat(interactions: Interactions) -> NDArray[np.bool_]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,19 +41,21 @@ from orchestration.compute.lake import Lake
 from orchestration.compute.point_in_time import PointInTime
 from orchestration.compute.slates import Slates
 from orchestration.compute.train import Progress, TrainConfig, TrainedRanker, Wishes, train
-from orchestration.compute.training_set import load_categories, load_training_set
+from orchestration.compute.training_set import learning_split, load_categories, load_training_set
 from orchestration.compute.vectors import load_text_vectors
 from schemas import prompts
+from schemas.errors import LarderError
 from schemas.manifest import ENCODER_PATH, Manifest
 from schemas.views import candidate_features, context_features, fingerprint
 
 TRAINED_PATH = "training/ranker.pt"
+TIME_SPLIT_PATH = "training/time_split.pt"
 EVALUATION_PATH = "training/evaluation.json"
 RANKER = "ranker"
 FLOOR = ("popularity", "7-day popularity", "co-visitation")
 RERANKED = 200
 """Candidates an evaluation re-ranks per label."""
-JUDGED_LABELS = 3_000
+JUDGED_LABELS = 2_000
 """Labels of the time split that are judged at most, chosen by seed: re-ranking each takes features of 200 items."""
 
 Say = Callable[[str], None]
@@ -108,56 +112,81 @@ def train_ranker(
     config: TrainConfig,
     progress: Say,
 ) -> TrainingReport:
-    """Train on the training set and keep the result. An interrupted training goes on from its last epoch."""
+    """Train the ranker on the training set, and its twin on the early part of a time split; keep both.
+
+    Both run at once, a processor each: two threads on one training gain nothing at this size. An interrupted training
+    goes on from its last epoch.
+    """
     known = load_training_set(lake, connection, artifacts_url)
-    with PointInTime(lake, connection) as ask:
-        slates = Slates(
-            ask,
-            known.split.train,
-            load_categories(connection, known.split.train),
-            (known.rows, known.context, known.context_mask),
-        )
-        trained = _train(connection, artifacts_url, known.split, slates, scratch / "ranker.ckpt", config, progress)
-    buffer = io.BytesIO()
-    torch.save(trained, buffer)
-    artifacts.put(artifacts_url, TRAINED_PATH, buffer.getvalue())
+    twin = multiprocessing.get_context("spawn").Process(
+        target=train_time_split,
+        args=(lake.url, connection.info.dsn, connection.info.password, artifacts_url, scratch, config),
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    twin.start()
+    try:
+        with PointInTime(lake, connection) as ask:
+            slates = Slates(
+                ask,
+                known.split.train,
+                load_categories(connection, known.split.train),
+                (known.rows, known.context, known.context_mask),
+            )
+            trained = _train(connection, artifacts_url, known.split, slates, scratch / "ranker.ckpt", config, progress)
+        _save(trained, artifacts_url, TRAINED_PATH)
+        twin.join()
+    finally:
+        torch.set_num_threads(threads)
+        if twin.is_alive():
+            twin.terminate()
+            twin.join()
+    if twin.exitcode != 0:
+        raise LarderError(f"training on the time split ended with status {twin.exitcode}; its error stands above")
     return TrainingReport(trained.progress, trained.validation, len(known.split.train), trained.seconds)
 
 
+def train_time_split(
+    lake_url: str, dsn: str, password: str, artifacts_url: str, scratch: Path, config: TrainConfig
+) -> None:
+    """Train the twin that knows only the first 90 % of the events, in a process of its own."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    lake = Lake(lake_url)
+    with psycopg.connect(dsn, password=password or None) as connection:
+        later = time_split(learning_split(lake, connection).queries.interactions)
+        with PointInTime(lake, connection) as ask:
+            slates = Slates(ask, later.train, load_categories(connection, later.train))
+            trained = _train(
+                connection, artifacts_url, later, slates, scratch / "time_split.ckpt", config, lambda _: None
+            )
+    _save(trained, artifacts_url, TIME_SPLIT_PATH)
+
+
 def evaluate_ranker(
-    lake: Lake,
-    connection: psycopg.Connection[Any],
-    artifacts_url: str,
-    scratch: Path,
-    *,
-    config: TrainConfig,
-    progress: Say,
+    lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, *, progress: Say
 ) -> EvaluationReport:
-    """Judge the trained ranker on its held-out events, and the same recipe on a global time split."""
+    """Judge the trained ranker on its held-out events, and its twin on the events after the cut of the time split."""
     start = time.monotonic()
     split = load_training_set(lake, connection, artifacts_url).split
-    trained = _load_trained(artifacts_url)
     everything = split.queries.interactions
     categories = load_categories(connection, everything)
+    later = time_split(everything)
+    chosen = np.random.default_rng(0).permutation(len(later.queries))[:JUDGED_LABELS]
+    later = Split(later.name, later.train, later.queries.take(np.sort(chosen)))
+    evaluations = []
     with PointInTime(lake, connection) as ask:
-        slates = Slates(ask, everything, categories)
-        first = evaluate({**_floor(split), RANKER: trained.scorer(slates, rerank=RERANKED)}, split)
-        progress(first.table())
-        later = time_split(everything)
-        chosen = np.random.default_rng(0).permutation(len(later.queries))[:JUDGED_LABELS]
-        later = Split(later.name, later.train, later.queries.take(np.sort(chosen)))
-        frozen = _train(
-            connection,
-            artifacts_url,
-            later,
-            Slates(ask, later.train, categories),
-            scratch / "time_split.ckpt",
-            config,
-            progress,
-        )
-        late_slates = Slates(ask, later.queries.interactions, categories)
-        second = evaluate({**_floor(later), RANKER: frozen.scorer(late_slates, rerank=RERANKED)}, later)
-        progress(second.table())
+        for judged, path in ((split, TRAINED_PATH), (later, TIME_SPLIT_PATH)):
+            floors = _floor(judged)
+            # Re-ranked is what serving re-ranks: neighbours of the user vector, what is trending, what follows.
+            ranker = _load_trained(artifacts_url, path).scorer(
+                Slates(ask, judged.queries.interactions, categories),
+                rerank=min(RERANKED, len(everything.item_ids)),
+                sources=(floors["7-day popularity"], floors["co-visitation"]),
+            )
+            evaluations.append(evaluate({**floors, RANKER: ranker}, judged))
+            progress(evaluations[-1].table())
+    first, second = evaluations
     artifacts.put(
         artifacts_url,
         EVALUATION_PATH,
@@ -169,7 +198,7 @@ def evaluate_ranker(
 def export_ranker(lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, folder: Path) -> Exported:
     """Export, quantise and gate the trained ranker into `folder`. Raises GateError if a graph is not what was trained."""
     split = load_training_set(lake, connection, artifacts_url).split
-    trained = _load_trained(artifacts_url)
+    trained = _load_trained(artifacts_url, TRAINED_PATH)
     evaluation = json.loads(artifacts.get(artifacts_url, EVALUATION_PATH))
     popular = [
         {"item_id": item_id, "title": title, "score": score}
@@ -253,9 +282,15 @@ def _train(
     return trained
 
 
-def _load_trained(artifacts_url: str) -> TrainedRanker:
+def _save(trained: TrainedRanker, artifacts_url: str, path: str) -> None:
+    buffer = io.BytesIO()
+    torch.save(trained, buffer)
+    artifacts.put(artifacts_url, path, buffer.getvalue())
+
+
+def _load_trained(artifacts_url: str, path: str) -> TrainedRanker:
     # Our own file under our own artefacts' root, never one from a request.
-    trained: TrainedRanker = torch.load(io.BytesIO(artifacts.get(artifacts_url, TRAINED_PATH)), weights_only=False)
+    trained: TrainedRanker = torch.load(io.BytesIO(artifacts.get(artifacts_url, path)), weights_only=False)
     return trained
 
 

@@ -26,6 +26,7 @@ from orchestration.compute.evaluate import (
     MakeSlates,
     Queries,
     RankerScorer,
+    Scorer,
     SlateFeatures,
     gain,
     history_inputs,
@@ -152,7 +153,9 @@ class TrainedRanker:
             user, scores = self.ranker(**{name: torch.from_numpy(value) for name, value in inputs.items()})
         return user.numpy(), scores.numpy()
 
-    def scorer(self, slates: MakeSlates | None = None, *, rerank: int | None = 500) -> RankerScorer:
+    def scorer(
+        self, slates: MakeSlates | None = None, *, rerank: int | None = 500, sources: tuple[Scorer, ...] = ()
+    ) -> RankerScorer:
         """This model as a row of an evaluation."""
         return RankerScorer(
             self.run,
@@ -161,6 +164,7 @@ class TrainedRanker:
             candidate_features=self.ranker.shape.candidate_features,
             slates=slates,
             rerank=rerank,
+            sources=sources,
         )
 
 
