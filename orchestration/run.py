@@ -279,5 +279,6 @@ def _show(url: str, record: Deployment, user_id: str | None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    # Being told to stop is the same as Ctrl-C: what is finished stays, what is not is rolled back.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

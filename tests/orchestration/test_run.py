@@ -1,0 +1,62 @@
+"""`make run` with unusable input: a clear error, a status other than zero, nothing half made."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {name: value for name, value in os.environ.items() if name not in ("DATABASE_URL", "DEPLOYMENT")}
+    return subprocess.run(
+        [sys.executable, "-m", "orchestration.run", *arguments],
+        capture_output=True,
+        text=True,
+        env=variables | {"LARDER_HOME": str(home), "COLUMNS": "400"} | environment,
+        check=False,
+    )
+
+
+def folder(tmp_path: Path, **files: str) -> Path:
+    made = tmp_path / "data"
+    made.mkdir()
+    for name, text in files.items():
+        (made / name.replace("__", ".")).write_text(text)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (None, "data"),
+        ({}, "empty"),
+        ({"notes__txt": "hello"}, "unknown layout"),
+        ({"sequences__txt": "1\t2 3 4\n"}, "no timestamps"),
+        ({"ratings__csv": "who,what\n1,2\n", "movies__csv": "movieId,title,genres\n"}, "ratings.csv"),
+    ],
+)
+def test_data_that_cannot_be_read_is_refused(tmp_path: Path, files: dict[str, str] | None, words: str) -> None:
+    data = tmp_path / "data" if files is None else folder(tmp_path, **files)
+    done = run(tmp_path / "home", "--data", str(data))
+    assert done.returncode == 1
+    assert "error (source)" in done.stdout
+    assert words in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "home").exists()
+
+
+def test_an_unreachable_database_is_named(tmp_path: Path) -> None:
+    done = run(tmp_path / "home", DATABASE_URL="postgresql://me:secret@127.0.0.1:1/x")
+    assert done.returncode == 1
+    assert "cannot reach the database postgresql://me:***@127.0.0.1:1/x" in done.stdout
+    assert "secret" not in done.stdout + done.stderr
+
+
+def test_help_says_what_it_does(tmp_path: Path) -> None:
+    done = run(tmp_path / "home", "--help")
+    assert done.returncode == 0
+    assert "Safe to repeat" in done.stdout
