@@ -16,19 +16,19 @@ def reasons(
     vector: NDArray[np.float32],
     sources: int,
     history: History,
-    wish: NDArray[np.float32] | None,
+    wish: float,
     *,
     past: NDArray[np.float32],
     past_rows: list[int],
 ) -> tuple[str, ...]:
     """Up to three reasons for one item, the most telling first.
 
-    `vector (d,)` is the item's; `past (m, d)` the vectors of the history rows `past_rows`; `wish (d,)` the wish in
-    item space, None without one.
+    `vector (d,)` is the item's; `past (m, d)` the vectors of the history rows `past_rows`; `wish` the cosine of
+    the wish's text and the item's, 0 without one.
     """
     found: list[tuple[float, str]] = []
-    if wish is not None and (match := float(vector @ wish)) >= LIKE_ENOUGH:
-        found.append((match + 0.2, f"fits your wish ({match:.0%})"))
+    if wish >= LIKE_ENOUGH:
+        found.append((wish + 0.2, f"fits your wish ({wish:.0%})"))
     if len(past_rows) and vector.any():
         likeness = past @ vector
         nearest = int(np.argmax(likeness))

@@ -35,6 +35,9 @@ from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS, CROSS_VIEWS, candidate
 RECENT_ITEMS = 20
 """So many of the newest items look up their co-visitation neighbours."""
 FLOOR_VERSION = "co-visitation"
+WISH_WEIGHT = 40.0
+"""Logits per unit of cosine between the wish's text and the item's: twice the scale (1/τ) at which the ranker weighs the
+person's own vector. What was asked for must show even where training saw too few wishes to learn to follow them."""
 
 
 class Models(Protocol):
@@ -104,14 +107,13 @@ class Recommender:
             candidates, scores = self._by_floor(asked, end, steps)
         else:
             candidates, scores = self._by_ranker(ranker, asked, end, steps, degraded)
-        wish = ranker.project(wish_text[None])[0] if ranker and wish_text is not None else None
         with steps.step("re-rank"), span("re-rank", attributes={"recsys.rank.rows": len(candidates)}):
             if request.diversity and candidates.vectors.shape[1]:
                 order = rerank.maximal_marginal_relevance(scores, candidates.vectors, request.k, request.diversity)
             else:
                 order = rerank.best(scores, request.k)
         with steps.step("explain"):
-            items = self._items(order, candidates, scores, person.history, wish, request.explain)
+            items = self._items(order, candidates, scores, person.history, request.explain)
         return RecommendationResponse(
             request_id=request_id,
             items=items,
@@ -152,7 +154,7 @@ class Recommender:
                 given=asked.request.candidates,
             )
         place = np.arange(len(candidates), 0, -1, dtype=np.float32) / max(len(candidates), 1)
-        return candidates, (candidates.evidence + place * 1e-3 + ((candidates.sources & 2) > 0)).astype(np.float32)
+        return candidates, (candidates.evidence + place * 1e-3 + candidates.wish * WISH_WEIGHT).astype(np.float32)
 
     def _by_ranker(
         self, ranker: Ranker, asked: _Asked, end: float, steps: Steps, degraded: list[str]
@@ -175,7 +177,7 @@ class Recommender:
                 champion=ranker.version,
                 dim=ranker.dim,
                 user_vector=user_vector[0],
-                wish_vector=None if wish is None else wish[0],
+                wish_text=asked.wish_text,
                 recent=asked.recent(),
                 given=asked.request.candidates,
             )
@@ -184,7 +186,7 @@ class Recommender:
         with steps.step("rank"):
             rows = candidate_inputs(candidates, asked.person.views, asked.at)
             _, scores = ranker.run(inputs | rows)
-        return candidates, scores[0]
+        return candidates, scores[0] + WISH_WEIGHT * candidates.wish
 
     def _items(
         self,
@@ -192,7 +194,6 @@ class Recommender:
         candidates: Candidates,
         scores: NDArray[np.float32],
         history: History,
-        wish: NDArray[np.float32] | None,
         with_reasons: bool,
     ) -> tuple[RecommendedItem, ...]:
         past_rows = [
@@ -214,7 +215,7 @@ class Recommender:
                     candidates.vectors[index],
                     int(candidates.sources[index]),
                     history,
-                    wish,
+                    float(candidates.wish[index]),
                     past=past,
                     past_rows=past_rows,
                 )

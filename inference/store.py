@@ -98,7 +98,8 @@ class Filters:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """n candidates: parallel sequences; `vectors (n, d) float32` with zeros where an item has none yet."""
+    """n candidates: parallel sequences; `vectors (n, d) float32` with zeros where an item has none yet,
+    `wish (n,)` the cosine of its text and the wish's."""
 
     item_ids: list[str]
     titles: list[str]
@@ -107,6 +108,7 @@ class Candidates:
     evidence: NDArray[np.float64]
     vectors: NDArray[np.float32]
     has_vector: NDArray[np.bool_]
+    wish: NDArray[np.float32]
     features: Columns
 
     def __len__(self) -> int:
@@ -201,22 +203,19 @@ class Store:
         champion: str | None = None,
         dim: int = 0,
         user_vector: NDArray[np.float32] | None = None,
-        wish_vector: NDArray[np.float32] | None = None,
         wish_text: NDArray[np.float32] | None = None,
         recent: Sequence[str] = (),
         given: Sequence[str] | None = None,
     ) -> Candidates:
         """Candidates with titles, vectors and features, at most `limit`, from the sources that apply.
 
-        `user_vector` and `wish_vector` `(d,)` search the champion's item vectors; `wish_text (384,)` the text vectors
-        when there is no champion; `recent` are the person's last items, newest first; `given` replaces all sources.
+        `user_vector (d,)` searches the champion's item vectors, `wish_text (384,)` the text vectors; `recent` are the person's last items, newest first; `given` replaces all sources.
         """
         sources, parameters = _sources(
             limit,
             champion,
             dim,
             user_vector,
-            wish_vector,
             wish_text,
             list(recent),
             None if given is None else list(given),
@@ -230,9 +229,13 @@ class Store:
             vector_join="LEFT JOIN item_vectors AS v ON v.item_id = m.item_id AND v.model_version = %(champion)s"
             if champion
             else "",
+            wish="NULL" if wish_text is None else "1 - (t.vector <=> %(wish_text)s::vector)",
+            wish_join="" if wish_text is None else "LEFT JOIN text_vectors AS t ON t.item_id = m.item_id",
             columns=", ".join(f"f.{name}" for name in ("as_of", "settled_at", *names)),
         )
         parameters |= {"at": at, "limit": limit, **filters.parameters()}
+        if wish_text is not None:
+            parameters["wish_text"] = _literal(wish_text)
         with self.connection() as connection, span("db pick_candidates", kind="client", attributes=_db(2)):
             with connection.pipeline():
                 _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
@@ -252,7 +255,8 @@ class Store:
             np.array([row[2] for row in rows], np.float64),
             vectors,
             has_vector,
-            _columns(view, [(row[0], *row[6:]) for row in rows]),
+            np.array([row[6] or 0.0 for row in rows], np.float32),
+            _columns(view, [(row[0], *row[7:]) for row in rows]),
         )
 
     def similar(
@@ -341,7 +345,6 @@ def _sources(
     champion: str | None,
     dim: int,
     user_vector: NDArray[np.float32] | None,
-    wish_vector: NDArray[np.float32] | None,
     wish_text: NDArray[np.float32] | None,
     recent: list[str],
     given: list[str] | None,
@@ -382,17 +385,7 @@ def _sources(
                 where="v.model_version = %(champion)s AND",
             )
         )  # fmt: skip
-    if champion is not None and wish_vector is not None:
-        parameters["wish_vector"] = _literal(wish_vector)
-        distance = f"({typed} <#> %(wish_vector)s::halfvec({dim}))"
-        picked.append(
-            ann.format(
-                bit=SOURCES["wish"], distance=distance, table="item_vectors", limit="part",
-                where="v.model_version = %(champion)s AND",
-            )
-        )  # fmt: skip
     if wish_text is not None:
-        parameters["wish_text"] = _literal(wish_text)
         picked.append(
             ann.format(
                 bit=SOURCES["wish"],

@@ -15,9 +15,11 @@ WITH allowed AS NOT MATERIALIZED (
 ), features AS (
     {features}
 )
-SELECT m.item_id, m.sources, m.evidence, i.title, i.categories, {vector} AS vector, {columns}
+SELECT m.item_id, m.sources, m.evidence, i.title, i.categories, {vector} AS vector, {wish} AS wish,
+    {columns}
 FROM merged AS m
 JOIN items AS i ON i.item_id = m.item_id
 {vector_join}
+{wish_join}
 LEFT JOIN features AS f ON f.item_id = m.item_id
 ORDER BY m.place, m.item_id

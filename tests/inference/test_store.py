@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import psycopg
@@ -87,54 +86,61 @@ def test_a_connection_that_died_is_replaced(store: Store, database: str) -> None
     assert store.ping(1000) is None
 
 
-def test_a_recommendation_takes_two_round_trips(database: str, tmp_path: Path) -> None:
-    with counting_proxy(database, tmp_path) as (url, turns):
+def test_a_recommendation_takes_two_round_trips(database: str) -> None:
+    with counting_proxy(database) as (url, waits):
         store = Store(url)
         store.ping(1000)
         for _ in range(8):  # past the threshold at which statements become prepared
-            before = len(turns)
+            before = len(waits)
             store.read_person("u", TODAY, 1000)
             store.pick_candidates(at=TODAY, filters=Filters(), limit=500, timeout_ms=1000, recent=["i"])
-            assert len(turns) - before == 2
+            assert len(waits) - before == 2
         store.close()
 
 
 @contextmanager
-def counting_proxy(url: str, folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """A server in front of Postgres that counts round trips: how often the client speaks after the server did."""
+def counting_proxy(url: str) -> Iterator[tuple[str, list[int]]]:
+    """A server in front of Postgres that counts round trips: the messages (Sync, Query) after which a client must wait."""
     target = f"{parse_qs(urlsplit(url).query)['host'][0]}/.s.PGSQL.5432"
-    turns: list[int] = []
+    waits: list[int] = []
     listener = socket.create_server(("127.0.0.1", 0))
+    threads: list[threading.Thread] = []
+
+    def count(source: socket.socket, sink: socket.socket) -> None:
+        stream, started = b"", False
+        while data := source.recv(1 << 20):
+            sink.sendall(data)
+            stream += data
+            while len(stream) >= 5:
+                # The start-up message alone has no type byte before its length.
+                size = int.from_bytes(stream[1:5] if started else stream[:4], "big") + started
+                if len(stream) < size:
+                    break
+                if started and stream[:1] in b"SQ":
+                    waits.append(size)
+                stream, started = stream[size:], True
+        sink.shutdown(socket.SHUT_WR)
+
+    def copy(source: socket.socket, sink: socket.socket) -> None:
+        while data := source.recv(1 << 20):
+            sink.sendall(data)
 
     def serve() -> None:
         client, _ = listener.accept()
         server = socket.socket(socket.AF_UNIX)
-        server.connect(target)
-        last = ["server"]
+        with client, server:
+            server.connect(target)
+            back = threading.Thread(target=copy, args=(server, client))
+            back.start()
+            count(client, server)
+            back.join()
 
-        def pump(source: socket.socket, sink: socket.socket, name: str) -> None:
-            try:
-                while data := source.recv(1 << 20):
-                    if name == "client" and last[0] == "server":
-                        turns.append(len(data))
-                    last[0] = name
-                    sink.sendall(data)
-            except OSError:
-                pass
-            finally:
-                sink.close()
-
-        threads = [
-            threading.Thread(target=pump, args=arguments, daemon=True)
-            for arguments in ((client, server, "client"), (server, client, "server"))
-        ]
-        for thread in threads:
-            thread.start()
-
-    threading.Thread(target=serve, daemon=True).start()
+    threads.append(threading.Thread(target=serve))
+    threads[0].start()
     parts = urlsplit(url)
-    yield (
-        f"postgresql://postgres@127.0.0.1:{listener.getsockname()[1]}{parts.path}?sslmode=disable&gssencmode=disable",
-        turns,
-    )
-    listener.close()
+    port = listener.getsockname()[1]
+    try:
+        yield f"postgresql://postgres@127.0.0.1:{port}{parts.path}?sslmode=disable&gssencmode=disable", waits
+    finally:
+        listener.close()
+        threads[0].join(10)
