@@ -29,6 +29,8 @@ from schemas.serving import (
 logger = logging.getLogger(__name__)
 
 JSON_TYPE = "application/json"
+ACCEPTED_TYPES = frozenset({JSON_TYPE, "application/x-www-form-urlencoded"})
+"""The second is what `curl -d` says of any body it is not told about; whether it is JSON the parser decides."""
 CARRIER_HEADERS = ("traceparent", "x-amzn-trace-id")
 
 Carrier = Mapping[str, str]
@@ -170,7 +172,7 @@ def _check_content_type(headers: Mapping[str, str]) -> None:
     given = headers.get("content-type", "")
     kind, _, parameters = given.partition(";")
     charset = parameters.strip().lower().removeprefix("charset=").strip('"')
-    if kind.strip().lower() != JSON_TYPE or charset not in ("", "utf-8"):
+    if kind.strip().lower() not in ACCEPTED_TYPES or charset not in ("", "utf-8"):
         shown = cut(given) if given else "missing"
         raise _UnsupportedType(f"content-type is {shown}; send 'content-type: {JSON_TYPE}'", status=415)
 

@@ -12,10 +12,8 @@ from pathlib import Path
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {
-    "asset-graph": "/asset-groups",
-    "feature-view": "/assets/item_activity?view=overview",
-    "feature-view-partitions": "/assets/item_activity?view=partitions",
-    "ranker-evaluation": "/assets/ranker_evaluation?view=overview",
+    "asset-graph": "/assets/recommend_function?view=lineage&lineageScope=upstream",
+    "feature-view": "/assets/item_activity?view=partitions",
 }
 _WIDTH, _HEIGHT = 1500, 950
 _PATIENCE_SECONDS = 90

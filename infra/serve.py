@@ -8,7 +8,7 @@ import sys
 
 from infra import deployment as deployments
 from infra import postgres
-from schemas.errors import LarderError
+from schemas.errors import LarderError, SettingsError
 
 
 def main() -> int:
@@ -18,6 +18,8 @@ def main() -> int:
     options = parser.parse_args()
     try:
         record = deployments.current()
+        if deployments.load(record.name) is None:
+            raise SettingsError(f"nothing to serve in {deployments.home()}: run `make run` first")
         os.environ["DATABASE_URL"] = postgres.prepare(record)
         os.environ.setdefault("ARTIFACTS_URL", record.artifacts_url)
     except LarderError as error:
