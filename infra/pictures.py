@@ -12,7 +12,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {
-    "asset-graph": "/assets/recommend_function?view=lineage&lineageScope=upstream",
+    "asset-graph": "/assets/recommend_function?view=lineage&lineageScope=upstream&lineageDepth=20",
     "feature-view": "/assets/item_activity?view=partitions",
 }
 _WIDTH, _HEIGHT = 1500, 950
