@@ -21,7 +21,7 @@ from orchestration.compute.lake import Lake
 from orchestration.compute.materialise import ensure_view_tables, materialise
 from orchestration.compute.point_in_time import PointInTime
 from schemas.events import Event, Item
-from schemas.features import FeatureView, Merge
+from schemas.features import FeatureView
 from schemas.views import ITEM_ACTIVITY, USER_ACTIVITY, USER_AFFINITY, VIEWS
 
 CATEGORIES = {"1": ("a", "b"), "11": ("b",), "2": (), "12": ("a",)}
@@ -238,11 +238,6 @@ def test_a_view_table_grows_with_its_declaration(database: str, monkeypatch: pyt
     ensure_view_tables(database)
     with psycopg.connect(database) as connection:
         assert connection.execute("SELECT n_14d FROM features.item_activity").fetchall() == []
-
-
-def test_decayed_states_merge() -> None:
-    (state,) = [state for _, state, _ in ITEM_ACTIVITY.columns if state.merge is Merge.DECAY]
-    assert state.half_life_days == 7
 
 
 def test_the_lake_is_a_path_not_a_memory(tmp_path: Path, connection: psycopg.Connection) -> None:
