@@ -28,7 +28,7 @@ def verify(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST_FILE
     if not file.is_file():
-        raise ArtifactError(f"{folder} holds no {MANIFEST_FILE}; it is not an artefact: release again")
+        raise ArtifactError(f"{folder} holds no {MANIFEST_FILE}: the artefact was never finished; release again")
     manifest = Manifest.from_json(file.read_text(encoding="utf-8"))
     for name, entry in manifest.files.items():
         path = folder / name
@@ -39,7 +39,7 @@ def verify(folder: Path) -> Manifest:
         size = path.stat().st_size
         if size != entry.size_bytes or sha256_of(path) != entry.sha256:
             raise ArtifactError(
-                f"{path} is not the file that was released ({size} bytes, {entry.size_bytes} expected, or other content); "
+                f"{path} is not the file that was released ({size} bytes of {entry.size_bytes}, or its SHA-256 differs); "
                 "release again"
             )
     return manifest

@@ -492,17 +492,3 @@ def describe_file(path: Path) -> ArtifactFile:
     """Size and SHA-256 of `path`."""
     content = path.read_bytes()
     return ArtifactFile(len(content), hashlib.sha256(content).hexdigest())
-
-
-def verify_artifact(folder: Path) -> Manifest:
-    """Read the manifest and compare every file with it. Raises ArtifactError for what is missing or changed."""
-    path = folder / MANIFEST_FILE
-    if not path.is_file():
-        raise ArtifactError(f"{folder} has no {MANIFEST_FILE}: the artefact was never finished; release again")
-    manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
-    for name, expected in manifest.files.items():
-        if not (folder / name).is_file():
-            raise ArtifactError(f"{folder / name} is missing; release again")
-        if describe_file(folder / name) != expected:
-            raise ArtifactError(f"{folder / name} is not the file that was released (SHA-256 differs); release again")
-    return manifest

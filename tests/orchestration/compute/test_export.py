@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from inference.artifacts import verify
 from orchestration.compute.evaluate import leave_one_out
 from orchestration.compute.export import (
     ArtifactLabels,
@@ -20,7 +21,6 @@ from orchestration.compute.export import (
     check_parity,
     export_fp32,
     session_runner,
-    verify_artifact,
     write_artifact,
 )
 from orchestration.compute.interactions import Interactions
@@ -134,7 +134,7 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 
 def test_an_artifact_holds_what_its_manifest_says(artifact: tuple[Path, Manifest]) -> None:
     folder, manifest = artifact
-    assert verify_artifact(folder) == manifest
+    assert verify(folder) == manifest
     assert {path.name for path in folder.iterdir()} == {*manifest.files, MANIFEST_FILE}
     assert manifest.parity["int8"]["top_10_overlap_rate"] >= 0.95
 
@@ -187,13 +187,13 @@ def test_a_tampered_or_missing_file_is_refused(artifact: tuple[Path, Manifest], 
     content[len(content) // 2] ^= 1
     (tmp_path / RANKER_INT8).write_bytes(content)
     with pytest.raises(ArtifactError, match="SHA-256 differs"):
-        verify_artifact(tmp_path)
+        verify(tmp_path)
     (tmp_path / RANKER_INT8).unlink()
     with pytest.raises(ArtifactError, match="is missing"):
-        verify_artifact(tmp_path)
+        verify(tmp_path)
     (tmp_path / MANIFEST_FILE).unlink()
     with pytest.raises(ArtifactError, match="never finished"):
-        verify_artifact(tmp_path)
+        verify(tmp_path)
 
 
 @pytest.mark.parametrize(
