@@ -27,16 +27,14 @@ class Training(dg.Config):
     """
 
     size: str = "small"
-    epochs: int = 12
-    slate_rows: int = 8000
+    epochs: int = 8
+    slate_rows: int = 6000
     seed: int = 0
 
     def settings(self) -> Any:
         from orchestration.compute.train import TrainConfig
 
-        return TrainConfig(
-            size=self.size, seed=self.seed, epochs=self.epochs, slate_rows=self.slate_rows, validation_people=500
-        )
+        return TrainConfig(size=self.size, seed=self.seed, epochs=self.epochs, slate_rows=self.slate_rows)
 
 
 @dg.asset(
@@ -81,7 +79,7 @@ def co_visitation(context: dg.AssetExecutionContext, larder: Larder) -> dg.Mater
     owners=[OWNER],
     kinds={"duckdb", "parquet"},
     deps=[dg.AssetDep("events", partition_mapping=dg.AllPartitionMapping()), "items"],
-    description="Each person's last labels with what was known of the person at that very moment, and nothing later.",
+    description="Recent labels with what was known of the person at that very moment, and nothing later.",
     code_version="1",
 )
 def training_set(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:

@@ -15,6 +15,8 @@ from schemas.ranker import MAX_CANDIDATES, MAX_HISTORY
 
 CUTOFFS = (5, 10, 50)
 SECOND_MICROSECONDS = 1_000_000
+_PIECE = 32
+"""Requests in one run of the graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +90,18 @@ def queries_for(interactions: Interactions, labels: NDArray[np.int64], *, strict
     start = interactions.offsets()[user]
     stop = labels.copy()
     if strictly_earlier:
-        second = interactions.occurred_at // SECOND_MICROSECONDS
-        boundary = np.ones(len(interactions), bool)
-        boundary[1:] = (second[1:] != second[:-1]) | (interactions.user[1:] != interactions.user[:-1])
-        group = np.flatnonzero(boundary)
-        stop = group[np.searchsorted(group, labels, side="right") - 1].astype(np.int64)
+        stop = burst_starts(interactions)[labels]
     repeated = _is_repeat(interactions)[labels]
     kept = positive(interactions.kind[labels]) & ~repeated
     return Queries(interactions, labels[kept], start[kept], stop[kept])
+
+
+def burst_starts(interactions: Interactions) -> NDArray[np.int64]:
+    """`(n,)` row of the first event of the same person in the same second."""
+    second = interactions.occurred_at // SECOND_MICROSECONDS
+    first = np.ones(len(interactions), bool)
+    first[1:] = (second[1:] != second[:-1]) | (interactions.user[1:] != interactions.user[:-1])
+    return np.maximum.accumulate(np.where(first, np.arange(len(interactions)), 0)).astype(np.int64)
 
 
 def leave_one_out(interactions: Interactions, *, holdout: str = "test", least_events: int = 3) -> Split:
@@ -280,6 +286,15 @@ class SlateFeatures:
     candidate_features: NDArray[np.float32]  # (l, n, g)
     candidate_mask: NDArray[np.float32]  # (l, n, g)
 
+    def take(self, rows: slice) -> SlateFeatures:
+        """Those of some labels."""
+        return SlateFeatures(
+            self.context_features[rows],
+            self.context_mask[rows],
+            self.candidate_features[rows],
+            self.candidate_mask[rows],
+        )
+
 
 MakeSlates = Callable[[NDArray[np.int64], NDArray[np.int32]], SlateFeatures]
 """Takes label rows `(l,)` of the interactions at hand (those given to `train`, or the queries' own) and candidate items
@@ -340,16 +355,19 @@ class RankerScorer:
 
     def inputs(self, queries: Queries, candidates: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
         """The graph's inputs for `candidates (q, n)`."""
-        q, n = candidates.shape
+        return self._inputs(queries, candidates, self._known(queries, candidates))
+
+    def _known(self, queries: Queries, candidates: NDArray[np.int32]) -> SlateFeatures:
+        if self.slates is not None:
+            return self.slates(queries.label, candidates)
+        context = np.zeros((len(queries), self.context_features), np.float32)
+        features = np.zeros((*candidates.shape, self.candidate_features), np.float32)
+        return SlateFeatures(context, context, features, features)
+
+    def _inputs(self, queries: Queries, candidates: NDArray[np.int32], known: SlateFeatures) -> dict[str, NDArray[Any]]:
         vectors: NDArray[np.float32] = self.item_vectors
         history = history_inputs(queries)
-        if self.slates is None:
-            context = np.zeros((q, self.context_features), np.float32)
-            features = np.zeros((q, n, self.candidate_features), np.float32)
-            known = SlateFeatures(context, context, features, features)
-        else:
-            known = self.slates(queries.label, candidates)
-        wish: NDArray[np.float32] = np.zeros((q, self.item_vectors.shape[1]), np.float32)
+        wish: NDArray[np.float32] = np.zeros((len(queries), self.item_vectors.shape[1]), np.float32)
         if self.wish_vectors is not None:
             wish = self.wish_vectors(queries)
         has_wish: NDArray[np.float32] = (np.abs(wish).sum(axis=1) > 0).astype(np.float32)
@@ -368,9 +386,19 @@ class RankerScorer:
             "candidate_mask": known.candidate_mask,
         }
 
+    def _run(self, queries: Queries, candidates: NDArray[np.int32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """`user_vector (q, d)` and `scores (q, n)`. Features are asked for at once, the graph runs in small pieces:
+        each fits a processor's cache and is padded to its own longest history."""
+        known = self._known(queries, candidates)
+        answers = []
+        for begin in range(0, len(queries), _PIECE):
+            rows = slice(begin, begin + _PIECE)
+            answers.append(self.run(self._inputs(queries.take(rows), candidates[rows], known.take(rows))))
+        return np.concatenate([user for user, _ in answers]), np.concatenate([scores for _, scores in answers])
+
     def __call__(self, queries: Queries) -> NDArray[np.float32]:
         q, items = len(queries), len(self.item_vectors)
-        user, _ = self.run(self.inputs(queries, np.zeros((q, 1), np.int32)))
+        user, _ = self._run(queries, np.zeros((q, 1), np.int32))
         similarity = user @ self.item_vectors.T  # (q, items)
         rerank = items if self.rerank is None else min(self.rerank, items)
         if rerank == 0:
@@ -381,7 +409,7 @@ class RankerScorer:
         here = np.arange(q)[:, None]
         for begin in range(0, rerank, MAX_CANDIDATES):
             part = first[:, begin : begin + MAX_CANDIDATES]
-            scores[here, part] = np.maximum(self.run(self.inputs(queries, part))[1], np.float32(-900))
+            scores[here, part] = np.maximum(self._run(queries, part)[1], np.float32(-900))
         return scores
 
     def _candidates(self, queries: Queries, similarity: NDArray[np.float32], count: int) -> NDArray[np.int32]:

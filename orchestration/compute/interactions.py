@@ -27,6 +27,7 @@ class Interactions:
     occurred_at: NDArray[np.int64]  # (n,) microseconds since 1970, UTC
     kind: NDArray[np.int64]  # (n,) index in KINDS + 1
     value: NDArray[np.float32]  # (n,) NaN where the event has none
+    available_at: NDArray[np.int64] | None = None  # (items,) microseconds; before all time: has always been there
 
     def __len__(self) -> int:
         return len(self.item)
@@ -45,15 +46,19 @@ class Interactions:
             self.occurred_at[rows],
             self.kind[rows],
             self.value[rows],
+            self.available_at,
         )
 
 
 def load_interactions(lake: Lake, connection: psycopg.Connection) -> Interactions:
     """All events of the lake with items that are in the catalogue (others cannot be scored), as arrays."""
-    item_ids = np.array(
-        [item_id for (item_id,) in connection.execute('SELECT item_id FROM items ORDER BY item_id COLLATE "C"')],
-        np.str_,
-    )
+    catalogue = connection.execute(
+        "SELECT item_id, (extract(epoch FROM available_at) * 1000000)::bigint FROM items "
+        'ORDER BY item_id COLLATE "C"'
+    ).fetchall()
+    item_ids = np.array([item_id for item_id, _ in catalogue], np.str_)
+    always = np.iinfo(np.int64).min
+    available_at = np.array([always if since is None else since for _, since in catalogue], np.int64)
     with duck() as db:
         db.register("lake_events", lake.events(connection))
         rows = db.execute(
@@ -78,4 +83,5 @@ def load_interactions(lake: Lake, connection: psycopg.Connection) -> Interaction
         rows["occurred_at"].astype(np.int64),
         kind,
         value,
+        available_at,
     ).take(known)

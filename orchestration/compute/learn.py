@@ -40,9 +40,10 @@ from orchestration.compute.interactions import Interactions
 from orchestration.compute.lake import Lake
 from orchestration.compute.point_in_time import PointInTime
 from orchestration.compute.slates import Slates
-from orchestration.compute.train import Progress, TrainConfig, TrainedRanker, Wishes, train
+from orchestration.compute.train import Progress, TrainConfig, TrainedRanker, train
 from orchestration.compute.training_set import learning_split, load_categories, load_training_set
 from orchestration.compute.vectors import load_text_vectors
+from orchestration.compute.wishes import Wishes
 from schemas import prompts
 from schemas.errors import LarderError
 from schemas.manifest import ENCODER_PATH, Manifest
@@ -273,7 +274,7 @@ def _train(
         split.train,
         load_text_vectors(connection, split.train.item_ids),
         config,
-        slates=slates,
+        features=slates,
         wishes=wishes_for(connection, artifacts_url, split.train),
         on_progress=report,
         checkpoint=checkpoint,

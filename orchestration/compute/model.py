@@ -247,6 +247,7 @@ class Ranker(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.user = nn.Linear(d, d)
         self.candidate_norm = nn.LayerNorm(d)
+        self.trend = nn.Linear(2 * shape.candidate_features, 1, bias=False)
         self.correction_hidden = nn.Linear(d + 2 * shape.candidate_features, d)
         self.correction = nn.Linear(d, 1)
         self.dropout = nn.Dropout(shape.dropout)
@@ -257,6 +258,7 @@ class Ranker(nn.Module):
         for encoder in (self.context, self.candidate_features):
             nn.init.zeros_(encoder.project.weight)
             nn.init.zeros_(encoder.project.bias)
+        nn.init.zeros_(self.trend.weight)
         nn.init.zeros_(self.correction.weight)
         nn.init.zeros_(self.correction.bias)
 
@@ -362,6 +364,6 @@ class Ranker(nn.Module):
         hidden = functional.silu(
             self.correction_hidden(torch.cat([self.candidate_norm(candidates), standardised], dim=-1))
         )
-        correction = self.correction(hidden).squeeze(-1)  # (b, n)
+        correction = (self.trend(standardised) + self.correction(hidden)).squeeze(-1)  # (b, n)
         retrieval = (candidate_vectors @ user.unsqueeze(-1)).squeeze(-1)  # (b, n, d) @ (b, d, 1)
         return user, retrieval / self.shape.temperature + correction

@@ -45,6 +45,20 @@ class Slates:
         parts = [self._ask.features(view, {"user_id": users}, at) for view in CONTEXT_VIEWS]
         return np.concatenate([part.values for part in parts], 1), np.concatenate([part.mask for part in parts], 1)
 
+    def trends(self, instants: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What was known of every item at `instants (t,)` (microseconds, UTC): values and mask `(t, items, g)`.
+
+        Features of the person and the candidate together are left out: their mask is 0.
+        """
+        items = len(self._events.item_ids)
+        crossed_features = sum(len(view.features) for view in CROSS_VIEWS)
+        keys = {"item_id": np.tile(self._events.item_ids, len(instants))}
+        found = [self._ask.features(view, keys, np.repeat(instants, items)) for view in CANDIDATE_VIEWS]
+        none = np.zeros((len(instants), items, crossed_features), np.float32)
+        values = [part.values.reshape(len(instants), items, -1) for part in found]
+        masks = [part.mask.reshape(len(instants), items, -1) for part in found]
+        return np.concatenate([*values, none], 2), np.concatenate([*masks, none], 2)
+
     def __call__(self, rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
         """Features for label rows `(l,)` and candidate items `(l, n)`."""
         labels, n = candidates.shape

@@ -1,7 +1,8 @@
 """Training: next item at every position, then slates of hard candidates; repeatable by seed, resumable by checkpoint.
 
-Stage 1 learns item and user vectors by a softmax over all items at every position of every history. Stage 2 takes
-each person's last labels with what was known at their time (features, wish, slate) and teaches the second head.
+Stage 1 learns item and user vectors, and what every item gains by its features, by a softmax over the items of the day
+at every position of every history. Stage 2 takes recent labels with what was known at their time (features, wish,
+slate) and teaches the second head.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orchestration.compute.co_visitation import co_visitation, popularity, positive
+from orchestration.compute.batches import HistoryWindows, batches
+from orchestration.compute.co_visitation import WindowedPopularity, co_visitation, popularity, positive
 from orchestration.compute.evaluate import (
     MakeSlates,
     Queries,
@@ -30,16 +32,20 @@ from orchestration.compute.evaluate import (
     SlateFeatures,
     gain,
     history_inputs,
+    interval,
     queries_for,
     ranks,
+    score_co_visitation,
+    score_windowed_popularity,
 )
 from orchestration.compute.interactions import Interactions
+from orchestration.compute.mining import NEVER, SLATE, mine, recent_rows
 from orchestration.compute.model import FIRST_EVENT, PROMPT, ItemTower, Ranker, RankerShape
+from orchestration.compute.objective import Trends, item_softmax
+from orchestration.compute.wishes import Wishes
 from schemas.errors import DefinitionError
 from schemas.ranker import MAX_HISTORY, TEXT_DIM
 
-SLATE = 64
-"""Candidates of a training slate: the positive, then 63 mined negatives."""
 SECOND_STAGE = frozenset(
     {"context", "candidate", "candidate_features", "self_bias", "candidate_norm", "correction_hidden", "correction"}
 )
@@ -53,15 +59,11 @@ class TrainConfig:
     size: str = "small"
     seed: int = 0
     epochs: int = 16  # the cosine schedule ends here; a million events still gain from 30
-    learning_rate: float = (
-        8e-3  # unit vectors and τ = 0.05 bear it; at 3e-3 a small history of events is not learned in time
-    )
+    learning_rate: float = 6e-3  # unit vectors and τ = 0.05 bear it; at 3e-3 few events are not learned in time
     weight_decay: float = 0.01
     dropout: float = 0.05  # so few epochs underfit: NDCG@10 0.141 on MovieLens-100K, 0.127 with 0.1 and 12 epochs
     temperature: float = 0.05
-    batch_tokens: int | None = (
-        None  # None: a hundredth of the events, 1,024 to 8,192: few events need steps, many speed
-    )
+    batch_tokens: int | None = None  # None: a 64th of the events, 1,024 to 8,192: few events need steps, many speed
     warmup_rate: float = 0.05  # of all steps
     gradient_norm: float = 1.0
     all_items_limit: int = 20_000  # up to here the softmax sees every item; beyond, sampled negatives
@@ -73,37 +75,29 @@ class TrainConfig:
     prompt_rate: float = 0.25  # of stage-1 windows that carry a wish
     null_rate: float = 0.3  # context and wish are each withheld this often in stage 2: both may be missing when serving
     slate_epochs: int = 1
-    slate_labels: int = 10  # per person: more would be millions of rows for little
-    slate_rows: int = 20_000  # label rows an epoch at most
-    slate_learning_rate: float = 3e-3  # for the parts that start here; see slate_body_rate for the rest
+    slate_rows: int = 20_000  # labels an epoch at most
+    slate_learning_rate: float = 5e-3  # for the parts that start here; see slate_body_rate for the rest
     slate_body_rate: float = 0.05  # of it: the retriever is not to be unlearned on a tenth of its labels
     slate_weight: float = 0.5
     calibration_weight: float = 0.2
     validate_every: int = 3  # epochs
     patience: int = 4  # validations without a new best before stage 1 ends early
-    validation_people: int = 1000
+    validation_rate: float = (
+        0.05  # labels come from the newest events, this share of them: quality is asked of tomorrow
+    )
+    validation_labels: int = 1000  # at most, at random among those; the rest is learned from
 
 
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """What training wishes are made of: `category_vectors (c, 384)` encoded wishes, `item_categories (items, c) bool`."""
+class LabelFeatures(Protocol):
+    """What was known at a label's time, for training."""
 
-    category_vectors: NDArray[np.float32]
-    item_categories: NDArray[np.bool_]
+    def __call__(self, rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
+        """A `MakeSlates`: features of label rows `(l,)` and candidate items `(l, n)`."""
+        ...
 
-    def draw(
-        self, items: NDArray[np.int32], generator: np.random.Generator
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """A wish for each of `items (m,)`, which the person went on to like: the mean of one or two of its categories.
-
-        Returns `(m, 384)` text vectors (zero where the item has no category) and `(m, c)` the categories meant.
-        """
-        noise = generator.random((len(items), self.item_categories.shape[1])) * self.item_categories[items]
-        rank = np.argsort(np.argsort(-noise, axis=1, kind="stable"), axis=1, kind="stable")
-        meant = (rank < generator.integers(1, 3, len(items))[:, None]) & (noise > 0)
-        vectors = meant.astype(np.float32) @ self.category_vectors
-        norm = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return (vectors / np.maximum(norm, 1e-9)).astype(np.float32), meant
+    def trends(self, instants: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Candidate features of every item at `instants (t,)`, microseconds UTC: values and mask `(t, items, g)`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +167,7 @@ def train(
     text_vectors: NDArray[np.float32],
     config: TrainConfig | None = None,
     *,
-    slates: MakeSlates | None = None,
+    features: LabelFeatures | None = None,
     wishes: Wishes | None = None,
     validation: Queries | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -183,9 +177,8 @@ def train(
     """Train on all of `interactions` but the validation labels.
 
     `text_vectors (items, 384) float32` are the catalogue's encoded texts in the order of `interactions.item_ids`.
-    `validation` holds queries over the same table, whose labels are then left out of training; by default each
-    person's last event, of those with three or more. `slates` supplies features as of each label, by row of
-    `interactions`; without it the ranker learns from histories alone. With `checkpoint`, state is saved after every epoch, an
+    `validation` holds queries over the same table, whose labels are then left out of training; by default some of
+    the newest events. `features` supplies what was known at each label, by row of `interactions`; without it the ranker learns from histories alone. With `checkpoint`, state is saved after every epoch, an
     interrupted run continues from it and ends where an uninterrupted one would; a file left by other data or another
     configuration is ignored and overwritten. `device` defaults to CUDA where there is one.
 
@@ -197,8 +190,7 @@ def train(
             f"text vectors have shape {text_vectors.shape}; the catalogue needs ({len(interactions.item_ids)}, {TEXT_DIM})"
         )
     if validation is None:
-        last = interactions.offsets()[1:][np.diff(interactions.offsets()) >= 3] - 1
-        validation = queries_for(interactions, last, strictly_earlier=False)
+        validation = _newest(interactions, config)
     if len(validation.interactions) != len(interactions):
         raise DefinitionError(
             f"the validation labels are rows of a table of {len(validation.interactions)} events, training got "
@@ -211,7 +203,7 @@ def train(
         raise DefinitionError("there is no positive event to learn from; ingest events before training")
     cuda_devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=cuda_devices):
-        run = _Run(training, rows, text_vectors, config, slates, wishes, validation, on_progress, checkpoint, device)
+        run = _Run(training, rows, text_vectors, config, features, wishes, validation, on_progress, checkpoint, device)
         return run.train()
 
 
@@ -224,7 +216,7 @@ class _Run:
         rows: NDArray[np.int64],
         text_vectors: NDArray[np.float32],
         config: TrainConfig,
-        slates: MakeSlates | None,
+        features: LabelFeatures | None,
         wishes: Wishes | None,
         validation: Queries,
         on_progress: Callable[[Progress], None] | None,
@@ -234,18 +226,22 @@ class _Run:
         self.interactions = interactions
         self.rows = rows  # (n,) where each training event stands in the caller's table
         self.config = config
-        self.slates = slates
+        self.features = features
         self.wishes = wishes
         self.on_progress = on_progress
         self.checkpoint = checkpoint
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        chosen = np.random.default_rng(config.seed).permutation(len(validation))[: config.validation_people]
-        self.validation = validation.take(np.sort(chosen))
+        self.validation = validation
         self.counts = popularity(interactions)
+        self.neighbours = co_visitation(interactions)
+        self.sources = (
+            score_windowed_popularity(WindowedPopularity(interactions)),
+            score_co_visitation(self.neighbours, self.counts),
+        )
         self.positive = positive(interactions.kind)
         self.seconds_at = interactions.occurred_at / 1e6
         self.labels = _slate_labels(interactions, config)
-        probe = self._features(self.labels.label[:1], np.zeros((min(1, len(self.labels)), SLATE), np.int32))
+        probe = self._label_features(*_sample(interactions, self.counts, config.seed))
         torch.manual_seed(config.seed)
         self.shape = RankerShape(
             config.size,
@@ -261,7 +257,12 @@ class _Run:
             self.ranker.user.out_features,
             torch.from_numpy(self.counts >= config.min_item_events),
         ).to(self.device)
-        self.batch_tokens = config.batch_tokens or int(np.clip(len(interactions) // 100, 1024, 8192))
+        self._fit(probe)
+        self.trends = Trends(
+            interactions, self.ranker.candidate_features, features.trends if features else None, self.device
+        )
+        self.batch_tokens = config.batch_tokens or int(np.clip(len(interactions) // 64, 1024, 8192))
+        self.windows = HistoryWindows(interactions, self.batch_tokens, config.seed)
         self.calibration = nn.Parameter(torch.tensor([1.0, -math.log(SLATE - 1)], device=self.device))
         self.modules = nn.ModuleDict({"ranker": self.ranker, "tower": self.tower})
         self.stage, self.epoch, self.stale = 1, 0, 0
@@ -274,13 +275,15 @@ class _Run:
         self.fingerprint = fingerprint.hexdigest()
 
     def train(self) -> TrainedRanker:
-        optimizer, schedule = self._optimizer(self.config.learning_rate, self.config.epochs * len(self._windows(0)))
+        optimizer, schedule = self._optimizer(
+            self.config.learning_rate, self.config.epochs * len(self.windows.epoch(0))
+        )
         if self._resume() and self.stage == 1:
             self._load_optimizer(optimizer, schedule)
         if self.stage == 1:
             while self.epoch < self.config.epochs and self.stale < self.config.patience:
                 self._epoch(
-                    optimizer, schedule, self._next_item_losses(self.epoch), self.config.epochs, self._retrieval_scorer
+                    optimizer, schedule, self._next_item_losses(self.epoch), self.config.epochs, self._stage_1_scorer
                 )
             self._restore_best()
             self.stage, self.epoch, self.stale = 2, 0, 0
@@ -305,13 +308,8 @@ class _Run:
         """Stage 2. The slates are mined once, by the retriever that stage 1 left: that is what serving will offer."""
         began = time.monotonic()
         self.modules.eval()
-        candidates, log_q = self._mine()
+        candidates, log_q = mine(self.labels, self._similarity, self.neighbours, self.trends.absent, self.config.seed)
         features = self._all_features(self.labels.label, candidates)
-        for encoder, values, mask in (
-            (self.ranker.context, features.context_features, features.context_mask),
-            (self.ranker.candidate_features, features.candidate_features, features.candidate_mask),
-        ):
-            encoder.fit(torch.from_numpy(values).to(self.device), torch.from_numpy(mask).to(self.device))
         steps = len(self._slate_batches(0)) * self.config.slate_epochs
         optimizer, schedule = self._optimizer(
             self.config.slate_learning_rate, steps, body_rate=self.config.slate_body_rate
@@ -319,8 +317,9 @@ class _Run:
         if self._pending is not None:
             self._load_optimizer(optimizer, schedule)
         else:
-            # What stage 2 has to beat is stage 1 under stage 2's own measure: the same list, not yet re-ranked.
-            self.best = {"ndcg": self._validate(self._slate_scorer), "state": self._state()}
+            # What stage 2 is compared with is stage 1 under stage 2's own measure.
+            gains = self._validation_gains(self._slate_scorer)
+            self.best = {"ndcg": float(gains.mean()), "state": self._state(), "gains": torch.from_numpy(gains)}
         self.elapsed += time.monotonic() - began
         while self.epoch < self.config.slate_epochs:
             losses = self._slate_losses(self.epoch, candidates, log_q, features)
@@ -332,7 +331,7 @@ class _Run:
         schedule: torch.optim.lr_scheduler.LambdaLR,
         losses: Iterator[Tensor],
         epochs: int,
-        scorer: Callable[[Queries], NDArray[np.float32]],
+        scorer: Scorer,
     ) -> None:
         """Step through `losses`, validate when due, keep the best, save."""
         began = time.monotonic()
@@ -353,9 +352,10 @@ class _Run:
             self.stage == 2 or self.epoch % self.config.validate_every == 0 or self.epoch == epochs
         ):
             self.modules.eval()
-            ndcg = self._validate(scorer)
-            if ndcg > self.best["ndcg"]:
-                self.best, self.stale = {"ndcg": ndcg, "state": self._state()}, 0
+            gains = self._validation_gains(scorer)
+            ndcg = float(gains.mean())
+            if self._keeps(gains):
+                self.best, self.stale = {"ndcg": ndcg, "state": self._state(), "gains": torch.from_numpy(gains)}, 0
             else:
                 self.stale += 1
         seconds = time.monotonic() - began
@@ -396,35 +396,11 @@ class _Run:
 
     # ---- stage 1
 
-    def _windows(self, epoch: int) -> list[NDArray[np.int64]]:
-        """Batches of windows `(b, 3)`: first row, row after the last, 1 where the window begins its person's history.
-
-        A person with more events than fit is cut at a place that changes with the epoch. Batches hold windows of
-        similar length and about `batch_tokens` tokens.
-        """
-        generator = np.random.default_rng((self.config.seed, 1, epoch))
-        offsets = self.interactions.offsets()
-        size = MAX_HISTORY + 1  # the last event is only a target
-        windows: list[tuple[int, int, int]] = []
-        phase = generator.integers(0, size, len(offsets) - 1)
-        for person, (first, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-            begin = first
-            stop = end if end - first <= size else first + int(phase[person]) % size + 1
-            while begin < end:
-                windows.append((begin, stop, int(begin == first)))
-                # One event of overlap: the last target of a window is the first input of the next.
-                begin, stop = (end, end) if stop == end else (stop - 1, min(stop - 1 + size, end))
-        table = np.array(windows, np.int64).reshape(-1, 3)
-        length = table[:, 1] - table[:, 0]
-        # Jitter mixes neighbours in length, or the same people would meet in every epoch.
-        order = np.argsort(length * generator.uniform(0.9, 1.1, len(length)), kind="stable")
-        return _batches(table[order], length[order] + FIRST_EVENT, self.batch_tokens, generator)
-
     def _next_item_losses(self, epoch: int) -> Iterator[Tensor]:
         """One loss per batch: next-item softmax at every position, with and without ids in the item vectors."""
         generator = np.random.default_rng((self.config.seed, 2, epoch))
         events = self.interactions
-        for windows in self._windows(epoch):
+        for windows in self.windows.epoch(epoch):
             begin, stop, starts = windows[:, :1], windows[:, 1:2], windows[:, 2:]
             h = max(1, int((stop - begin).max()) - 1)
             row = stop - 1 - h + np.arange(h)  # (b, h) the last event is only a target
@@ -450,40 +426,29 @@ class _Run:
             )
             states, _ = self.ranker.encode(tokens, None, self.ranker.biases(self._tensor(real, torch.float32)))
             # Padding never reaches the loss, so its states are dropped before the widest product.
-            users = self.ranker.user_vectors(states[:, PROMPT:][self._tensor(counted)])  # (m, d)
-            target = self._tensor(events.item[target_row][counted]).long()
-            yield self._item_losses(users, target, vectors, text_only, generator)
+            place, rows = self.windows.predictions(windows, target_row, counted)
+            users = self.ranker.user_vectors(states[:, PROMPT:].flatten(0, 1)[self._tensor(place)])  # (m, d)
+            yield self._item_losses(users, rows, vectors, text_only, generator)
 
     def _item_losses(
-        self, users: Tensor, target: Tensor, vectors: Tensor, text_only: Tensor, generator: np.random.Generator
+        self,
+        users: Tensor,
+        rows: NDArray[np.int64],
+        vectors: Tensor,
+        text_only: Tensor,
+        generator: np.random.Generator,
     ) -> Tensor:
-        """Softmax of `users (m, d)` over items, plus its text-only twin on a share of the rows."""
-        loss = self._softmax(users, target, vectors, generator)
+        """Softmax of `users (m, d)` for label rows `(m,)` over items, plus its text-only twin on a share of the rows."""
+        target = self._tensor(self.interactions.item[rows]).long()
+        when = self._tensor(self.trends.when(self.interactions.occurred_at[rows]))
+        trend = self.trends.present(self.trends.gains(self.ranker.trend.weight))
+        loss = item_softmax(users, target, vectors, trend, when, self.config, self.counts, generator)
         if self.config.text_only_weight:
             part = self._tensor(generator.random(len(users)) < self.config.text_only_rate)
-            loss = loss + self.config.text_only_weight * self._softmax(users[part], target[part], text_only, generator)
+            loss = loss + self.config.text_only_weight * item_softmax(
+                users[part], target[part], text_only, trend, when[part], self.config, self.counts, generator
+            )
         return loss
-
-    def _softmax(self, users: Tensor, target: Tensor, vectors: Tensor, generator: np.random.Generator) -> Tensor:
-        """Mean cross-entropy of `target (m,)` among all items, or among shared negatives in a large catalogue."""
-        temperature = self.config.temperature
-        if len(users) == 0:
-            return vectors.sum() * 0
-        if len(vectors) <= self.config.all_items_limit:
-            loss: Tensor = _AllItemsSoftmax.apply(users, vectors, target, temperature)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            return loss
-        uniform = generator.integers(0, len(vectors), self.config.uniform_negatives)
-        share = self.counts / self.counts.sum()
-        popular = np.searchsorted(np.cumsum(share), generator.random(self.config.popular_negatives)).clip(
-            max=len(share) - 1
-        )
-        drawn = np.concatenate([uniform, popular])
-        expected = self.config.uniform_negatives / len(share) + self.config.popular_negatives * share[drawn]
-        negatives = self._tensor(drawn)
-        logits = users @ vectors[negatives].T / temperature - self._tensor(np.log(expected), torch.float32)  # (m, s)
-        logits = logits.masked_fill(negatives.unsqueeze(0) == target.unsqueeze(1), -1e4)
-        own = (users * vectors[target]).sum(-1, keepdim=True) / temperature  # (m, 1)
-        return functional.cross_entropy(torch.cat([own, logits], dim=1), torch.zeros_like(target))
 
     def _window_wishes(
         self, target_row: NDArray[np.int64], counted: NDArray[np.bool_], generator: np.random.Generator
@@ -503,50 +468,6 @@ class _Run:
 
     # ---- stage 2
 
-    def _mine(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Slates `(labels, 64)`, the positive first, and the log of how often each candidate was to be expected there.
-
-        Negatives come from the sources that serving draws from: a third are the retriever's own top items, a third
-        follow the last events by counts, the rest are popular or uniform; never an item the person had before the
-        label. Without the correction by the second array the ranker would learn that what its sources like is wrong.
-        """
-        neighbours = co_visitation(self.interactions)
-        generator = np.random.default_rng((self.config.seed, 3))
-        popular = self.counts / self.counts.sum()
-        negatives = SLATE - 1
-        quota = np.array([negatives // 3, negatives // 3, negatives // 6])
-        quota = np.append(quota, negatives - quota.sum())
-        items = np.empty((len(self.labels), SLATE), np.int32)
-        log_q = np.zeros((len(self.labels), SLATE), np.float32)
-        for begin in range(0, len(self.labels), 256):
-            part = self.labels.take(slice(begin, begin + 256))
-            here = np.arange(len(part))
-            banned = part.seen()
-            banned[here, part.target] = True
-            similarity = self._retrieval_scorer(part) / self.config.temperature
-            sources = (
-                np.exp(similarity - similarity.max(axis=1, keepdims=True)),
-                neighbours.score_histories(part.histories()),
-                np.broadcast_to(popular, banned.shape),
-                np.ones(banned.shape),
-            )
-            expected = np.zeros(banned.shape)
-            for source, count in zip(sources, quota, strict=True):
-                weight = np.where(banned, 0, source)
-                expected += count * weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-12)
-            # Drawn without repetition in proportion to what the sources expect together (Gumbel top-k, Kool et al. 2019).
-            draw = np.where(banned, -np.inf, np.log(np.maximum(expected, 1e-12)) + generator.gumbel(size=banned.shape))
-            count = min(negatives, draw.shape[1])
-            top = np.argpartition(-draw, count - 1, axis=1)[:, :count]
-            # A catalogue smaller than a slate: the rest repeats what was picked.
-            top = np.concatenate([part.target[:, None], top], axis=1)[:, np.arange(SLATE) % (count + 1)]
-            items[begin : begin + 256] = top
-            log_q[begin : begin + 256] = np.log(np.clip(expected[here[:, None], top], 1e-6, 1))
-            # A person who had nearly everything: what must not be offered is no negative either.
-            log_q[begin : begin + 256][banned[here[:, None], top]] = 1e4
-        log_q[:, 0] = 0
-        return items, log_q
-
     def _slate_batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """Batches of indices into the labels, at most `slate_rows` an epoch, of similar history length."""
         generator = np.random.default_rng((self.config.seed, 4, epoch))
@@ -554,7 +475,7 @@ class _Run:
         length = np.minimum(self.labels.stop - self.labels.start, MAX_HISTORY)[chosen]
         order = np.argsort(length * generator.uniform(0.9, 1.1, len(length)), kind="stable")
         tokens = length[order] + FIRST_EVENT + SLATE
-        return [batch[:, 0] for batch in _batches(chosen[order][:, None], tokens, 2 * self.batch_tokens, generator)]
+        return [batch[:, 0] for batch in batches(chosen[order][:, None], tokens, 2 * self.batch_tokens, generator)]
 
     def _slate_losses(
         self, epoch: int, candidates: NDArray[np.int32], log_q: NDArray[np.float32], features: SlateFeatures
@@ -592,7 +513,7 @@ class _Run:
             # Where the catalogue is smaller than a slate, the positive may come again, and banned items: no negatives.
             again = slate == slate[:, :1]
             again[:, 0] = False
-            corrected = corrected.masked_fill(self._tensor(again), -1e4)
+            corrected = corrected.masked_fill(self._tensor(again), -NEVER)
             target = self._tensor(part.target).long()
             listwise = functional.cross_entropy(corrected, torch.zeros_like(target))
             # With the same correction this is noise-contrastive estimation (Gutmann & Hyvärinen 2010).
@@ -600,18 +521,26 @@ class _Run:
             truth[:, 0] = 1
             logits = self.calibration[0] * corrected + self.calibration[1]
             binary = functional.binary_cross_entropy_with_logits(logits, truth)
-            next_item = self._item_losses(user, target, vectors, text_only, generator)
+            next_item = self._item_losses(user, part.label, vectors, text_only, generator)
             yield next_item + self.config.slate_weight * listwise + self.config.calibration_weight * binary
 
-    def _features(self, rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
-        if self.slates is not None:
-            return self.slates(self.rows[rows], candidates)
+    def _label_features(self, rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
+        if self.features is not None:
+            return self.features(self.rows[rows], candidates)
         empty, slate = np.zeros((len(rows), 1), np.float32), np.zeros((*candidates.shape, 1), np.float32)
         return SlateFeatures(empty, empty, slate, slate)
 
+    def _fit(self, sample: SlateFeatures) -> None:
+        """Statistics by which features are standardised, in both stages and ever after."""
+        for encoder, values, mask in (
+            (self.ranker.context, sample.context_features, sample.context_mask),
+            (self.ranker.candidate_features, sample.candidate_features, sample.candidate_mask),
+        ):
+            encoder.fit(self._tensor(values), self._tensor(mask))
+
     def _all_features(self, rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
         """Features of every label, asked for in pieces that fit the memory of whoever computes them."""
-        parts = [self._features(rows[i : i + 4096], candidates[i : i + 4096]) for i in range(0, len(rows), 4096)]
+        parts = [self._label_features(rows[i : i + 4096], candidates[i : i + 4096]) for i in range(0, len(rows), 4096)]
         return SlateFeatures(
             np.concatenate([part.context_features for part in parts]),
             np.concatenate([part.context_mask for part in parts]),
@@ -621,10 +550,24 @@ class _Run:
 
     # ---- validation, state
 
-    def _validate(self, scorer: Callable[[Queries], NDArray[np.float32]]) -> float:
-        return float(gain(ranks(scorer, self.validation, batch=32), 10).mean())
+    def _validation_gains(self, scorer: Scorer) -> NDArray[np.float64]:
+        """`(labels,)` NDCG@10 of each validation label."""
+        return gain(ranks(scorer, self.validation), 10)
 
-    def _scorer(self, *, rerank: int | None, slates: MakeSlates | None) -> RankerScorer:
+    def _keeps(self, gains: NDArray[np.float64]) -> bool:
+        """Whether a validation `(labels,)` replaces the best so far.
+
+        The newest does, unless it is worse beyond chance: a few hundred labels tell small differences badly, and the
+        best of many noisy looks lies in the middle of the learning rate's schedule, where nothing is settled.
+        """
+        if self.best["state"] is None:
+            return True
+        difference = gains - self.best["gains"].numpy()
+        return bool(interval(difference, self.validation.user)[1] >= 0)
+
+    def _scorer(
+        self, *, rerank: int | None, slates: MakeSlates | None, sources: tuple[Scorer, ...] = ()
+    ) -> RankerScorer:
         def run(inputs: dict[str, NDArray[Any]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
             with torch.no_grad():
                 user, scores = self.ranker(**{name: self._tensor(value) for name, value in inputs.items()})
@@ -639,15 +582,24 @@ class _Run:
             candidate_features=self.shape.candidate_features,
             slates=slates,
             rerank=rerank,
+            sources=sources,
         )
 
-    def _retrieval_scorer(self, queries: Queries) -> NDArray[np.float32]:
-        """⟨u, v⟩ of every item: what stage 1 learns and the ANN index will see."""
-        return self._scorer(rerank=0, slates=None)(queries)
+    def _similarity(self, queries: Queries) -> NDArray[np.float32]:
+        """⟨u, v⟩/τ of every item: what the ANN index will see."""
+        logits: NDArray[np.float32] = self._scorer(rerank=0, slates=None)(queries) / np.float32(self.config.temperature)
+        return logits
+
+    def _stage_1_scorer(self, queries: Queries) -> NDArray[np.float32]:
+        """⟨u, v⟩/τ + what every item gains by its features: what stage 1 learns."""
+        with torch.no_grad():
+            gains = self.trends.gains(self.ranker.trend.weight).cpu().numpy()
+        scores: NDArray[np.float32] = self._similarity(queries) + gains[self.trends.when(queries.at)]
+        return scores
 
     def _slate_scorer(self, queries: Queries) -> NDArray[np.float32]:
-        """The retriever's first items, re-ranked with what was known at each label's time."""
-        return self._scorer(rerank=SLATE, slates=self.slates)(queries)
+        """The candidates that serving would offer, re-ranked with what was known at each label's time."""
+        return self._scorer(rerank=2 * SLATE, slates=self.features, sources=self.sources)(queries)
 
     def _state(self) -> dict[str, Any]:
         state = {name: value.detach().cpu().clone() for name, value in self.modules.state_dict().items()}
@@ -710,67 +662,31 @@ class _Run:
         return empty, empty
 
 
-class _AllItemsSoftmax(torch.autograd.Function):
-    """Mean cross-entropy over all items, with its gradient made in the forward pass (as in Liger Kernel, 2024).
-
-    The (m, items) table of logits is built piece by piece, turned into its own gradient in place and dropped: written
-    once where autograd would keep and rewrite it four times. Unit vectors bound the logits, so exp needs no maximum.
-    """
-
-    CELLS = 1 << 19  # of the table at a time: two megabytes stay in a core's cache
-
-    @staticmethod
-    def forward(ctx: Any, users: Tensor, vectors: Tensor, target: Tensor, temperature: float) -> Tensor:
-        m, items = len(users), len(vectors)
-        rows = max(16, min(m, _AllItemsSoftmax.CELLS // items))
-        user_gradient, item_gradient = torch.empty_like(users), torch.zeros_like(vectors)
-        table, index = users.new_empty(rows, items), torch.arange(rows, device=users.device)
-        total = users.new_zeros(())
-        for begin in range(0, m, rows):
-            part, wanted = users[begin : begin + rows], target[begin : begin + rows]
-            own = (part * vectors[wanted]).sum(-1) / temperature
-            weight = torch.mm(part / temperature, vectors.T, out=table[: len(part)])  # (rows, items)
-            weight.sub_(1 / temperature).exp_()
-            normaliser = weight.sum(-1)
-            total = total + (normaliser.log() + 1 / temperature - own).sum()
-            weight.div_(normaliser.unsqueeze(-1) * (m * temperature))
-            weight[index[: len(part)], wanted] -= 1 / (m * temperature)
-            torch.mm(weight, vectors, out=user_gradient[begin : begin + rows])
-            item_gradient.addmm_(weight.T, part)
-        ctx.save_for_backward(user_gradient, item_gradient)
-        return total / m
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        user_gradient, item_gradient = ctx.saved_tensors
-        return gradients[0] * user_gradient, gradients[0] * item_gradient, None, None
+def _newest(interactions: Interactions, config: TrainConfig) -> Queries:
+    """Some of the newest labels, each with the history that was visible in an earlier second."""
+    since = np.quantile(interactions.occurred_at, 1 - config.validation_rate, method="lower")
+    newest = queries_for(
+        interactions, np.flatnonzero(interactions.occurred_at >= since).astype(np.int64), strictly_earlier=True
+    )
+    chosen = np.random.default_rng(config.seed).permutation(len(newest))[: config.validation_labels]
+    return newest.take(np.sort(chosen))
 
 
 def _slate_labels(interactions: Interactions, config: TrainConfig) -> Queries:
-    """Each person's last labels, with the history that was visible in an earlier second: as a request would see it."""
-    offsets = interactions.offsets()
-    position = np.arange(len(interactions))
-    last = position >= offsets[1:][interactions.user] - config.slate_labels
-    rows = np.flatnonzero(last).astype(np.int64)
+    """Recent labels at random, with the history that was visible in an earlier second: as a request would see it."""
+    rows = recent_rows(interactions)
     # Mining costs a pass of the ranker per label: none is mined that no epoch will use.
     most = config.slate_rows * max(config.slate_epochs, 1)
-    if len(rows) > most:
-        rows = np.sort(np.random.default_rng((config.seed, 6)).permutation(rows)[:most])
+    rows = np.sort(np.random.default_rng((config.seed, 6)).permutation(rows)[:most])
     return queries_for(interactions, rows, strictly_earlier=True)
 
 
-def _batches(
-    table: NDArray[np.int64], tokens: NDArray[np.int64], budget: int, generator: np.random.Generator
-) -> list[NDArray[np.int64]]:
-    """Cut `table (m, …)`, sorted by `tokens (m,)`, into batches whose padded size stays near `budget`; shuffled."""
-    batches: list[NDArray[np.int64]] = []
-    begin = 0
-    while begin < len(table):
-        stop = begin + 1
-        widest = int(tokens[begin])
-        while stop < len(table) and max(widest, int(tokens[stop])) * (stop + 1 - begin) <= budget:
-            widest = max(widest, int(tokens[stop]))
-            stop += 1
-        batches.append(table[begin:stop])
-        begin = stop
-    return [batches[i] for i in generator.permutation(len(batches))]
+def _sample(
+    interactions: Interactions, counts: NDArray[np.float32], seed: int, size: int = 512
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Some label rows `(l,)` with some candidates `(l, 64)`, popular ones more often."""
+    generator = np.random.default_rng((seed, 7))
+    rows = np.sort(generator.permutation(len(interactions))[:size]).astype(np.int64)
+    share = np.cumsum(counts / counts.sum())
+    items = np.searchsorted(share, generator.random((len(rows), SLATE))).clip(max=len(share) - 1)
+    return rows, items.astype(np.int32)

@@ -1,4 +1,4 @@
-"""The training set: each person's last labels with their context as known at the label, versioned, as Parquet."""
+"""The training set: recent labels with their context as known at the label, versioned, as Parquet."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from inference import artifacts
 from orchestration.compute.evaluate import Split, leave_one_out
 from orchestration.compute.interactions import Interactions, load_interactions
 from orchestration.compute.lake import Lake
+from orchestration.compute.mining import recent_rows
 from orchestration.compute.point_in_time import PointInTime
 from orchestration.compute.slates import Slates
 from schemas.errors import DefinitionError
 from schemas.views import CONTEXT_VIEWS, context_features
 
 PATH = "training/training_set.parquet"
-LABELS_PER_PERSON = 12
-"""The ten that slates are mined for, the one that validates and one to spare."""
 LEAST_EVENTS = 1_000
 LEAST_PEOPLE = 20
 
@@ -71,7 +70,7 @@ def learning_split(lake: Lake, connection: psycopg.Connection[Any]) -> Split:
 def build_training_set(lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str) -> TrainingSetReport:
     """Write the training set of the lake as it stands."""
     split = learning_split(lake, connection)
-    rows = _last_labels(split.train)
+    rows = recent_rows(split.train)
     with PointInTime(lake, connection) as ask:
         values, mask = Slates(ask, split.train, load_categories(connection, split.train)).context(rows)
     table = pa.table(
@@ -106,12 +105,6 @@ def load_training_set(lake: Lake, connection: psycopg.Connection[Any], artifacts
         return np.asarray(column.flatten(), np.float32).reshape(len(table), -1)
 
     return TrainingSet(split, np.asarray(table["label_row"]), block("context"), block("context_mask"))
-
-
-def _last_labels(interactions: Interactions) -> NDArray[np.int64]:
-    offsets = interactions.offsets()
-    row = np.arange(len(interactions))
-    return row[offsets[1:][interactions.user] - row <= LABELS_PER_PERSON].astype(np.int64)
 
 
 def _version(interactions: Interactions) -> str:

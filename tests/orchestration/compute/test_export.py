@@ -60,7 +60,7 @@ def world() -> tuple[Interactions, np.ndarray[tuple[int, int], np.dtype[np.float
 @pytest.fixture(scope="module")
 def trained() -> TrainedRanker:
     events, texts = world()
-    return train(events, texts, TrainConfig(epochs=2, batch_tokens=512, slate_labels=2))
+    return train(events, texts, TrainConfig(epochs=2, batch_tokens=512))
 
 
 @pytest.fixture(scope="module")

@@ -76,12 +76,16 @@ def test_a_candidate_does_not_see_the_others(trained: Ranker) -> None:
     np.testing.assert_allclose(alone, together[:, 3:4], atol=1e-5)
 
 
-def test_the_score_starts_as_the_retriever(ranker: Ranker) -> None:
+def test_the_score_starts_as_the_retriever_and_the_trend(ranker: Ranker) -> None:
     given = inputs()
     user, scores = run(ranker, given)
     np.testing.assert_allclose(np.linalg.norm(user, axis=1), 1, atol=1e-5)
     retrieval = np.einsum("bd,bnd->bn", user, given["candidate_vectors"]) / ranker.shape.temperature
-    np.testing.assert_allclose(scores, retrieval, atol=1e-4)
+    features = (torch.from_numpy(given[name]) for name in ("candidate_features", "candidate_mask"))
+    with torch.no_grad():
+        trend = ranker.trend(ranker.candidate_features.standardise(*features)).squeeze(-1).numpy()
+    assert np.abs(trend).max() > 0.01
+    np.testing.assert_allclose(scores, retrieval + trend, atol=1e-4)
 
 
 def test_padding_changes_nothing(trained: Ranker) -> None:

@@ -1,0 +1,150 @@
+"""Next-item softmax: personal taste through vectors, what everybody wants at the time through the item's features.
+
+Logits are ⟨u, v⟩/τ + trend(features of the item then). The second part carries popularity, so the vectors need not:
+they learn what a person wants more than others do, and that lasts when the fashion of the training weeks is over.
+Items that were not there by then take no part, or every newcomer would have been taught to be a mistake.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from orchestration.compute.co_visitation import DAY_MICROSECONDS
+from orchestration.compute.interactions import Interactions
+from orchestration.compute.model import FeatureEncoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from orchestration.compute.train import TrainConfig
+
+MOST_CELLS = 1 << 21
+"""Instants × items held at most, 200 MB: more items are looked at less often."""
+ABSENT = -1e4
+
+
+class Trends:
+    """What was known of every item at the start of each day with events, standardised: `(t, items, 2 g)`."""
+
+    def __init__(
+        self,
+        interactions: Interactions,
+        encoder: FeatureEncoder,
+        features: Callable[[NDArray[np.int64]], tuple[NDArray[np.float32], NDArray[np.float32]]] | None,
+        device: torch.device,
+    ) -> None:
+        items = len(interactions.item_ids)
+        days = np.unique(interactions.occurred_at // DAY_MICROSECONDS) * DAY_MICROSECONDS
+        self._instants = days[:: -(-len(days) * items // MOST_CELLS)]
+        if features is None:
+            self._features = torch.zeros(len(self._instants), items, 2 * len(encoder.mean), device=device)
+        else:
+            values, mask = (torch.from_numpy(part).to(device) for part in features(self._instants))
+            self._features = encoder.standardise(values, mask)
+        # An item without one event is no lesson: it may be new, and its text would be taught to be a mistake.
+        never = np.bincount(interactions.item, minlength=items) == 0
+        absent = np.tile(never, (len(self._instants), 1))
+        if interactions.available_at is not None:
+            until = np.append(self._instants[1:], np.iinfo(np.int64).max)
+            absent |= interactions.available_at[None, :] >= until[:, None]
+        self._absent = torch.from_numpy(absent).to(device)  # (t, items)
+
+    def when(self, at: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`(m,)`: the last instant that is not after `at (m,)`, microseconds UTC."""
+        return np.maximum(np.searchsorted(self._instants, at, side="right") - 1, 0)
+
+    def gains(self, weight: Tensor) -> Tensor:
+        """`(t, items)`: what `weight (1, 2 g)` makes of every item's features at each instant."""
+        return functional.linear(self._features, weight).squeeze(-1)
+
+    def present(self, gains: Tensor) -> Tensor:
+        """The same gains; hopeless for an item that was not there by then."""
+        return gains.masked_fill(self._absent, ABSENT)
+
+    def absent(self, at: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """`(m, items)`: what was not there at `at (m,)`."""
+        held: NDArray[np.bool_] = self._absent.cpu().numpy()[self.when(at)]
+        return held
+
+
+def item_softmax(
+    users: Tensor,
+    target: Tensor,
+    vectors: Tensor,
+    trend: Tensor,
+    when: Tensor,
+    config: TrainConfig,
+    counts: NDArray[np.float32],
+    generator: np.random.Generator,
+) -> Tensor:
+    """Mean cross-entropy of `target (m,)` for `users (m, d)` among `vectors (items, d)`; a scalar.
+
+    `trend (t, items)` is added at row `when (m,)`. Beyond `config.all_items_limit` items, shared negatives stand for
+    them: uniform ones and ones by popularity (`counts (items,)`), corrected for how likely they were drawn.
+    """
+    if len(users) == 0:
+        return vectors.sum() * 0
+    if len(vectors) <= config.all_items_limit:
+        loss: Tensor = AllItemsSoftmax.apply(users, vectors, target, config.temperature, trend, when)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return loss
+    uniform = generator.integers(0, len(vectors), config.uniform_negatives)
+    share = counts / counts.sum()
+    popular = np.searchsorted(np.cumsum(share), generator.random(config.popular_negatives)).clip(max=len(share) - 1)
+    drawn = np.concatenate([uniform, popular])
+    expected = config.uniform_negatives / len(share) + config.popular_negatives * share[drawn]
+    negatives = torch.from_numpy(drawn).to(users.device)
+    correction = torch.from_numpy(np.log(expected)).to(users)
+    logits = users @ vectors[negatives].T / config.temperature - correction + trend[when[:, None], negatives]  # (m, s)
+    logits = logits.masked_fill(negatives.unsqueeze(0) == target.unsqueeze(1), ABSENT)
+    own = (users * vectors[target]).sum(-1) / config.temperature + trend[when, target]
+    return functional.cross_entropy(torch.cat([own.unsqueeze(1), logits], dim=1), torch.zeros_like(target))
+
+
+class AllItemsSoftmax(torch.autograd.Function):
+    """Mean cross-entropy over all items, with its gradient made in the forward pass (as in Liger Kernel, 2024).
+
+    The (m, items) table of logits is built piece by piece, turned into its own gradient in place and dropped: written
+    once where autograd would keep and rewrite it four times. Unit vectors bound the logits, so exp needs no maximum
+    of its own in every row.
+    """
+
+    CELLS = 1 << 19  # of the table at a time: two megabytes stay in a core's cache
+
+    @staticmethod
+    def forward(
+        ctx: Any, users: Tensor, vectors: Tensor, target: Tensor, temperature: float, trend: Tensor, when: Tensor
+    ) -> Tensor:
+        m, items = len(users), len(vectors)
+        rows = max(16, min(m, AllItemsSoftmax.CELLS // items))
+        user_gradient, item_gradient = torch.empty_like(users), torch.zeros_like(vectors)
+        trend_gradient, most = torch.zeros_like(trend), 1 / temperature + float(trend.max())
+        table, index = users.new_empty(rows, items), torch.arange(rows, device=users.device)
+        total = users.new_zeros(())
+        for begin in range(0, m, rows):
+            part, wanted, then = (array[begin : begin + rows] for array in (users, target, when))
+            part = part / temperature
+            weight = torch.index_select(trend, 0, then, out=table[: len(part)])  # (rows, items)
+            weight.addmm_(part, vectors.T)
+            own = weight[index[: len(part)], wanted]
+            weight.sub_(most).exp_()
+            normaliser = weight.sum(-1)
+            total = total + (normaliser.log() + most - own).sum()
+            weight.div_(normaliser.unsqueeze(-1) * m)
+            weight[index[: len(part)], wanted] -= 1 / m
+            torch.mm(weight, vectors, out=user_gradient[begin : begin + rows])
+            item_gradient.addmm_(weight.T, part)
+            trend_gradient.index_add_(0, then, weight)
+        ctx.save_for_backward(user_gradient.div_(temperature), item_gradient, trend_gradient)
+        return total / m
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor, None]:
+        user_gradient, item_gradient, trend_gradient = ctx.saved_tensors
+        given = gradients[0]
+        return given * user_gradient, given * item_gradient, None, None, given * trend_gradient, None
