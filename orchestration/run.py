@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -26,6 +28,7 @@ from infra.ui import prepare_dagster
 from orchestration.progress import terminal
 from orchestration.sources.open import is_simulated, open_source, simulated_world
 from schemas.errors import LarderError, SettingsError
+from schemas.manifest import ENCODER_PATH
 from schemas.views import VIEWS
 
 if TYPE_CHECKING:
@@ -81,8 +84,8 @@ def _run(options: argparse.Namespace) -> int:
     from orchestration.definitions import defs
     from orchestration.resources import Larder
 
-    with dg.DagsterInstance.get() as instance:
-        larder = Larder()
+    larder = Larder()
+    with dg.DagsterInstance.get() as instance, _encoder_ahead(record.artifacts_url) as encoder_is_there:
         launch = _Launcher(defs, instance)
         with _step("catalogue and events"):
             launch("source_events", "items")
@@ -94,6 +97,7 @@ def _run(options: argparse.Namespace) -> int:
             with _step(f"features, {first} to {last}"):
                 launch("events", *(view.name for view in VIEWS), partitions=(first, last))
         with _step("text vectors"):
+            encoder_is_there()
             launch("text_vectors")
         with _step("popular items, co-visitation"):
             launch("popular_items", "co_visitation")
@@ -217,6 +221,33 @@ class _Launcher:
         reason = causes[-1].message.strip() if causes else "the run's log says more"
         step = failures[0].step_key if failures else "a step"
         raise LarderError(f"{step} failed: {reason} (the whole story: `make ui`, run {result.run_id[:8]})")
+
+
+@contextmanager
+def _encoder_ahead(artifacts_url: str) -> Iterator[Callable[[], None]]:
+    """Export the text encoder beside the first steps, which leave a processor idle; gives what waits for it.
+
+    What fails here fails again, and is told, where the asset does the same.
+    """
+    if not artifacts_url.startswith("file://"):
+        yield lambda: None
+        return
+    folder = Path(artifacts_url.removeprefix("file://")) / ENCODER_PATH
+    process = multiprocessing.get_context("spawn").Process(target=_export_encoder, args=(folder,), daemon=True)
+    process.start()
+    try:
+        yield process.join
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _export_encoder(folder: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half made is removed
+    with contextlib.suppress(Exception, KeyboardInterrupt):
+        from orchestration.compute.encoder import export_encoder
+
+        export_encoder(folder)
 
 
 @contextmanager

@@ -28,13 +28,15 @@ class Training(dg.Config):
 
     size: str = "small"
     epochs: int = 8
-    slate_rows: int = 6000
+    slate_rows: int = 5000
     seed: int = 0
 
     def settings(self) -> Any:
         from orchestration.compute.train import TrainConfig
 
-        return TrainConfig(size=self.size, seed=self.seed, epochs=self.epochs, slate_rows=self.slate_rows)
+        return TrainConfig(
+            size=self.size, seed=self.seed, epochs=self.epochs, slate_rows=self.slate_rows, validation_labels=500
+        )
 
 
 @dg.asset(

@@ -298,7 +298,7 @@ class SlateFeatures:
 
 MakeSlates = Callable[[NDArray[np.int64], NDArray[np.int32]], SlateFeatures]
 """Takes label rows `(l,)` of the interactions at hand (those given to `train`, or the queries' own) and candidate items
-`(l, n)`; gives what was known at each label's time."""
+`(l, n)`, n ≥ 0; gives what was known at each label's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,10 +386,17 @@ class RankerScorer:
             "candidate_mask": known.candidate_mask,
         }
 
-    def _run(self, queries: Queries, candidates: NDArray[np.int32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """`user_vector (q, d)` and `scores (q, n)`. Features are asked for at once, the graph runs in small pieces:
-        each fits a processor's cache and is padded to its own longest history."""
-        known = self._known(queries, candidates)
+    def _known_of_people(self, queries: Queries) -> SlateFeatures:
+        """What was known of the people, with one candidate of which nothing is: all that a user vector needs."""
+        known = self._known(queries, np.zeros((len(queries), 0), np.int32))
+        nothing = np.zeros((len(queries), 1, self.candidate_features), np.float32)
+        return SlateFeatures(known.context_features, known.context_mask, nothing, nothing)
+
+    def _run(
+        self, queries: Queries, candidates: NDArray[np.int32], known: SlateFeatures
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """`user_vector (q, d)` and `scores (q, n)`, in small pieces: each fits a processor's cache and is padded to its
+        own longest history."""
         answers = []
         for begin in range(0, len(queries), _PIECE):
             rows = slice(begin, begin + _PIECE)
@@ -398,7 +405,7 @@ class RankerScorer:
 
     def __call__(self, queries: Queries) -> NDArray[np.float32]:
         q, items = len(queries), len(self.item_vectors)
-        user, _ = self._run(queries, np.zeros((q, 1), np.int32))
+        user, _ = self._run(queries, np.zeros((q, 1), np.int32), self._known_of_people(queries))
         similarity = user @ self.item_vectors.T  # (q, items)
         rerank = items if self.rerank is None else min(self.rerank, items)
         if rerank == 0:
@@ -409,7 +416,8 @@ class RankerScorer:
         here = np.arange(q)[:, None]
         for begin in range(0, rerank, MAX_CANDIDATES):
             part = first[:, begin : begin + MAX_CANDIDATES]
-            scores[here, part] = np.maximum(self._run(queries, part)[1], np.float32(-900))
+            known = self._known(queries, part)
+            scores[here, part] = np.maximum(self._run(queries, part, known)[1], np.float32(-900))
         return scores
 
     def _candidates(self, queries: Queries, similarity: NDArray[np.float32], count: int) -> NDArray[np.int32]:

@@ -401,8 +401,8 @@ def write_artifact(
 ) -> Manifest:
     """Export, quantise, pass the gate and write every file of the artefact into `folder`, the manifest last.
 
-    `item_ids (items,)` is the catalogue in training order; `requests` are real ones (512 or more are wanted): a random
-    half calibrates int8 (ranges only, no label is looked at), all of them judge it. Raises GateError if a graph does not pass; `folder` then has no
+    `item_ids (items,)` is the catalogue in training order; `requests` are real ones (1,024 or more are wanted): a random
+    half calibrates int8 (ranges only, no label is looked at), the other half judges it. Raises GateError if a graph does not pass; `folder` then has no
     manifest, so nothing can load it.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -418,11 +418,12 @@ def write_artifact(
     parity: dict[str, Any] = {"fp32_max_difference": check_parity(trained.ranker, run_fp32, f=f, g=g, d=d)}
     scorer = trained.scorer(slates, rerank=200)
     fp32 = replace(scorer, run=run_fp32)
-    chosen = np.random.default_rng(trained.config.seed).permutation(len(requests))[: (len(requests) + 1) // 2]
-    calibration = calibration_requests(fp32, requests.take(np.sort(chosen)), seed=trained.config.seed)
+    order = np.random.default_rng(trained.config.seed).permutation(len(requests))
+    half = (len(requests) + 1) // 2
+    calibration = calibration_requests(fp32, requests.take(np.sort(order[:half])), seed=trained.config.seed)
     quantise(folder / RANKER_FP32, folder / RANKER_INT8, calibration)
     run_int8 = session_runner(folder / RANKER_INT8)
-    report = check_int8(compare_int8(fp32, replace(scorer, run=run_int8), requests))
+    report = check_int8(compare_int8(fp32, replace(scorer, run=run_int8), requests.take(np.sort(order[half:]))))
     parity["int8"] = {**asdict(report), "batch_tolerance_rate": INT8_BATCH_TOLERANCE_RATE}
     weight, bias = trained.text_projection()
     np.savez(folder / TEXT_PROJECTION, weight=weight, bias=bias)

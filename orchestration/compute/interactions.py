@@ -53,8 +53,7 @@ class Interactions:
 def load_interactions(lake: Lake, connection: psycopg.Connection) -> Interactions:
     """All events of the lake with items that are in the catalogue (others cannot be scored), as arrays."""
     catalogue = connection.execute(
-        "SELECT item_id, (extract(epoch FROM available_at) * 1000000)::bigint FROM items "
-        'ORDER BY item_id COLLATE "C"'
+        'SELECT item_id, (extract(epoch FROM available_at) * 1000000)::bigint FROM items ORDER BY item_id COLLATE "C"'
     ).fetchall()
     item_ids = np.array([item_id for item_id, _ in catalogue], np.str_)
     always = np.iinfo(np.int64).min

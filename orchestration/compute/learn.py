@@ -57,7 +57,7 @@ FLOOR = ("popularity", "7-day popularity", "co-visitation")
 RERANKED = 200
 """Candidates an evaluation re-ranks per label."""
 JUDGED_LABELS = 2_000
-"""Labels of the time split that are judged at most, chosen by seed: re-ranking each takes features of 200 items."""
+"""Labels of a split that are judged at most, chosen by seed: re-ranking each takes features of 200 items."""
 
 Say = Callable[[str], None]
 

@@ -9,7 +9,7 @@ from inference.assemble import crossed
 from orchestration.compute.evaluate import SlateFeatures
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.point_in_time import PointInTime
-from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS, CROSS_VIEWS
+from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS, CROSS_VIEWS, candidate_features
 
 
 class Slates:
@@ -60,10 +60,13 @@ class Slates:
         return np.concatenate([*values, none], 2), np.concatenate([*masks, none], 2)
 
     def __call__(self, rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
-        """Features for label rows `(l,)` and candidate items `(l, n)`."""
+        """Features for label rows `(l,)` and candidate items `(l, n)`; n may be 0."""
         labels, n = candidates.shape
         at = self._events.occurred_at[rows]
         context, context_mask = self.context(rows)
+        if n == 0:  # only the person is asked about
+            none = np.zeros((labels, 0, len(candidate_features())), np.float32)
+            return SlateFeatures(context, context_mask, none, none)
         instants, instant = np.unique(at, return_inverse=True)
         # An item at an instant reads the same whoever asks: one question for each such pair.
         pair = instant[:, None].astype(np.int64) * len(self._events.item_ids) + candidates
