@@ -27,8 +27,8 @@ class Training(dg.Config):
     """
 
     size: str = "small"
-    epochs: int = 8
-    slate_rows: int = 5000
+    epochs: int = 12
+    slate_rows: int = 6000
     seed: int = 0
 
     def settings(self) -> Any:
