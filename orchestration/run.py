@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import dagster as dg
 
 RETRAIN_AFTER_DAYS = 7
-SIMULATED_EPOCHS = 8
+SIMULATED_EPOCHS = 6
 console = Console(highlight=False)
 
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
-import pickle
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,7 +51,6 @@ from schemas.views import candidate_features, context_features, fingerprint
 
 TRAINED_PATH = "training/ranker.pt"
 TIME_SPLIT_PATH = "training/time_split.pt"
-TIME_SPLIT_EVALUATION_PATH = "training/time_split_evaluation.pickle"
 EVALUATION_PATH = "training/evaluation.json"
 RANKER = "ranker"
 FLOOR = ("popularity", "7-day popularity", "co-visitation")
@@ -121,8 +118,15 @@ def train_ranker(
     Both run at once, a processor each: two threads on one training gain nothing at this size. An interrupted training
     goes on from its last epoch.
     """
-    with _beside("training on the time split", train_time_split, lake, connection, artifacts_url, scratch, config):
-        known = load_training_set(lake, connection, artifacts_url)
+    known = load_training_set(lake, connection, artifacts_url)
+    twin = multiprocessing.get_context("spawn").Process(
+        target=train_time_split,
+        args=(lake.url, connection.info.dsn, connection.info.password, artifacts_url, scratch, config),
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    twin.start()
+    try:
         with PointInTime(lake, connection) as ask:
             slates = Slates(
                 ask,
@@ -132,17 +136,31 @@ def train_ranker(
             )
             trained = _train(connection, artifacts_url, known.split, slates, scratch / "ranker.ckpt", config, progress)
         _save(trained, artifacts_url, TRAINED_PATH)
+        twin.join()
+    finally:
+        torch.set_num_threads(threads)
+        if twin.is_alive():
+            twin.terminate()
+            twin.join()
+    if twin.exitcode != 0:
+        raise LarderError(f"training on the time split ended with status {twin.exitcode}; its error stands above")
     return TrainingReport(trained.progress, trained.validation, len(known.split.train), trained.seconds)
 
 
 def train_time_split(
-    lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, scratch: Path, config: TrainConfig
+    lake_url: str, dsn: str, password: str, artifacts_url: str, scratch: Path, config: TrainConfig
 ) -> None:
-    """Train the twin that knows only the first 90 % of the events."""
-    later = time_split(learning_split(lake, connection).queries.interactions)
-    with PointInTime(lake, connection) as ask:
-        slates = Slates(ask, later.train, load_categories(connection, later.train))
-        trained = _train(connection, artifacts_url, later, slates, scratch / "time_split.ckpt", config, lambda _: None)
+    """Train the twin that knows only the first 90 % of the events, in a process of its own."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    lake = Lake(lake_url)
+    with psycopg.connect(dsn, password=password or None) as connection:
+        later = time_split(learning_split(lake, connection).queries.interactions)
+        with PointInTime(lake, connection) as ask:
+            slates = Slates(ask, later.train, load_categories(connection, later.train))
+            trained = _train(
+                connection, artifacts_url, later, slates, scratch / "time_split.ckpt", config, lambda _: None
+            )
     _save(trained, artifacts_url, TIME_SPLIT_PATH)
 
 
@@ -152,26 +170,30 @@ def evaluate_ranker(
     """Judge the trained ranker on its held-out events, and its twin on the events after the cut of the time split."""
     start = time.monotonic()
     split = load_training_set(lake, connection, artifacts_url).split
-    with _beside("evaluation on the time split", evaluate_time_split, lake, connection, artifacts_url):
-        first = _evaluate(lake, connection, artifacts_url, split, TRAINED_PATH)
-    second = pickle.loads(artifacts.get(artifacts_url, TIME_SPLIT_EVALUATION_PATH))
-    for evaluation in (first, second):
-        progress(evaluation.table())
+    everything = split.queries.interactions
+    categories = load_categories(connection, everything)
+    later = time_split(everything)
+    chosen = np.random.default_rng(0).permutation(len(later.queries))[:JUDGED_LABELS]
+    later = Split(later.name, later.train, later.queries.take(np.sort(chosen)))
+    evaluations = []
+    with PointInTime(lake, connection) as ask:
+        for judged, path in ((split, TRAINED_PATH), (later, TIME_SPLIT_PATH)):
+            floors = _floor(judged)
+            # Re-ranked is what serving re-ranks: neighbours of the user vector, what is trending, what follows.
+            ranker = _load_trained(artifacts_url, path).scorer(
+                Slates(ask, judged.queries.interactions, categories),
+                rerank=min(RERANKED, len(everything.item_ids)),
+                sources=(floors["7-day popularity"], floors["co-visitation"]),
+            )
+            evaluations.append(evaluate({**floors, RANKER: ranker}, judged))
+            progress(evaluations[-1].table())
+    first, second = evaluations
     artifacts.put(
         artifacts_url,
         EVALUATION_PATH,
         json.dumps({"leave_one_out": first.to_dict(), "time_split": second.to_dict()}).encode(),
     )
     return EvaluationReport((first, second), time.monotonic() - start)
-
-
-def evaluate_time_split(lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str) -> None:
-    """Judge the twin on some of the events after its cut."""
-    later = time_split(learning_split(lake, connection).queries.interactions)
-    chosen = np.random.default_rng(0).permutation(len(later.queries))[:JUDGED_LABELS]
-    later = Split(later.name, later.train, later.queries.take(np.sort(chosen)))
-    evaluation = _evaluate(lake, connection, artifacts_url, later, TIME_SPLIT_PATH)
-    artifacts.put(artifacts_url, TIME_SPLIT_EVALUATION_PATH, pickle.dumps(evaluation))
 
 
 def export_ranker(lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, folder: Path) -> Exported:
@@ -229,55 +251,6 @@ def verdict(evaluation: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
         )
     words.append("the ranker may serve" if passed else "the ranker stays on the shelf; the floor keeps serving")
     return passed, tuple(words)
-
-
-@contextmanager
-def _beside(
-    name: str, work: Callable[..., None], lake: Lake, connection: psycopg.Connection[Any], *arguments: Any
-) -> Iterator[None]:
-    """Do `work(lake, connection, *arguments)` in a process of its own beside the body, each with one thread.
-
-    Raises LarderError if it fails; ends it if the body does.
-    """
-    process = multiprocessing.get_context("spawn").Process(
-        target=_work, args=(work, lake.url, connection.info.dsn, connection.info.password, arguments)
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    process.start()
-    try:
-        yield
-        process.join()
-    finally:
-        torch.set_num_threads(threads)
-        if process.is_alive():
-            process.terminate()
-            process.join()
-    if process.exitcode != 0:
-        raise LarderError(f"{name} ended with status {process.exitcode}; its error stands above")
-
-
-def _work(work: Callable[..., None], lake_url: str, dsn: str, password: str, arguments: tuple[Any, ...]) -> None:
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    with psycopg.connect(dsn, password=password or None) as connection:
-        work(Lake(lake_url), connection, *arguments)
-
-
-def _evaluate(
-    lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, split: Split, trained_path: str
-) -> Evaluation:
-    """The floors and the ranker at `trained_path`, which re-ranks what serving would: neighbours of the user vector,
-    what is trending, what follows."""
-    everything = split.queries.interactions
-    floors = _floor(split)
-    with PointInTime(lake, connection) as ask:
-        ranker = _load_trained(artifacts_url, trained_path).scorer(
-            Slates(ask, everything, load_categories(connection, everything)),
-            rerank=min(RERANKED, len(everything.item_ids)),
-            sources=(floors["7-day popularity"], floors["co-visitation"]),
-        )
-        return evaluate({**floors, RANKER: ranker}, split)
 
 
 def _train(

@@ -158,6 +158,9 @@ def refresh_item_vectors(connection: psycopg.Connection[Any], folder: Path) -> V
                 f"CREATE INDEX IF NOT EXISTS ix_{partition}_hnsw ON {partition} "
                 f"USING hnsw ((vector::halfvec({ranker.dim})) halfvec_ip_ops)"
             )
+        if rows:
+            # The first requests come before autovacuum does.
+            connection.execute(f"ANALYZE {partition}")
     return VectorReport(total, len(rows), total - len(rows))
 
 
