@@ -10,7 +10,7 @@ import queue
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -24,9 +24,11 @@ from schemas.errors import Unavailable
 from schemas.feature_sql import read_sql
 from schemas.features import FeatureView
 from schemas.ranker import MAX_HISTORY
-from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS, CROSS_VIEWS
+from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS, CROSS_VIEWS, VIEWS
 
 SOURCES: dict[str, int] = {"user_vector": 1, "wish": 2, "co_visitation": 4, "trending": 8, "fresh": 16, "given": 32}
+_HEAD_MOST = timedelta(days=max(view.ttl_days for view in VIEWS))
+"""How far back the events since a snapshot can reach: an older snapshot is not read."""
 _NEVER = 1 << 30
 """Executions before psycopg prepares a statement by itself."""
 _CONNECT_SECONDS = 2
@@ -152,7 +154,7 @@ class Store:
 
     def _connect(self) -> psycopg.Connection[Any]:
         try:
-            return psycopg.connect(
+            connection = psycopg.connect(
                 self.url,
                 autocommit=True,
                 # Nothing is prepared by itself: a generic plan of the candidates' statement takes half a second where
@@ -162,14 +164,19 @@ class Store:
                 options="-c TimeZone=UTC",
                 application_name="larder",
             )
+            answering = connection.execute("SELECT pg_backend_pid()").fetchone()
+            if answering is None or answering[0] != connection.info.backend_pid:
+                # A pooler stands between: the next transaction may meet a server that prepared something else.
+                connection.prepare_threshold = None
         except psycopg.Error as error:
             raise Unavailable("the database cannot be reached") from error
+        return connection
 
     # --- one round trip each -------------------------------------------------------------------------------------
 
     def read_person(self, user_id: str, at: datetime, timeout_ms: int) -> PersonRow:
         """Champion, newest events with their item vectors, and the person's feature views, as of `at`."""
-        parameters = {"user_id": user_id, "at": at, "limit": MAX_HISTORY}
+        parameters = {"user_id": user_id, "at": at, "head_since": at - _HEAD_MOST, "limit": MAX_HISTORY}
         views = (*CONTEXT_VIEWS, *CROSS_VIEWS)
         with self.connection() as connection, span("db read_person", kind="client", attributes=_db(4 + len(views))):
             with connection.pipeline():
@@ -196,7 +203,7 @@ class Store:
                 [row[1] for row in history],
                 [row[2] for row in history],
                 np.array([row[3] for row in history], np.float64),
-                [None if row[4] is None else half_vector(row[4]) for row in history],
+                [None if row[4] is None else half_vectors([row[4]])[0] for row in history],
             ),
             {view.name: _columns(view, result) for view, result in zip(views, rows[2:], strict=True)},
         )
@@ -241,7 +248,7 @@ class Store:
             wish_join="" if wish_text is None else "LEFT JOIN text_vectors AS t ON t.item_id = m.item_id",
             columns=", ".join(f"f.{name}" for name in ("as_of", "settled_at", *names)),
         )
-        parameters |= {"at": at, "limit": limit, **filters.parameters()}
+        parameters |= {"at": at, "head_since": at - _HEAD_MOST, "limit": limit, **filters.parameters()}
         if wish_text is not None:
             parameters["wish_text"] = _literal(wish_text)
         with self.connection() as connection, span("db pick_candidates", kind="client", attributes=_db(2)):
@@ -249,12 +256,11 @@ class Store:
                 _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
                 cursor = _execute(connection, sql, parameters)
             rows = cursor.fetchall()
+        raw = [row[5] for row in rows]
+        has_vector = np.array([value is not None for value in raw], bool)
         vectors = np.zeros((len(rows), dim), np.float32)
-        has_vector = np.zeros(len(rows), bool)
-        for index, row in enumerate(rows):
-            if row[5] is not None:
-                vectors[index] = half_vector(row[5])
-                has_vector[index] = True
+        if has_vector.any():
+            vectors[has_vector] = half_vectors([value for value in raw if value is not None])
         return Candidates(
             [row[0] for row in rows],
             [row[3] for row in rows],
@@ -313,9 +319,9 @@ class Store:
         return Champion(*row) if row else None
 
 
-def half_vector(raw: bytes) -> NDArray[np.float32]:
-    """A pgvector halfvec as Postgres sends it in binary: int16 dimension, int16 unused, big-endian float16s."""
-    return np.frombuffer(raw, ">f2", offset=4).astype(np.float32)
+def half_vectors(raw: Sequence[bytes]) -> NDArray[np.float32]:
+    """`(n, d)`: pgvector halfvecs as Postgres sends them in binary: int16 dimension, int16 unused, big-endian float16s."""
+    return np.frombuffer(b"".join(raw), ">f2").reshape(len(raw), -1)[:, 2:].astype(np.float32)
 
 
 def _execute(

@@ -56,7 +56,8 @@ def merged_sql(state: State, snapshot: str, head: str) -> str:
 def read_sql(view: FeatureView, entities: str, at: str = "%(at)s") -> str:
     """One Postgres statement that reads `view`, snapshot and head merged, as of the instant `at`.
 
-    `entities` is the condition that picks the rows by key column, e.g. `user_id = %(user_id)s`.
+    `entities` is the condition that picks the rows by key column, e.g. `user_id = %(user_id)s`. Parameters: `at`, and
+    `head_since`, `ttl_days` before it or earlier: an older snapshot is not read, so no head reaches further back.
     Gives one row per entity that has anything, or one with NULL keys: keys, `as_of` (seconds; when decayed states were weighed),
     `settled_at` (seconds; the snapshot's midnight, NULL without one), then the snapshot columns (instants in seconds).
     """
@@ -74,7 +75,10 @@ def read_sql(view: FeatureView, entities: str, at: str = "%(at)s") -> str:
     base = base_sql(
         view,
         "recent_events",
-        f"e.occurred_at >= (SELECT settled FROM edge) AND e.occurred_at < {at} AND {_of_event(entities)}",
+        # The second bound follows from the first and is there for the planner: a value, not a query's result, lets it
+        # forget the partitions of other days before it weighs any plan.
+        f"e.occurred_at >= (SELECT settled FROM edge) AND e.occurred_at >= %(head_since)s AND e.occurred_at < {at} "
+        f"AND {_of_event(entities)}",
     )
     return f"""
         WITH newest AS (
