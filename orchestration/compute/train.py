@@ -81,10 +81,8 @@ class TrainConfig:
     slate_weight: float = 0.5
     calibration_weight: float = 0.2
     validate_every: int = 3  # epochs
-    patience: int = 4  # validations without a new best before stage 1 ends early
-    validation_rate: float = (
-        0.05  # labels come from the newest events, this share of them: quality is asked of tomorrow
-    )
+    patience: int = 4  # validations in a row worse than the best before stage 1 ends early
+    validation_rate: float = 0.05  # labels come from the newest events, this share of them: tomorrow is what counts
     validation_labels: int = 1000  # at most, at random among those; the rest is learned from
 
 

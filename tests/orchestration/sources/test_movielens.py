@@ -14,7 +14,7 @@ from schemas.events import Event, Item, Person
 
 REAL = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "ml-100k"
 FLAGS = "|".join("0" for _ in range(18))
-real = [pytest.mark.shared, pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not there")]
+real = [pytest.mark.shared, pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/ml-100k")]
 
 
 @pytest.fixture
