@@ -144,3 +144,19 @@ def counting_proxy(url: str) -> Iterator[tuple[str, list[int]]]:
     finally:
         listener.close()
         threads[0].join(10)
+
+
+def test_a_persons_look_ups_are_planned_once_but_not_behind_a_pooler(
+    store: Store, connection: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pooler shows itself: the process that answers is not the one that greeted."""
+
+    def prepared() -> tuple[object, ...] | None:
+        store.read_person("u", TODAY, 1000)
+        with store.connection() as open_connection:
+            return open_connection.execute("SELECT count(*) FROM pg_prepared_statements").fetchone()
+
+    assert prepared() == (4,)  # champion, history, two views
+    store.close()
+    monkeypatch.setattr(psycopg.ConnectionInfo, "backend_pid", property(lambda _: 1))
+    assert prepared() == (0,)
