@@ -195,6 +195,7 @@ class Store:
             rows = [cursor.fetchall() for cursor in cursors]
         champion = Champion(*rows[0][0]) if rows[0] else None
         history = rows[1][::-1]
+        vectors = iter(half_vectors([row[4] for row in history if row[4] is not None]))
         return PersonRow(
             champion,
             History(
@@ -203,7 +204,7 @@ class Store:
                 [row[1] for row in history],
                 [row[2] for row in history],
                 np.array([row[3] for row in history], np.float64),
-                [None if row[4] is None else half_vectors([row[4]])[0] for row in history],
+                [None if row[4] is None else next(vectors) for row in history],
             ),
             {view.name: _columns(view, result) for view, result in zip(views, rows[2:], strict=True)},
         )
@@ -321,6 +322,8 @@ class Store:
 
 def half_vectors(raw: Sequence[bytes]) -> NDArray[np.float32]:
     """`(n, d)`: pgvector halfvecs as Postgres sends them in binary: int16 dimension, int16 unused, big-endian float16s."""
+    if not raw:
+        return np.zeros((0, 0), np.float32)
     return np.frombuffer(b"".join(raw), ">f2").reshape(len(raw), -1)[:, 2:].astype(np.float32)
 
 

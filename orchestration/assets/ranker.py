@@ -109,7 +109,7 @@ def training_set(context: dg.AssetExecutionContext, larder: Larder) -> dg.Materi
     owners=[OWNER],
     kinds={"pytorch"},
     deps=["training_set", "text_vectors"],
-    description="The transformer ranker, trained on everything but each person's last event (that one judges it).",
+    description="The transformer ranker, trained on everything but each person's last event (that one judges it) and some of the newest (they validate).",
     code_version="1",
     retry_policy=dg.RetryPolicy(max_retries=1),
 )

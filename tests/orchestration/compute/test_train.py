@@ -10,11 +10,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from orchestration.compute.batches import HistoryWindows
 from orchestration.compute.co_visitation import popularity
 from orchestration.compute.evaluate import SlateFeatures, evaluate, leave_one_out, score_popularity
 from orchestration.compute.interactions import Interactions
-from orchestration.compute.mining import SLATE
-from orchestration.compute.objective import AllItemsSoftmax
+from orchestration.compute.mining import SLATE, recent_rows
+from orchestration.compute.model import FeatureEncoder
+from orchestration.compute.objective import ABSENT, AllItemsSoftmax, Trends
 from orchestration.compute.train import (
     Progress,
     TrainConfig,
@@ -174,6 +176,8 @@ def test_slates_hold_the_positive_first_and_nothing_the_person_had() -> None:
     # The first call samples features for their statistics, the second asks for the slates, the last ones validate.
     rows, candidates = asked[1]
     assert candidates.shape[1] == SLATE
+    # The rows that a training set of these events holds: what it knows of them need not be asked for again.
+    assert np.isin(rows, recent_rows(events)).all()
     np.testing.assert_array_equal(candidates[:, 0], events.item[rows])
     for row, slate in zip(rows, candidates, strict=True):
         before = events.item[(events.user == events.user[row]) & (events.occurred_at < events.occurred_at[row])]
@@ -210,3 +214,30 @@ def test_the_fused_softmax_has_the_gradient_of_cross_entropy() -> None:
     wanted = [users, items, trend]
     for mine, reference in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted), strict=True):
         torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-4)
+
+
+def test_an_event_is_also_predicted_from_the_last_earlier_second() -> None:
+    """One person: rows 0 | 1 2 | 3, of which 1 and 2 share a second."""
+    events = world().take(np.arange(4))
+    events = replace(events, occurred_at=np.array([0, 10_000_000, 10_500_000, 20_000_000]))
+    windows = np.array([[0, 4, 1]])
+    target_row = np.array([[0, 1, 2, 3]])  # state 0 is the prompt's, state j follows row j - 1
+    place, rows = HistoryWindows(events, 512, 0).predictions(windows, target_row, np.ones((1, 4), bool))
+    assert sorted(zip(place.tolist(), rows.tolist(), strict=True)) == [(0, 0), (1, 1), (1, 2), (2, 2), (3, 3)]
+    # A window that begins within the person's history has no state for what came in its first second.
+    later = np.array([[1, 4, 0]])
+    counted = np.array([[False, True, True]])
+    place, rows = HistoryWindows(events, 512, 0).predictions(later, np.array([[1, 2, 3]]), counted)
+    assert sorted(zip(place.tolist(), rows.tolist(), strict=True)) == [(1, 2), (2, 3)]
+
+
+def test_an_item_takes_part_from_the_day_it_is_there() -> None:
+    day = 86_400_000_000
+    events = world().take(np.arange(3))  # three different items, on three days
+    events = replace(events, occurred_at=np.arange(3) * day, available_at=np.full(ITEMS, np.iinfo(np.int64).min))
+    events.available_at[events.item[2]] = 2 * day + 5  # type: ignore[index]  # set in the line above
+    trends = Trends(events, FeatureEncoder(3, 4), None, torch.device("cpu"))
+    present = trends.present(torch.zeros(3, ITEMS)).numpy() > ABSENT
+    assert present[:, events.item[0]].tolist() == [True, True, True]
+    assert present[:, events.item[2]].tolist() == [False, False, True]
+    assert present.sum() == 7  # an item without any event never takes part
