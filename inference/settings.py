@@ -17,8 +17,9 @@ class Settings:
     artifacts_url: str
     timeout_ms: int = 2_000
     candidates: int = 500
-    threads: int = 0
-    """Threads per ONNX session; 0: as many as there are processors."""
+    threads: int = 1
+    """Threads per ONNX session; 0: as many as there are processors. The operations of one request are so short that a
+    second thread takes longer to wake than it saves."""
     concurrency: int = 4
     """Requests answered at the same time by one process."""
 

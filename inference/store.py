@@ -32,6 +32,9 @@ _HEAD_MOST = timedelta(days=max(view.ttl_days for view in VIEWS))
 _NEVER = 1 << 30
 """Executions before psycopg prepares a statement by itself."""
 _CONNECT_SECONDS = 2
+_PLAN_ONCE = "SET LOCAL plan_cache_mode = force_generic_plan"
+"""A request's statements have one good plan each, whatever their parameters. Making it for every request, over every
+day's partition of the recent events, takes longer than running it."""
 
 
 @cache
@@ -91,11 +94,27 @@ class Filters:
     categories: Sequence[str] | None = None
     exclude_categories: Sequence[str] = ()
 
+    def not_excluded(self, item_id: str) -> str:
+        """The condition that the column `item_id` is none of those left out."""
+        # In a plan made for any array, `<> ALL` walks the array for each row; this becomes one hash table.
+        return f"{item_id} NOT IN (SELECT unnest(%(exclude)s::text[]))" if self.exclude else "true"
+
+    def allowed(self, item: str) -> str:
+        """The conditions on the row `item` of `items`: those in use alone, as each is weighed for every row."""
+        conditions = [f"({item}.available_at IS NULL OR {item}.available_at <= %(at)s)"]
+        if self.exclude:
+            conditions.append(self.not_excluded(f"{item}.item_id"))
+        if self.categories is not None:
+            conditions.append(f"{item}.categories && %(categories)s::text[]")
+        if self.exclude_categories:
+            conditions.append(f"NOT {item}.categories && %(exclude_categories)s::text[]")
+        return " AND ".join(conditions)
+
     def parameters(self) -> dict[str, object]:
-        categories = list(self.categories) if self.categories is not None else None
+        """The values that the conditions name."""
         return {
             "exclude": list(self.exclude),
-            "categories": categories,
+            "categories": None if self.categories is None else list(self.categories),
             "exclude_categories": list(self.exclude_categories),
         }
 
@@ -157,8 +176,7 @@ class Store:
             connection = psycopg.connect(
                 self.url,
                 autocommit=True,
-                # Nothing is prepared by itself: a generic plan of the candidates' statement takes half a second where
-                # one made for the request's own arrays takes fifteen milliseconds. Who asks for it says so below.
+                # Nothing is prepared by itself: only what every request asks is worth it, and says so below.
                 prepare_threshold=_NEVER,
                 connect_timeout=_CONNECT_SECONDS,
                 options="-c TimeZone=UTC",
@@ -181,9 +199,7 @@ class Store:
         with self.connection() as connection, span("db read_person", kind="client", attributes=_db(4 + len(views))):
             with connection.pipeline():
                 _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
-                # Look-ups by one person's key have one good plan. Making it for every request, over every day's
-                # partition of the recent events, took twice as long as running it.
-                _execute(connection, "SET LOCAL plan_cache_mode = force_generic_plan", None)
+                _execute(connection, _PLAN_ONCE, None)
                 cursors = [
                     _execute(connection, sql, parameters, prepare=True)
                     for sql in (
@@ -228,6 +244,7 @@ class Store:
         `user_vector (d,)` searches the champion's item vectors, `wish_text (384,)` the text vectors; `recent` are the person's last items, newest first; `given` replaces all sources.
         """
         sources, parameters = _sources(
+            filters,
             limit,
             champion,
             dim,
@@ -239,6 +256,8 @@ class Store:
         (view,) = CANDIDATE_VIEWS
         names = [name for name, _, _ in view.columns]
         sql = statement("pick_candidates").format(
+            allowed=filters.allowed("i"),
+            limit=limit,
             sources="\n    UNION ALL ".join(sources),
             features=read_sql(view, "item_id IN (SELECT item_id FROM merged)"),
             vector="v.vector" if champion else "NULL",
@@ -249,13 +268,14 @@ class Store:
             wish_join="" if wish_text is None else "LEFT JOIN text_vectors AS t ON t.item_id = m.item_id",
             columns=", ".join(f"f.{name}" for name in ("as_of", "settled_at", *names)),
         )
-        parameters |= {"at": at, "head_since": at - _HEAD_MOST, "limit": limit, **filters.parameters()}
+        parameters |= {"at": at, "head_since": at - _HEAD_MOST, **filters.parameters()}
         if wish_text is not None:
             parameters["wish_text"] = _literal(wish_text)
-        with self.connection() as connection, span("db pick_candidates", kind="client", attributes=_db(2)):
+        with self.connection() as connection, span("db pick_candidates", kind="client", attributes=_db(3)):
             with connection.pipeline():
                 _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
-                cursor = _execute(connection, sql, parameters)
+                _execute(connection, _PLAN_ONCE, None)
+                cursor = _execute(connection, sql, parameters, prepare=True)
             rows = cursor.fetchall()
         raw = [row[5] for row in rows]
         has_vector = np.array([value is not None for value in raw], bool)
@@ -296,7 +316,9 @@ class Store:
             with connection.pipeline():
                 _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
                 known = _execute(connection, "SELECT 1 FROM text_vectors WHERE item_id = %(item_id)s", parameters)
-                found = _execute(connection, statement("similar_items").format(query=query), parameters)
+                found = _execute(
+                    connection, statement("similar_items").format(query=query, allowed=filters.allowed("i")), parameters
+                )
             if item_id is not None and known.fetchone() is None:
                 return None
             return found.fetchall()
@@ -360,6 +382,7 @@ def _literal(vector: NDArray[np.float32] | None) -> str:
 
 
 def _sources(
+    filters: Filters,
     limit: int,
     champion: str | None,
     dim: int,
@@ -382,25 +405,24 @@ def _sources(
         )
         return [sql], {"given": given, "champion": champion, "recent": recent}
     picked: list[str] = []
-    parameters: dict[str, Any] = {
-        "champion": champion,
-        "recent": recent,
-        "share": limit // 2,
-        "part": limit // 3,
-        "few": limit // 10,
-    }
+    parameters: dict[str, Any] = {"champion": champion, "recent": recent}
+    # Written into the statement: a plan made for any limit expects far fewer rows than these.
+    share, part, few = limit // 2, limit // 3, limit // 10
+    # The lists hold items that were there when they were made: only a filter by category has to look at the items first.
+    by_category = filters.categories is not None or bool(filters.exclude_categories)
+    listed = "{0} IN (SELECT item_id FROM allowed)" if by_category else filters.not_excluded("{0}")
     typed = f"v.vector::halfvec({dim})"
     ann = (
         "(SELECT item_id, {bit} AS source, row_number() OVER (ORDER BY distance, item_id) AS place, 0::float8 AS evidence "
         "FROM (SELECT v.item_id, {distance} AS distance FROM {table} AS v WHERE {where} v.item_id IN (SELECT item_id FROM allowed) "
-        "ORDER BY distance LIMIT %({limit})s) AS nearest)"
+        "ORDER BY distance LIMIT {limit}) AS nearest)"
     )
     if champion is not None and user_vector is not None:
         parameters["user_vector"] = _literal(user_vector)
         distance = f"({typed} <#> %(user_vector)s::halfvec({dim}))"
         picked.append(
             ann.format(
-                bit=SOURCES["user_vector"], distance=distance, table="item_vectors", limit="share",
+                bit=SOURCES["user_vector"], distance=distance, table="item_vectors", limit=share,
                 where="v.model_version = %(champion)s AND",
             )
         )  # fmt: skip
@@ -410,7 +432,7 @@ def _sources(
                 bit=SOURCES["wish"],
                 distance="(v.vector <=> %(wish_text)s::vector)",
                 table="text_vectors",
-                limit="part",
+                limit=part,
                 where="",
             )
         )
@@ -419,13 +441,13 @@ def _sources(
             f"(SELECT item_id, {SOURCES['co_visitation']} AS source, row_number() OVER (ORDER BY evidence DESC, item_id) AS place, "
             "evidence FROM (SELECT c.neighbour_id AS item_id, sum(c.score / sqrt(r.place)) AS evidence "
             "FROM unnest(%(recent)s::text[]) WITH ORDINALITY AS r (item_id, place) JOIN co_visitation AS c ON c.item_id = r.item_id "
-            "WHERE c.neighbour_id IN (SELECT item_id FROM allowed) GROUP BY 1 ORDER BY evidence DESC LIMIT %(part)s) AS visited)"
+            f"WHERE {listed.format('c.neighbour_id')} GROUP BY 1 ORDER BY evidence DESC LIMIT {part}) AS visited)"
         )
-    for name, size in (("trending", "part"), ("fresh", "few")):
+    for name, size in (("trending", part), ("fresh", few)):
         picked.append(
             f"(SELECT p.item_id, {SOURCES[name]} AS source, row_number() OVER (ORDER BY p.rank) AS place, 0::float8 AS evidence "
-            f"FROM popular_items AS p WHERE p.list = '{name}' AND p.item_id IN (SELECT item_id FROM allowed) "
-            f"ORDER BY p.rank LIMIT %({size})s)"
+            f"FROM popular_items AS p WHERE p.list = '{name}' AND {listed.format('p.item_id')} "
+            f"ORDER BY p.rank LIMIT {size})"
         )
     return picked, parameters
 

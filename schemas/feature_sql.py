@@ -1,7 +1,7 @@
 """SQL of states that DuckDB (training, snapshots) and Postgres (heads) share, written once so that they cannot differ.
 
-Relations: `e` is a view's base (one row per event and entity key); day and midnight are SQL expressions of the
-read's own day (a DATE) and of the instant at which decayed states are weighed (that day's midnight, UTC).
+Relations: `e` is a view's base (one row per event and entity key); `midnight` is the SQL expression of the instant at
+which decayed states are weighed: the midnight (UTC) that began the read's day.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def decay_sql(state: State, instant: str) -> str:
     return f"CAST(POWER(CAST(2 AS DOUBLE PRECISION), -{age} / {half_life:.1f}) AS DECIMAL(38, 12))"
 
 
-def events_sql(state: State, window_days: int, *, day: str, midnight: str) -> str:
-    """The state over the single events of `e` that lie in the window `[day - window_days, …)`."""
-    condition = f"occurred_at >= {midnight} - INTERVAL '{window_days} days'"
-    if state.merge is Merge.DECAY:
-        return f"CAST(SUM({decay_sql(state, midnight)}) FILTER (WHERE {condition}) AS DOUBLE PRECISION)"
+def events_sql(state: State, since: str | None, midnight: str) -> str:
+    """The state over the single events of `e` from the instant `since` on; None: over all of them."""
     head, _, where = state.sql.partition(" FILTER (WHERE ")
-    own = f" AND {where.removesuffix(')')}" if where else ""
-    aggregate = f"{head} FILTER (WHERE {condition}{own})"
-    return f"CAST({aggregate} AS DOUBLE PRECISION)" if "DECIMAL" in head else aggregate
+    aggregate = f"SUM({decay_sql(state, midnight)})" if state.merge is Merge.DECAY else head
+    conditions = [f"occurred_at >= {since}"] if since else []
+    if where:
+        conditions.append(where.removesuffix(")"))
+    filtered = f"{aggregate} FILTER (WHERE {' AND '.join(conditions)})" if conditions else aggregate
+    return f"CAST({filtered} AS DOUBLE PRECISION)" if "DECIMAL" in aggregate else filtered
 
 
 def merged_sql(state: State, snapshot: str, head: str) -> str:
@@ -62,10 +62,10 @@ def read_sql(view: FeatureView, entities: str, at: str = "%(at)s") -> str:
     `settled_at` (seconds; the snapshot's midnight, NULL without one), then the snapshot columns (instants in seconds).
     """
     name, keys = view.name, ", ".join(view.entity.keys)
-    day = "(SELECT day FROM edge)"
-    midnight = "(SELECT midnight FROM edge)"
+    # A head begins at most `ttl_days` ago, so that it lies in every longer window.
     head = ", ".join(
-        f"{events_sql(state, window, day=day, midnight=midnight)} AS {column}" for column, state, window in view.columns
+        f"{events_sql(state, None if window >= view.ttl_days else _left_edge(window), '(SELECT midnight FROM edge)')} AS {column}"
+        for column, state, window in view.columns
     )
     merged = ", ".join(
         f"CAST({_seconds(state, merged_sql(state, _aged(state, column), f'h.{column}'))} AS DOUBLE PRECISION) AS {column}"
@@ -86,7 +86,7 @@ def read_sql(view: FeatureView, entities: str, at: str = "%(at)s") -> str:
             WHERE view = '{name}' AND definition_hash = '{view.definition_hash}'
             AND partition_date < CAST({at} AS DATE) AND partition_date >= CAST({at} AS DATE) - {view.ttl_days}
         ), edge AS MATERIALIZED (
-            SELECT p, CAST({at} AS DATE) AS day, CAST(CAST({at} AS DATE) AS TIMESTAMPTZ) AS midnight,
+            SELECT p, CAST(CAST({at} AS DATE) AS TIMESTAMPTZ) AS midnight,
             CAST(COALESCE(p + 1, CAST({at} AS DATE)) AS TIMESTAMPTZ) AS settled FROM newest
         ), s AS (
             SELECT * FROM features.{name} WHERE partition_date = (SELECT p FROM edge) AND {entities}
@@ -101,6 +101,11 @@ def read_sql(view: FeatureView, entities: str, at: str = "%(at)s") -> str:
 
 def _of_event(entities: str) -> str:
     return entities.replace("user_id", "e.user_id", 1).replace("item_id", "e.item_id", 1)
+
+
+def _left_edge(window_days: int) -> str:
+    # A query of its own is answered once; the subtraction beside a column would be done for every row.
+    return f"(SELECT midnight - INTERVAL '{window_days} days' FROM edge)"
 
 
 def _aged(state: State, column: str) -> str:

@@ -1,8 +1,5 @@
 -- Neighbours by text, nearest first; the anchor itself is left out.
 SELECT v.item_id, i.title, 1 - (v.vector <=> {query}) AS score
 FROM text_vectors AS v JOIN items AS i ON i.item_id = v.item_id
-WHERE v.item_id <> ALL(%(exclude)s)
-    AND (i.available_at IS NULL OR i.available_at <= %(at)s)
-    AND (%(categories)s::text[] IS NULL OR i.categories && %(categories)s)
-    AND NOT i.categories && %(exclude_categories)s
+WHERE {allowed}
 ORDER BY v.vector <=> {query}, v.item_id LIMIT %(k)s

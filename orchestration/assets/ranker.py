@@ -32,7 +32,7 @@ class Training(dg.Config):
     seed: int = 0
 
     def settings(self) -> Any:
-        from orchestration.compute.train import TrainConfig
+        from orchestration.compute.train_config import TrainConfig
 
         return TrainConfig(
             size=self.size, seed=self.seed, epochs=self.epochs, slate_rows=self.slate_rows, validation_labels=500
@@ -146,7 +146,7 @@ def ranker(context: dg.AssetExecutionContext, config: Training, larder: Larder) 
         metadata={
             metadata.SECONDS: report.seconds,
             "epochs": len(losses),
-            "validation_ndcg_at_10": report.validation["ndcg_at_10"],
+            **{f"validation_{name}": value for name, value in report.validation.items()},
             "events": report.events,
             "learning_curve": metadata.plot("Loss and validation NDCG@10", draw),
         }

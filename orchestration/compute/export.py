@@ -1,17 +1,13 @@
-"""From a trained ranker to an artefact: Optimum export, static int8, the gate, files with hashes, manifest last."""
+"""The ranker as an ONNX graph: Optimum export in float, its static int8 twin, sessions on either."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import tempfile
-import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +25,16 @@ from optimum.utils import DummyInputGenerator, NormalizedConfig
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from orchestration.compute.evaluate import MakeSlates, Queries, RankerScorer, RunRanker, gain, ranks
+from orchestration.compute.evaluate import Queries, RankerScorer, RunRanker
 from orchestration.compute.model import Ranker
-from orchestration.compute.train import TrainedRanker
-from schemas.errors import ArtifactError, GateError
+from schemas.errors import GateError
 from schemas.events import KINDS
-from schemas.manifest import (
-    ITEM_RESIDUALS,
-    MANIFEST_FILE,
-    POPULAR_ITEMS,
-    RANKER_FP32,
-    RANKER_INT8,
-    TEXT_PROJECTION,
-    ArtifactFile,
-    Manifest,
-)
-from schemas.ranker import INPUTS, MAX_CANDIDATES, MAX_HISTORY, OUTPUTS
-
-FP32_TOLERANCE = 1e-4
-INT8_NDCG_LOSS_RATE = 0.01
-INT8_TOP_10_OVERLAP_RATE = 0.95
-INT8_BATCH_TOLERANCE_RATE = 0.01
-"""Of the spread of a request's scores. Static ranges make int8 a function of the request alone, up to the order of a
-float sum, which can tip a rounding by one step; dynamic ranges, taken over the whole batch, move scores by 5 %."""
-SWEEP = (1, 2, 3, 17)
-"""Sizes of every dynamic dimension that the gate tries, besides the maximum."""
+from schemas.ranker import INPUTS, OUTPUTS
 
 Inputs = dict[str, NDArray[Any]]
 
 
-# ---- export
+# ---- float
 
 
 class RankerConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is untyped here
@@ -258,213 +234,15 @@ def quantise(fp32: Path, int8: Path, requests: Iterable[Inputs]) -> None:
         os.replace(written, int8)
 
 
-class _quiet:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """The quantiser's advice to pre-process the graph goes to the root logger, once a call."""
-
-    def __enter__(self) -> None:
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *_: object) -> None:
-        logging.disable(logging.NOTSET)
-
-
-# ---- the gate
-
-
-def check_parity(
-    ranker: nn.Module, run: RunRanker, *, f: int, g: int, d: int, tolerance: float = FP32_TOLERANCE
-) -> dict[str, float]:
-    """Compare `run` with PyTorch over a sweep of every dynamic dimension, not only at the traced shape.
-
-    Returns the worst absolute difference per output. Raises GateError naming the first shape that fails or differs.
-    """
-    worst = dict.fromkeys(OUTPUTS, 0.0)
-    ranker.eval()
-    for b, h, n in product(SWEEP, (*SWEEP, MAX_HISTORY), (*SWEEP, MAX_CANDIDATES)):
-        if b > 2 and (h == MAX_HISTORY or n == MAX_CANDIDATES):
-            continue  # a graph that takes these lengths for one and two requests takes them for more
-        inputs = random_inputs(b, h, n, f=f, g=g, d=d, seed=b * 1_000_003 + h * 1009 + n)
-        with torch.no_grad():
-            expected = ranker(**{name: torch.from_numpy(value) for name, value in inputs.items()})
-        try:
-            answers = run(inputs)
-        except Exception as error:  # onnxruntime raises its own types, all of them below Exception
-            raise GateError(
-                f"the graph fails at b={b}, h={h}, n={n}: {str(error).splitlines()[0]}; "
-                "a length was baked in when it was traced"
-            ) from error
-        for name, answer, reference in zip(OUTPUTS, answers, expected, strict=True):
-            if answer.shape != tuple(reference.shape):
-                raise GateError(
-                    f"{name} has shape {answer.shape} at b={b}, h={h}, n={n}, PyTorch {tuple(reference.shape)}"
-                )
-            difference = float(np.abs(answer - reference.numpy()).max())
-            if not difference <= tolerance:  # also true for NaN
-                raise GateError(
-                    f"{name} differs from PyTorch by {difference:.2e} at b={b}, h={h}, n={n}; at most {tolerance:g} is allowed"
-                )
-            worst[name] = max(worst[name], difference)
-    return worst
-
-
-@dataclass(frozen=True, slots=True)
-class Int8Report:
-    """What quantisation cost on real requests."""
-
-    requests: int
-    ndcg_at_10_fp32: float
-    ndcg_at_10_int8: float
-    ndcg_loss_rate: float
-    top_10_overlap_rate: float
-    batch_shift_rate: float
-    """Largest change of a score when its request is answered in a batch instead of alone, over the spread (standard
-    deviation) of the request's scores."""
-
-
-def compare_int8(fp32: RankerScorer, int8: RankerScorer, queries: Queries, *, candidates: int = 200) -> Int8Report:
-    """Measure int8 against float on `queries`, each re-ranking the same `candidates` items."""
-    labels = {}
-    for name, scorer in (("fp32", fp32), ("int8", int8)):
-        labels[name] = float(gain(ranks(scorer, queries, batch=128), 10).mean())
-    overlaps: list[float] = []
-    shifts: list[float] = []
-    width = min(candidates, len(fp32.item_vectors))
-    for begin in range(0, len(queries), 64):
-        part = queries.take(slice(begin, begin + 64))
-        user, _ = fp32.run(fp32.inputs(part, np.zeros((len(part), 1), np.int32)))
-        offered = np.argsort(-(user @ fp32.item_vectors.T), axis=1, kind="stable")[:, :width].astype(np.int32)
-        inputs = fp32.inputs(part, offered)
-        exact, quantised = fp32.run(inputs)[1], int8.run(inputs)[1]
-        for row in range(len(part)):
-            best, ours = (set(np.argsort(-scores[row], kind="stable")[:10]) for scores in (exact, quantised))
-            overlaps.append(len(best & ours) / len(best))
-            single = int8.run(alone(inputs, row))[1][0]
-            shifts.append(float(np.abs(single - quantised[row]).max() / max(float(single.std()), 1e-6)))
-    loss = 1 - labels["int8"] / labels["fp32"] if labels["fp32"] else 0.0
-    return Int8Report(
-        len(queries), labels["fp32"], labels["int8"], loss, float(np.mean(overlaps)), max(shifts, default=0.0)
-    )
-
-
-def check_int8(report: Int8Report) -> Int8Report:
-    """Return `report` if int8 is good enough to be served. Raises GateError with every figure that is not."""
-    faults = []
-    if report.ndcg_loss_rate > INT8_NDCG_LOSS_RATE:
-        faults.append(f"NDCG@10 loss {report.ndcg_loss_rate:.2%}, at most {INT8_NDCG_LOSS_RATE:.0%}")
-    if report.top_10_overlap_rate < INT8_TOP_10_OVERLAP_RATE:
-        faults.append(f"top-10 overlap {report.top_10_overlap_rate:.3f}, at least {INT8_TOP_10_OVERLAP_RATE}")
-    if report.batch_shift_rate > INT8_BATCH_TOLERANCE_RATE:
-        faults.append(f"batch shift {report.batch_shift_rate:.4f} of the spread, at most {INT8_BATCH_TOLERANCE_RATE}")
-    if faults:
-        raise GateError(f"int8 does not pass: {'; '.join(faults)}. Calibrate on more requests or serve fp32")
-    return report
-
-
-def latency_ms(run: RunRanker, *, f: int, g: int, d: int, n: int = 500, runs: int = 30) -> dict[str, float]:
-    """p50 and p99 of one request with a full history and `n` candidates, after a warm-up."""
-    inputs = random_inputs(1, MAX_HISTORY, n, f=f, g=g, d=d, seed=0)
-    took = []
-    for _ in range(runs + 3):
-        began = time.perf_counter()
-        run(inputs)
-        took.append((time.perf_counter() - began) * 1000)
-    return {"p50": float(np.quantile(took[3:], 0.5)), "p99": float(np.quantile(took[3:], 0.99))}
-
-
-# ---- the artefact
-
-
-@dataclass(frozen=True, slots=True)
-class ArtifactLabels:
-    """What a manifest says beside the model itself; see `schemas.manifest.Manifest`."""
-
-    feature_fingerprint: str
-    context_features: tuple[str, ...]
-    candidate_features: tuple[str, ...]
-    encoder_version: str
-    item_template: str
-    wish_template: str
-    trained_until: str
-    name: str = "ranker"
-
-
-def write_artifact(
-    trained: TrainedRanker,
-    folder: Path,
-    labels: ArtifactLabels,
-    *,
-    item_ids: NDArray[np.str_],
-    popular_items: Sequence[Mapping[str, object]],
-    requests: Queries,
-    quality: Mapping[str, Any] | None = None,
-    slates: MakeSlates | None = None,
-) -> Manifest:
-    """Export, quantise, pass the gate and write every file of the artefact into `folder`, the manifest last.
-
-    `item_ids (items,)` is the catalogue in training order; `requests` are real ones (1,024 or more are wanted): a random
-    half calibrates int8 (ranges only, no label is looked at), the other half judges it. Raises GateError if a graph does not pass; `folder` then has no
-    manifest, so nothing can load it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = trained.ranker.shape
-    f, g, d = shape.context_features, shape.candidate_features, trained.ranker.user.out_features
-    if (len(labels.context_features), len(labels.candidate_features)) != (f, g) and slates is not None:
-        raise ArtifactError(
-            f"the labels name {len(labels.context_features)} context and {len(labels.candidate_features)} candidate "
-            f"features, the model takes {f} and {g}; give the names that the slates were made from"
-        )
-    export_fp32(trained.ranker, folder / RANKER_FP32, f=f, g=g, d=d)
-    run_fp32 = session_runner(folder / RANKER_FP32)
-    parity: dict[str, Any] = {"fp32_max_difference": check_parity(trained.ranker, run_fp32, f=f, g=g, d=d)}
-    scorer = trained.scorer(slates, rerank=200)
-    fp32 = replace(scorer, run=run_fp32)
-    order = np.random.default_rng(trained.config.seed).permutation(len(requests))
-    half = (len(requests) + 1) // 2
-    calibration = calibration_requests(fp32, requests.take(np.sort(order[:half])), seed=trained.config.seed)
-    quantise(folder / RANKER_FP32, folder / RANKER_INT8, calibration)
-    run_int8 = session_runner(folder / RANKER_INT8)
-    report = check_int8(compare_int8(fp32, replace(scorer, run=run_int8), requests.take(np.sort(order[half:]))))
-    parity["int8"] = {**asdict(report), "batch_tolerance_rate": INT8_BATCH_TOLERANCE_RATE}
-    weight, bias = trained.text_projection()
-    np.savez(folder / TEXT_PROJECTION, weight=weight, bias=bias)
-    residuals = trained.item_residuals()
-    learned = residuals.any(axis=1)
-    np.savez(folder / ITEM_RESIDUALS, item_ids=item_ids[learned], residuals=residuals[learned])
-    (folder / POPULAR_ITEMS).write_text(json.dumps(list(popular_items), ensure_ascii=False), encoding="utf-8")
-    latency = {
-        f"{name}_{quantile}": value
-        for name, run in (("cpu-fp32", run_fp32), ("cpu-int8", run_int8))
-        for quantile, value in latency_ms(run, f=f, g=g, d=d).items()
-    }
-    scale, offset = trained.calibration
-    manifest = Manifest(
-        name=labels.name,
-        size=shape.size,
-        dim=d,
-        feature_fingerprint=labels.feature_fingerprint,
-        context_features=labels.context_features,
-        candidate_features=labels.candidate_features,
-        encoder_version=labels.encoder_version,
-        item_template=labels.item_template,
-        wish_template=labels.wish_template,
-        trained_until=labels.trained_until,
-        seed=trained.config.seed,
-        files={
-            name: describe_file(folder / name)
-            for name in (RANKER_FP32, RANKER_INT8, TEXT_PROJECTION, ITEM_RESIDUALS, POPULAR_ITEMS)
-        },
-        quality={
-            **(quality or {}),
-            "validation": trained.validation,
-            "calibration": {"scale": scale, "offset": offset},
-        },
-        parity=parity,
-        latency_ms=latency,
-    )
-    part = folder / f"{MANIFEST_FILE}.part"
-    part.write_text(manifest.to_json(), encoding="utf-8")
-    os.replace(part, folder / MANIFEST_FILE)
-    return manifest
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def calibration_requests(
@@ -487,9 +265,3 @@ def alone(inputs: Inputs, row: int) -> Inputs:
         name: value[row : row + 1, -length:] if name.startswith("history_") else value[row : row + 1]
         for name, value in inputs.items()
     }
-
-
-def describe_file(path: Path) -> ArtifactFile:
-    """Size and SHA-256 of `path`."""
-    content = path.read_bytes()
-    return ArtifactFile(len(content), hashlib.sha256(content).hexdigest())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -31,6 +32,10 @@ class Interactions:
 
     def __len__(self) -> int:
         return len(self.item)
+
+    def arrays(self) -> tuple[NDArray[Any] | None, ...]:
+        """Every field, in order: what makes this table and no other."""
+        return tuple(getattr(self, field.name) for field in fields(self))
 
     def offsets(self) -> NDArray[np.int64]:
         """`(people + 1,)`: person `u` owns rows `offsets[u]:offsets[u + 1]`."""

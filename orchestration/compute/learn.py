@@ -25,6 +25,7 @@ import torch
 from inference import artifacts
 from inference.encoder import TextEncoder
 from orchestration.compute import co_visitation as floor
+from orchestration.compute.artifact import ArtifactLabels, write_artifact
 from orchestration.compute.evaluate import (
     Evaluation,
     Scorer,
@@ -35,12 +36,13 @@ from orchestration.compute.evaluate import (
     score_windowed_popularity,
     time_split,
 )
-from orchestration.compute.export import ArtifactLabels, write_artifact
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.lake import Lake
 from orchestration.compute.point_in_time import PointInTime
 from orchestration.compute.slates import Slates
-from orchestration.compute.train import Progress, TrainConfig, TrainedRanker, train
+from orchestration.compute.train import train
+from orchestration.compute.train_config import TrainConfig
+from orchestration.compute.trained_ranker import Progress, TrainedRanker
 from orchestration.compute.training_set import learning_split, load_categories, load_training_set
 from orchestration.compute.vectors import load_text_vectors
 from orchestration.compute.wishes import Wishes

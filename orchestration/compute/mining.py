@@ -1,4 +1,4 @@
-"""Which labels the second stage learns from, and the hard candidates that stand beside each."""
+"""Which labels validate, which the second stage learns from, and the hard candidates that stand beside each."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestration.compute.co_visitation import Neighbours, popularity
-from orchestration.compute.evaluate import Queries
+from orchestration.compute.evaluate import Queries, queries_for
 from orchestration.compute.interactions import Interactions
+from orchestration.compute.train_config import TrainConfig
 
 SLATE = 64
 """Candidates of a training slate: the positive, then 63 mined negatives."""
@@ -24,10 +25,33 @@ _PART = 64
 
 def recent_rows(interactions: Interactions) -> NDArray[np.int64]:
     """Rows of the newest `RECENT_RATE` of the events, ascending."""
-    if len(interactions) == 0:
-        return np.empty(0, np.int64)
-    since = np.quantile(interactions.occurred_at, 1 - RECENT_RATE, method="lower")
-    return np.flatnonzero(interactions.occurred_at >= since).astype(np.int64)
+    return _newest_rows(interactions, RECENT_RATE)
+
+
+def newest_labels(interactions: Interactions, config: TrainConfig) -> Queries:
+    """Some of the newest labels, each with the history that was visible in an earlier second."""
+    newest = queries_for(interactions, _newest_rows(interactions, config.validation_rate), strictly_earlier=True)
+    chosen = np.random.default_rng(config.seed).permutation(len(newest))[: config.validation_labels]
+    return newest.take(np.sort(chosen))
+
+
+def slate_labels(interactions: Interactions, recent: NDArray[np.int64], config: TrainConfig) -> Queries:
+    """Some of the `recent` rows at random, with the history that was visible in an earlier second: as a request would see it."""
+    # Mining costs a pass of the ranker per label: none is mined that no epoch will use.
+    most = config.slate_rows * max(config.slate_epochs, 1)
+    rows = np.sort(np.random.default_rng((config.seed, 6)).permutation(recent)[:most])
+    return queries_for(interactions, rows, strictly_earlier=True)
+
+
+def random_slates(
+    interactions: Interactions, counts: NDArray[np.float32], seed: int, size: int = 512
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Some label rows `(l,)` with some candidates `(l, 64)`, popular ones more often."""
+    generator = np.random.default_rng((seed, 7))
+    rows = np.sort(generator.permutation(len(interactions))[:size]).astype(np.int64)
+    share = np.cumsum(counts / counts.sum())
+    items = np.searchsorted(share, generator.random((len(rows), SLATE))).clip(max=len(share) - 1)
+    return rows, items.astype(np.int32)
 
 
 def mine(
@@ -85,3 +109,11 @@ def mine(
         )
     log_q[:, 0] = 0
     return items, log_q
+
+
+def _newest_rows(interactions: Interactions, rate: float) -> NDArray[np.int64]:
+    """Rows of the newest `rate` of the events, ascending; none of no events."""
+    if len(interactions) == 0:
+        return np.empty(0, np.int64)
+    since = np.quantile(interactions.occurred_at, 1 - rate, method="lower")
+    return np.flatnonzero(interactions.occurred_at >= since).astype(np.int64)

@@ -7,7 +7,8 @@ Items that were not there by then take no part, or every newcomer would have bee
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,7 @@ from torch.nn import functional
 from orchestration.compute.co_visitation import DAY_MICROSECONDS
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.model import FeatureEncoder
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from orchestration.compute.train import TrainConfig
+from orchestration.compute.train_config import TrainConfig
 
 MOST_CELLS = 1 << 21
 """Instants × items held at most, 200 MB: more items are looked at less often."""

@@ -57,6 +57,13 @@ def snapshot_sql(view: FeatureView, days: str) -> str:
     )
 
 
+_MIDNIGHT = "CAST(l.day AS TIMESTAMPTZ)"
+
+
+def _left_edge(window_days: int) -> str:
+    return f"{_MIDNIGHT} - INTERVAL '{window_days} days'"
+
+
 def point_in_time_sql(view: FeatureView, labels: str = "labels", tiles: str = "tiles") -> str:
     """States of `view` as they were known at each row of `labels (label_id, <keys>, read_at)`; one row per label.
 
@@ -71,8 +78,7 @@ def point_in_time_sql(view: FeatureView, labels: str = "labels", tiles: str = "t
         f"{merge_sql(state, f't.day >= l.day - {window}', 'l.day')} AS {name}" for name, state, window in view.columns
     )
     single = ", ".join(
-        f"{events_sql(state, window, day='l.day', midnight='CAST(l.day AS TIMESTAMPTZ)')} AS {name}"
-        for name, state, window in view.columns
+        f"{events_sql(state, _left_edge(window), _MIDNIGHT)} AS {name}" for name, state, window in view.columns
     )
     merged = ", ".join(f"{merged_sql(state, f's.{name}', f'h.{name}')} AS {name}" for name, state, _ in view.columns)
     return f"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,20 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from inference.artifacts import verify
+from orchestration.compute.artifact import ArtifactLabels, write_artifact
 from orchestration.compute.evaluate import leave_one_out
-from orchestration.compute.export import (
-    ArtifactLabels,
-    Int8Report,
-    calibration_requests,
-    check_int8,
-    check_parity,
-    export_fp32,
-    session_runner,
-    write_artifact,
-)
+from orchestration.compute.export import calibration_requests, export_fp32, quantise, random_inputs, session_runner
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.model import Ranker, RankerShape
-from orchestration.compute.train import TrainConfig, TrainedRanker, train
+from orchestration.compute.parity import Int8Report, check_int8, check_parity
+from orchestration.compute.train import train
+from orchestration.compute.train_config import TrainConfig
+from orchestration.compute.trained_ranker import TrainedRanker
 from schemas.errors import ArtifactError, GateError
 from schemas.manifest import ITEM_RESIDUALS, MANIFEST_FILE, RANKER_INT8, TEXT_PROJECTION, Manifest
 from schemas.ranker import INPUTS, OUTPUTS, TEXT_DIM
@@ -209,6 +205,16 @@ def test_a_bad_int8_is_refused_with_its_figure(change: dict[str, float], fault: 
     assert check_int8(good) == good
     with pytest.raises(GateError, match=fault):
         check_int8(replace(good, **change))  # type: ignore[arg-type]  # every changed field is a float
+
+
+def test_quantising_leaves_logging_as_it_was(tmp_path: Path) -> None:
+    export_fp32(Ranker(RankerShape(context_features=F, candidate_features=G)), tmp_path / "a.onnx", f=F, g=G, d=D)
+    logging.disable(logging.ERROR)
+    try:
+        quantise(tmp_path / "a.onnx", tmp_path / "b.onnx", [random_inputs(1, 5, 7, f=F, g=G, d=D, seed=0)])
+        assert logging.root.manager.disable == logging.ERROR
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_calibration_requests_are_one_request_each(trained: TrainedRanker) -> None:

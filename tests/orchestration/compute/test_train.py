@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,17 +14,14 @@ from numpy.typing import NDArray
 
 from orchestration.compute.batches import HistoryWindows
 from orchestration.compute.co_visitation import popularity
-from orchestration.compute.evaluate import SlateFeatures, evaluate, leave_one_out, score_popularity
+from orchestration.compute.evaluate import Queries, SlateFeatures, evaluate, leave_one_out, score_popularity
 from orchestration.compute.interactions import Interactions
-from orchestration.compute.mining import SLATE, recent_rows
+from orchestration.compute.mining import SLATE, newest_labels, recent_rows
 from orchestration.compute.model import FeatureEncoder
 from orchestration.compute.objective import ABSENT, AllItemsSoftmax, Trends
-from orchestration.compute.train import (
-    Progress,
-    TrainConfig,
-    TrainedRanker,
-    train,
-)
+from orchestration.compute.train import train
+from orchestration.compute.train_config import TrainConfig
+from orchestration.compute.trained_ranker import Progress, TrainedRanker
 from orchestration.compute.wishes import Wishes
 from schemas.errors import DefinitionError
 from schemas.events import KINDS
@@ -80,6 +79,10 @@ def wishes() -> Wishes:
     return Wishes(texts()[: ITEMS // CYCLE], categories)
 
 
+def nothing() -> Queries:
+    return newest_labels(world(), QUICK).take(slice(0))
+
+
 def parameters(trained: TrainedRanker) -> dict[str, torch.Tensor]:
     return {**trained.ranker.state_dict(), **{f"tower.{k}": v for k, v in trained.tower.state_dict().items()}}
 
@@ -121,6 +124,94 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     assert len(again) < len(uninterrupted.progress)
     assert_same(resumed, uninterrupted)
     assert not checkpoint.exists()
+
+
+def test_a_run_interrupted_among_slates_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    """The first slate epoch moves the retriever, but the slates stay those that stage 1 mined."""
+
+    def run(checkpoint: Path | None, on_progress: Callable[[Progress], None] | None) -> TrainedRanker:
+        config = replace(QUICK, slate_epochs=2)
+        return train(
+            world(),
+            texts(),
+            config,
+            features=Features(),
+            wishes=wishes(),
+            checkpoint=checkpoint,
+            on_progress=on_progress,
+        )
+
+    def interrupt(progress: Progress) -> None:
+        if (progress.stage, progress.epoch) == (2, 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "ranker.pt", interrupt)
+    again: list[Progress] = []
+    assert_same(run(tmp_path / "ranker.pt", again.append), run(None, None))
+    assert [(line.stage, line.epoch) for line in again] == [(2, 2)]
+
+
+class OtherFeatures(Features):
+    """As many features as `Features` has, with other values."""
+
+    def __call__(self, rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
+        known = super().__call__(rows, candidates)
+        return replace(known, candidate_features=known.candidate_features + 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "given"),
+    [
+        ({"interactions": replace(world(), kind=np.full(len(world()), KINDS.index("like") + 1))}, {}),
+        ({"interactions": replace(world(), value=np.full(len(world()), 3, np.float32))}, {}),
+        ({"interactions": replace(world(), available_at=np.zeros(ITEMS, np.int64))}, {}),
+        ({"interactions": replace(world(), user_ids=np.char.add("other ", world().user_ids))}, {}),
+        ({"interactions": replace(world(), item_ids=np.char.add("other ", world().item_ids))}, {}),
+        ({"text_vectors": -texts()}, {}),
+        ({"config": replace(QUICK, learning_rate=1e-3)}, {}),
+        ({"features": Features()}, {}),
+        ({"features": OtherFeatures()}, {"features": Features()}),
+        ({"wishes": None}, {}),
+        ({"wishes": replace(wishes(), item_categories=np.roll(wishes().item_categories, 1, axis=0))}, {}),
+        ({"validation": nothing()}, {}),
+        ({"validation": newest_labels(world(), replace(QUICK, seed=1, validation_labels=10))}, {}),
+    ],
+)
+def test_a_checkpoint_is_continued_by_the_same_run_only(
+    tmp_path: Path, change: dict[str, Any], given: dict[str, Any]
+) -> None:
+    def interrupt(progress: Progress) -> None:
+        reached.append((progress.stage, progress.epoch))
+        raise KeyboardInterrupt
+
+    same: dict[str, Any] = {
+        "interactions": world(),
+        "text_vectors": texts(),
+        "config": QUICK,
+        "features": None,  # they would differ already where other rows validate
+        "wishes": wishes(),
+        "validation": newest_labels(world(), replace(QUICK, validation_labels=10)),
+    } | given
+    changed = same | change
+    if "interactions" in change:
+        changed["validation"] = replace(same["validation"], interactions=change["interactions"])
+    reached: list[tuple[int, int]] = []
+    for arguments in (same, same, changed):
+        with pytest.raises(KeyboardInterrupt):
+            train(**arguments, checkpoint=tmp_path / "ranker.pt", on_progress=interrupt)
+    assert reached == [(1, 1), (1, 2), (1, 1)]
+
+
+def test_validation_labels_of_another_table_are_refused() -> None:
+    labels = newest_labels(world(), QUICK)
+    assert train(world(), texts(), replace(QUICK, epochs=1, slate_epochs=0), validation=labels).validation
+    with pytest.raises(DefinitionError, match=r"another table \(420 events\) than training got \(420 events\)"):
+        train(world(seed=5), texts(), QUICK, validation=labels)
+
+
+def test_without_validation_labels_no_figure_is_claimed() -> None:
+    assert train(world(), texts(), replace(QUICK, epochs=1), validation=nothing()).validation == {}
 
 
 def test_a_checkpoint_of_other_data_is_not_continued(uninterrupted: TrainedRanker, tmp_path: Path) -> None:
@@ -183,6 +274,11 @@ def test_slates_hold_the_positive_first_and_nothing_the_person_had() -> None:
         before = events.item[(events.user == events.user[row]) & (events.occurred_at < events.occurred_at[row])]
         assert not np.isin(slate[1:], [*before, events.item[row]]).any()
         assert len(np.unique(slate)) == SLATE
+
+
+def test_no_events_at_all_are_refused() -> None:
+    with pytest.raises(DefinitionError, match="no positive event"):
+        train(world().take(np.arange(0)), texts(), QUICK)
 
 
 def test_hides_are_never_predicted() -> None:

@@ -1,0 +1,64 @@
+"""What an artefact's folder holds when writing it is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from orchestration.compute.artifact import ArtifactLabels, write_artifact
+from orchestration.compute.evaluate import Queries, leave_one_out
+from orchestration.compute.interactions import Interactions
+from orchestration.compute.model import ItemTower, Ranker, RankerShape
+from orchestration.compute.train_config import TrainConfig
+from orchestration.compute.trained_ranker import TrainedRanker
+from schemas.errors import ArtifactError, GateError
+from schemas.manifest import MANIFEST_FILE
+from schemas.ranker import TEXT_DIM
+
+ITEMS = 30
+LABELS = ArtifactLabels("fingerprint", ("a",), ("b",), "encoder", "item.v1", "wish.v1", "2026-01-01")
+
+
+def requests(people: int) -> Queries:
+    n = 3 * people
+    events = Interactions(
+        np.array([f"u{number:02}" for number in range(people)], np.str_),
+        np.array([f"i{number:02}" for number in range(ITEMS)]),
+        np.repeat(np.arange(people), 3).astype(np.int32),
+        np.arange(n, dtype=np.int32) % ITEMS,
+        np.arange(n, dtype=np.int64) * 60_000_000,
+        np.ones(n, np.int64),
+        np.full(n, np.nan, np.float32),
+    )
+    return leave_one_out(events).queries
+
+
+def write(folder: Path, labels: ArtifactLabels, people: int) -> None:
+    """Write the artefact of a ranker as it is initialised, with one context and one candidate feature."""
+    ranker = Ranker(RankerShape(context_features=1, candidate_features=1)).eval()
+    texts = torch.from_numpy(np.random.default_rng(0).standard_normal((ITEMS, TEXT_DIM)).astype(np.float32))
+    tower = ItemTower(texts, ranker.user.out_features, torch.ones(ITEMS, dtype=torch.bool))
+    trained = TrainedRanker(ranker, tower, TrainConfig(), [], {}, (1.0, 0.0), 0.0)
+    asked = requests(people)
+    write_artifact(trained, folder, labels, item_ids=asked.interactions.item_ids, popular_items=[], requests=asked)
+
+
+@pytest.mark.parametrize("people", [0, 1])
+def test_a_refused_artifact_leaves_no_manifest_of_an_earlier_one(tmp_path: Path, people: int) -> None:
+    (tmp_path / MANIFEST_FILE).write_text("{}")
+    with pytest.raises(GateError, match=f"{people} are too few: give 2 or more"):
+        write(tmp_path, LABELS, people)
+    assert not (tmp_path / MANIFEST_FILE).exists()
+
+
+@pytest.mark.parametrize("change", [{"context_features": ("a", "c")}, {"candidate_features": ()}])
+def test_names_of_other_features_than_the_model_takes_are_refused(
+    tmp_path: Path, change: dict[str, tuple[str, ...]]
+) -> None:
+    with pytest.raises(ArtifactError, match="the model takes 1 and 1"):
+        write(tmp_path / "artifact", replace(LABELS, **change), 4)  # type: ignore[arg-type]  # both are names
+    assert not (tmp_path / "artifact").exists()
