@@ -9,8 +9,8 @@ import json
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime, timedelta
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -19,10 +19,12 @@ import numpy as np
 import psycopg
 from numpy.typing import NDArray
 
+from inference.live import Columns, live_columns
 from inference.telemetry import span
+from schemas import online_sql
 from schemas.errors import Unavailable
 from schemas.feature_sql import read_sql
-from schemas.features import FeatureView
+from schemas.features import ITEM, Entity, FeatureView
 from schemas.ranker import MAX_HISTORY
 from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS, CROSS_VIEWS, VIEWS
 
@@ -41,19 +43,6 @@ day's partition of the recent events, takes longer than running it."""
 def statement(name: str) -> str:
     """The SQL in `inference/sql/<name>.sql`."""
     return (resources.files("inference") / "sql" / f"{name}.sql").read_text(encoding="utf-8")
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """States of one view for n entities: keys, one float64 `(n,)` array per snapshot column, and the reads' anchors.
-
-    `settled` is False where no partition of the view is fit to be read.
-    """
-
-    keys: list[tuple[str, ...]]
-    states: dict[str, NDArray[np.float64]]
-    as_of: NDArray[np.float64]
-    settled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +181,19 @@ class Store:
 
     # --- one round trip each -------------------------------------------------------------------------------------
 
-    def read_person(self, user_id: str, at: datetime, timeout_ms: int) -> PersonRow:
-        """Champion, newest events with their item vectors, and the person's feature views, as of `at`."""
-        parameters = {"user_id": user_id, "at": at, "head_since": at - _HEAD_MOST, "limit": MAX_HISTORY}
+    def read_person(self, user_id: str, at: datetime, timeout_ms: int, *, live: bool = False) -> PersonRow:
+        """Champion, newest events with their item vectors, and the person's feature views, as of `at`.
+
+        `live` says that `at` is the present: features then come packed, with all that happened until now. Without it
+        they come from daily snapshots and single events, which know what was before any instant.
+        """
+        today = _today(at)
+        parameters = {"user_id": user_id, "at": at, "limit": MAX_HISTORY}
+        parameters |= {"today": today} if live else {"head_since": at - _HEAD_MOST}
         views = (*CONTEXT_VIEWS, *CROSS_VIEWS)
-        with self.connection() as connection, span("db read_person", kind="client", attributes=_db(4 + len(views))):
+        entities = online_sql.entities(views)
+        reads = [_entity_sql(entity) for entity in entities] if live else [_person_sql(view) for view in views]
+        with self.connection() as connection, span("db read_person", kind="client", attributes=_db(4 + len(reads))):
             with connection.pipeline():
                 _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
                 _execute(connection, _PLAN_ONCE, None)
@@ -205,7 +202,7 @@ class Store:
                     for sql in (
                         statement("read_champion"),
                         statement("read_history"),
-                        *(_person_sql(view) for view in views),
+                        *reads,
                     )
                 ]
             rows = [cursor.fetchall() for cursor in cursors]
@@ -222,7 +219,9 @@ class Store:
                 np.array([row[3] for row in history], np.float64),
                 [None if row[4] is None else next(vectors) for row in history],
             ),
-            {view.name: _columns(view, result) for view, result in zip(views, rows[2:], strict=True)},
+            _live(entities, rows[2:], today)
+            if live
+            else {view.name: _columns(view, result) for view, result in zip(views, rows[2:], strict=True)},
         )
 
     def pick_candidates(
@@ -238,10 +237,11 @@ class Store:
         wish_text: NDArray[np.float32] | None = None,
         recent: Sequence[str] = (),
         given: Sequence[str] | None = None,
+        live: bool = False,
     ) -> Candidates:
         """Candidates with titles, vectors and features, at most `limit`, from the sources that apply.
 
-        `user_vector (d,)` searches the champion's item vectors, `wish_text (384,)` the text vectors; `recent` are the person's last items, newest first; `given` replaces all sources.
+        `user_vector (d,)` searches the champion's item vectors, `wish_text (384,)` the text vectors; `recent` are the person's last items, newest first; `given` replaces all sources; `live` as in `read_person`.
         """
         sources, parameters = _sources(
             filters,
@@ -255,20 +255,30 @@ class Store:
         )
         (view,) = CANDIDATE_VIEWS
         names = [name for name, _, _ in view.columns]
+        picked = "item_id IN (SELECT item_id FROM merged)"
         sql = statement("pick_candidates").format(
             allowed=filters.allowed("i"),
             limit=limit,
             sources="\n    UNION ALL ".join(sources),
-            features=read_sql(view, "item_id IN (SELECT item_id FROM merged)"),
+            features=f"edge AS MATERIALIZED ({online_sql.edge_sql([view])}), t AS ({online_sql.tiles_sql(ITEM, picked)})"
+            if live
+            else f"features AS ({read_sql(view, picked)})",
+            feature_joins=f"LEFT JOIN {online_sql.rows_table(ITEM)} AS r ON r.item_id = m.item_id "
+            "LEFT JOIN t ON t.item_id = m.item_id CROSS JOIN edge"
+            if live
+            else "LEFT JOIN features AS f ON f.item_id = m.item_id",
             vector="v.vector" if champion else "NULL",
             vector_join="LEFT JOIN item_vectors AS v ON v.item_id = m.item_id AND v.model_version = %(champion)s"
             if champion
             else "",
-            wish="NULL" if wish_text is None else "1 - (t.vector <=> %(wish_text)s::vector)",
-            wish_join="" if wish_text is None else "LEFT JOIN text_vectors AS t ON t.item_id = m.item_id",
-            columns=", ".join(f"f.{name}" for name in ("as_of", "settled_at", *names)),
+            wish="NULL" if wish_text is None else "1 - (w.vector <=> %(wish_text)s::vector)",
+            wish_join="" if wish_text is None else "LEFT JOIN text_vectors AS w ON w.item_id = m.item_id",
+            columns=online_sql.outputs_sql(ITEM)
+            if live
+            else ", ".join(f"f.{name}" for name in ("as_of", "settled_at", *names)),
         )
-        parameters |= {"at": at, "head_since": at - _HEAD_MOST, **filters.parameters()}
+        parameters |= {"at": at, **filters.parameters()}
+        parameters |= {"today": _today(at)} if live else {"head_since": at - _HEAD_MOST}
         if wish_text is not None:
             parameters["wish_text"] = _literal(wish_text)
         with self.connection() as connection, span("db pick_candidates", kind="client", attributes=_db(3)):
@@ -278,6 +288,7 @@ class Store:
                 cursor = _execute(connection, sql, parameters, prepare=True)
             rows = cursor.fetchall()
         raw = [row[5] for row in rows]
+        features = [(row[0], *row[7:]) for row in rows]
         has_vector = np.array([value is not None for value in raw], bool)
         vectors = np.zeros((len(rows), dim), np.float32)
         if has_vector.any():
@@ -291,7 +302,7 @@ class Store:
             vectors,
             has_vector,
             np.array([row[6] or 0.0 for row in rows], np.float32),
-            _columns(view, [(row[0], *row[7:]) for row in rows]),
+            live_columns(ITEM, features, _today(at), 1)[view.name] if live else _columns(view, features),
         )
 
     def similar(
@@ -305,12 +316,13 @@ class Store:
         timeout_ms: int,
     ) -> list[tuple[str, str, float]] | None:
         """`(item_id, title, cosine)` of the k nearest items by text; None if the anchor item has no vector."""
-        parameters: dict[str, object] = {"at": at, "k": k, "item_id": item_id, **filters.parameters()}
         if item_id is not None:
             query = "(SELECT vector FROM text_vectors WHERE item_id = %(item_id)s)"
-            parameters["exclude"] = [*filters.exclude, item_id]
+            filters = replace(filters, exclude=[*filters.exclude, item_id])
         else:
             query = "%(text)s::vector"
+        parameters: dict[str, object] = {"at": at, "k": k, "item_id": item_id, **filters.parameters()}
+        if item_id is None:
             parameters["text"] = _literal(text)
         with self.connection() as connection, span("db similar", kind="client", attributes=_db(3)):
             with connection.pipeline():
@@ -329,7 +341,7 @@ class Store:
         with self.connection() as connection, span("db accept_events", kind="client", attributes=_db(3)):
             with connection.pipeline():
                 _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
-                stored = _execute(connection, statement("accept_events"), {"events": json.dumps(events)})
+                stored = _execute(connection, _accept_events_sql(), {"events": json.dumps(events)})
                 _execute(connection, statement("trim_history"), {"user_ids": people, "keep": MAX_HISTORY})
             return {row[0] for row in stored.fetchall()}
 
@@ -354,6 +366,29 @@ def _execute(
 ) -> psycopg.Cursor[Any]:
     # Binary results: float64 columns need no parsing, and vectors arrive as bytes without a type look-up.
     return connection.cursor(binary=True).execute(sql, parameters, prepare=prepare)
+
+
+def _today(at: datetime) -> date:
+    return at.astimezone(UTC).date()
+
+
+def _live(entities: Sequence[Entity], results: Sequence[Sequence[tuple[Any, ...]]], today: date) -> dict[str, Columns]:
+    return {
+        name: columns
+        for entity, rows in zip(entities, results, strict=True)
+        for name, columns in live_columns(entity, rows, today, len(entity.keys)).items()
+    }
+
+
+@cache
+def _accept_events_sql() -> str:
+    since = f"date_trunc('day', now(), 'UTC') - INTERVAL '{online_sql.KEPT_DAYS} days'"
+    return statement("accept_events").format(tiles=online_sql.tile_steps_sql("stored", since))
+
+
+@cache
+def _entity_sql(entity: Entity) -> str:
+    return online_sql.read_entity_sql(entity, "user_id = %(user_id)s")
 
 
 @cache

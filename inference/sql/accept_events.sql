@@ -1,4 +1,4 @@
--- Store events once each: key, recent event and history in one statement. Gives the ids that were new.
+-- Store events once each: key, recent event, history and tiles in one statement. Gives the ids that were new.
 WITH incoming AS (
     SELECT * FROM jsonb_to_recordset(%(events)s::jsonb) AS e (
         event_id text, user_id text, item_id text, kind text, value float8, occurred_at timestamptz, request_id text
@@ -12,9 +12,9 @@ WITH incoming AS (
     INSERT INTO recent_events (event_id, occurred_at, user_id, item_id, kind, value, request_id)
     SELECT DISTINCT ON (event_id) event_id, occurred_at, user_id, item_id, kind, value, request_id
     FROM incoming JOIN fresh USING (event_id) ORDER BY event_id
-    RETURNING event_id, occurred_at, user_id, item_id, kind, value
+    RETURNING event_id, occurred_at, user_id, item_id, kind, value, known_at
 ), history AS (
     INSERT INTO user_history (user_id, occurred_at, event_id, item_id, kind, value)
     SELECT user_id, occurred_at, event_id, item_id, kind, value FROM stored ON CONFLICT DO NOTHING
-)
+), {tiles}
 SELECT event_id FROM stored

@@ -14,8 +14,10 @@ import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from orchestration.compute import online
 from orchestration.compute.lake import EVENT_SCHEMA, Lake, duck
 from orchestration.sources import BadRow, Source
+from schemas import online_sql
 from schemas.errors import LarderError
 from schemas.events import Event, InvalidRow, Item, Person, check_event, check_id
 from schemas.ranker import MAX_HISTORY
@@ -129,11 +131,14 @@ def keep_recent(connection: psycopg.Connection, db: duckdb.DuckDBPyConnection, n
     _copy(connection, "incoming (event_id, occurred_at, user_id, item_id, kind, value, known_at)", recent)
     connection.execute(
         "WITH fresh AS (INSERT INTO event_keys (event_id, occurred_at) SELECT event_id, occurred_at FROM incoming "
-        "ON CONFLICT DO NOTHING RETURNING event_id) "
-        "INSERT INTO recent_events (event_id, occurred_at, user_id, item_id, kind, value, known_at, drained) "
+        "ON CONFLICT DO NOTHING RETURNING event_id), "
+        "stored AS (INSERT INTO recent_events (event_id, occurred_at, user_id, item_id, kind, value, known_at, drained) "
         "SELECT event_id, occurred_at, user_id, item_id, kind, value, known_at, true FROM incoming "
-        "JOIN fresh USING (event_id)"
+        "JOIN fresh USING (event_id) RETURNING *), "
+        f"{online_sql.tile_steps_sql('stored', '%(since)s')} SELECT",
+        {"since": online.tiles_since(now)},
     )
+    online.trim_tiles(connection, now)
     history = db.execute(
         "SELECT user_id, occurred_at, event_id, item_id, kind, value FROM new_events QUALIFY row_number() OVER "
         f"(PARTITION BY user_id ORDER BY occurred_at DESC, event_id DESC) <= {MAX_HISTORY} ORDER BY user_id, occurred_at"
@@ -178,6 +183,7 @@ def drain(
             "AND event_id = ANY(%s)",
             (start, end, columns[0]),
         )
+        online.trim_tiles(connection, datetime.now(UTC))
     progress(f"{len(rows):,} posted events drained into the lake")
     return len(rows)
 
