@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 from schemas.features import Entity, FeatureView, Merge
 from schemas.online_sql import tile_states, views_of
+from schemas.views import CANDIDATE_VIEWS, VIEWS
 
+HEAD_MOST = timedelta(days=max(view.ttl_days for view in VIEWS))
+"""How far back the events since a snapshot can reach: an older snapshot is not read."""
 _DAY_SECONDS = 86_400
 _EPOCH = date(1970, 1, 1)
 
@@ -129,3 +132,23 @@ def _merged(merge: Merge, held: Floats, added: Floats) -> Floats:
         case _:
             both = np.nan_to_num(held) + np.nan_to_num(added)
             return np.where(np.isnan(held) & np.isnan(added), np.nan, both)
+
+
+def snapshot_columns(view: FeatureView, rows: Sequence[tuple[Any, ...]]) -> Columns:
+    """Rows of `schemas.feature_sql.read_sql`: keys, as_of, settled_at, then the states; NULL becomes NaN."""
+    width = 1 if view in CANDIDATE_VIEWS else len(view.entity.keys)
+    names = [name for name, _, _ in view.columns]
+    settled = any(row[width + 1] is not None for row in rows)
+    rows = [row for row in rows if row[0] is not None]
+    block = np.array([row[width:] for row in rows], np.float64).reshape(len(rows), 2 + len(names))
+    return Columns(
+        [row[:width] for row in rows],
+        {name: block[:, 2 + index] for index, name in enumerate(names)},
+        block[:, 0],
+        settled,
+    )
+
+
+def utc_day(at: datetime) -> date:
+    """The day, in UTC, of an instant."""
+    return at.astimezone(UTC).date()

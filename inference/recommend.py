@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from inference import explain, rerank
 from inference.assemble import crossed, finish, history_gaps
+from inference.candidates import Candidates, Filters
 from inference.encoder import TextEncoder
 from inference.live import Columns
 from inference.ranker import Ranker
-from inference.store import Candidates, Champion, Filters, History, PersonRow, Store
+from inference.store import Champion, History, PersonRow, Store
 from inference.telemetry import span
 from schemas import prompts
 from schemas.errors import ArtifactError, Unavailable

@@ -11,7 +11,8 @@ import pytest
 from conftest import TODAY
 from worlds import ListSource
 
-from inference.store import Filters, Store
+from inference.candidates import Filters
+from inference.store import Store
 from orchestration.compute.ingest import ingest
 from orchestration.compute.lake import Lake
 from orchestration.compute.materialise import ensure_view_tables, materialise

@@ -13,7 +13,8 @@ import psycopg
 import pytest
 from conftest import TODAY
 
-from inference.store import Filters, Store
+from inference.candidates import Filters
+from inference.store import Store
 from schemas.errors import Unavailable
 
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from worlds import ListSource
 
 from inference.assemble import finish
+from inference.candidates import Filters
 from inference.live import Columns
-from inference.store import Filters, Store
+from inference.store import Store
 from orchestration.compute.ingest import ingest
 from orchestration.compute.lake import Lake
 from orchestration.compute.materialise import ensure_view_tables, materialise
