@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dagster as dg
 
-from orchestration.assets import embeddings, events, features, ranker, release
+from orchestration.assets import daily, embeddings, events, ranker, release
 from orchestration.automation import JOBS, schedules
 from orchestration.checks import CHECKS
 from orchestration.resources import Larder
 
 ASSETS: list[dg.AssetsDefinition] = [
     events.load_source,
-    events.events,
-    *features.VIEW_ASSETS,
+    daily.daily_assets,
     embeddings.text_vectors,
     ranker.popular_items,
     ranker.co_visitation,
