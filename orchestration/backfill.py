@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LarderError as error:
         print(f"error ({error.type}): {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,6 +93,8 @@ def _main(options: argparse.Namespace) -> int:
     api.wait_for_daemon()
     backfill = uuid.uuid4().hex[:8]
     location = next(iter(assets.values())).location
+    # Said before the first launch, so that whatever happens here can be watched or stopped from elsewhere.
+    print(f"backfill {backfill} · Ctrl-C stops watching, not the backfill", flush=True)
     for number, part in enumerate(parts, 1):
         tags = {BACKFILL_TAG: backfill, PART_TAG: str(number)}
         api.launch(part.assets, part.first, part.last, location, tags)
@@ -172,7 +176,6 @@ def _partitions(count: int) -> str:
 def watch(api: InstanceApi, runs: Sequence[Run]) -> int:
     """Follow the runs until all have ended, print what became of each partition; the command's exit status."""
     backfill = runs[0].backfill
-    print(f"backfill {backfill} · Ctrl-C stops watching, not the backfill", flush=True)
     try:
         built = {run.run_id: _follow(api, run, len(runs)) for run in runs}
         return _summary(api.runs(backfill), built)

@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from typing import Any
 
 import dagster as dg
 
 from inference.telemetry import inject, span
 from orchestration import metadata
-from orchestration.compute.settle import Build, Built, Settled, chunks, kept_from, settle, shown, stretches
+from orchestration.compute.settle import Build, Built, GoOn, Settled, chunks, kept_from, settle, shown, stretches
 from orchestration.progress import progress
 from schemas.checks import Check
+
+_QUERY_CANCELLED = "57014"
 
 Results = Iterator[dg.MaterializeResult[Any] | dg.AssetMaterialization | dg.AssetCheckResult]
 
@@ -57,7 +60,7 @@ def walk(context: dg.AssetExecutionContext, stages: Sequence[Stage]) -> Results:
         for first, last in stretches(days):
             for chunk in chunks(first, last):
                 for stage in stages:
-                    _chunk(stage, *chunk, settled, say)
+                    _chunk(stage, *chunk, settled, say, partial(_go_on, context))
     except GeneratorExit:
         raise
     except BaseException:
@@ -74,7 +77,20 @@ def walk(context: dg.AssetExecutionContext, stages: Sequence[Stage]) -> Results:
     yield from _judged(context, stages, settled)
 
 
-def _chunk(stage: Stage, first: date, last: date, settled: dict[str, Settled], say: Callable[[str], None]) -> None:
+def _go_on(context: dg.AssetExecutionContext, error: Exception | None) -> None:
+    """Stop here if somebody cancelled the run.
+
+    The signal alone does not tell: the database driver takes it while it waits, and all that is left is a failed query.
+    """
+    run = context.instance.get_run_by_id(context.run.run_id)
+    cancelled = run is not None and run.status == dg.DagsterRunStatus.CANCELING
+    if cancelled or getattr(error, "sqlstate", None) == _QUERY_CANCELLED:
+        raise dg.DagsterExecutionInterruptedError("told to stop; what is finished stays") from error
+
+
+def _chunk(
+    stage: Stage, first: date, last: date, settled: dict[str, Settled], say: Callable[[str], None], go_on: GoOn
+) -> None:
     into = settled[stage.name]
     unfit = settled[stage.reads].unfit if stage.reads in settled else set()
     days = [date.fromordinal(number) for number in range(first.toordinal(), last.toordinal() + 1)]
@@ -84,7 +100,7 @@ def _chunk(stage: Stage, first: date, last: date, settled: dict[str, Settled], s
             into.failed[day] = f"not built, because it reads {stage.reads} of {shown(missing)}, which failed"
         else:
             fit.append(day)
-    settle(fit, stage.build, into)
+    settle(fit, stage.build, into, go_on)
     built = [day for day in days if day in into.built]
     rows = sum(into.built[day].metadata.get(metadata.ROWS, 0) for day in built)
     say(f"{stage.name}, {first} to {last}: {len(built)} of {len(days)} days, {rows:,} rows")

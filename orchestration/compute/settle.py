@@ -33,6 +33,9 @@ class Built:
 
 
 Build = Callable[[date, date], dict[date, Built]]
+GoOn = Callable[[Exception | None], None]
+"""Raises something that is no Exception if the work was told to stop; asked before each transaction, and after one
+failed, with its error: what looks like a bad day may be a query that was cancelled."""
 
 
 @dataclass(slots=True)
@@ -74,7 +77,7 @@ def shown(days: Iterable[date]) -> str:
     return ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in stretches(days))
 
 
-def settle(days: Sequence[date], build: Build, into: Settled) -> None:
+def settle(days: Sequence[date], build: Build, into: Settled, go_on: GoOn = lambda error: None) -> None:
     """Build `days`, stretch by stretch, and note in `into` how each ended, as soon as it is known.
 
     A stretch that cannot be built as one is halved until the days that cannot be built stand alone: `n` bad days
@@ -82,20 +85,22 @@ def settle(days: Sequence[date], build: Build, into: Settled) -> None:
     settle a day: being told to stop leaves the rest open and goes on to the caller.
     """
     for first, last in stretches(days):
-        _settle(first, last, build, into)
+        _settle(first, last, build, into, go_on)
 
 
-def _settle(first: date, last: date, build: Build, into: Settled) -> None:
+def _settle(first: date, last: date, build: Build, into: Settled, go_on: GoOn) -> None:
+    go_on(None)
     try:
         into.built |= build(first, last)
     except Exception as error:  # noqa: BLE001  # whatever it is, it is this stretch's outcome and is reported as such
+        go_on(error)
         if first == last or _outage(error):
             reason = " ".join(str(error).split()) or type(error).__name__
             into.failed |= dict.fromkeys(_days(first, last), reason)
             return
         middle = first + (last - first) // 2
-        _settle(first, middle, build, into)
-        _settle(middle + timedelta(days=1), last, build, into)
+        _settle(first, middle, build, into, go_on)
+        _settle(middle + timedelta(days=1), last, build, into, go_on)
 
 
 def _outage(error: Exception) -> bool:
