@@ -18,6 +18,8 @@ from orchestration.progress import progress
 from schemas.checks import Check
 
 _QUERY_CANCELLED = "57014"
+_FAILING_DAYS = "failing_days"
+_SHOWN_DAYS = 50
 
 Results = Iterator[dg.MaterializeResult[Any] | dg.AssetMaterialization | dg.AssetCheckResult]
 
@@ -123,30 +125,56 @@ def _reported(settled: dict[str, Settled]) -> Iterator[dg.AssetMaterialization]:
 def _judged(
     context: dg.AssetExecutionContext, stages: Iterable[Stage], settled: dict[str, Settled]
 ) -> Iterator[dg.AssetCheckResult]:
-    """One result per check over the days of this run; the numbers of every day stand in its own metadata."""
-    selected = {(key.asset_key.to_user_string(), key.name) for key in context.selected_asset_check_keys}
+    """One result per check over the days of this run; the numbers of every day stand in its own metadata.
+
+    Days that failed in earlier runs and were not built since keep the check from passing, as a warning: otherwise
+    repairing one day would hide another, and blocking for their sake would stop good days.
+    """
+    selected = set(context.selected_asset_check_keys)
     for stage in stages:
         built = settled[stage.name].built
         for check in stage.checks:
-            if not built or (stage.name, check.name) not in selected:
+            key = dg.AssetCheckKey(dg.AssetKey(stage.name), check.name)
+            if not built or key not in selected:
                 continue
-            bad = [day for day, one in built.items() if check in one.failed_checks]
+            bad = sorted(day for day, one in built.items() if check in one.failed_checks)
+            still = sorted(_failing_before(context, key) - set(built))
             values = [one.measures[check.measure] for one in built.values() if check.measure in one.measures]
-            numbers: dict[str, Any] = {"days": len(built), "days_that_fail": len(bad)}
+            numbers: dict[str, Any] = {
+                "days": len(built),
+                "days_that_fail": len(bad),
+                _FAILING_DAYS: dg.MetadataValue.json([day.isoformat() for day in (*bad, *still)]),
+            }
             if values:
                 numbers |= {f"{check.measure}_min": min(values), f"{check.measure}_max": max(values)}
             if bad:
-                numbers["failing"] = shown(bad)
-                numbers[check.measure] = metadata.markdown_table(
-                    ["day", check.measure], [[str(day), f"{built[day].measures[check.measure]:g}"] for day in bad[:50]]
-                )
+                rows = [[str(day), f"{built[day].measures[check.measure]:g}"] for day in bad[:_SHOWN_DAYS]]
+                numbers[check.measure] = metadata.markdown_table(["day", check.measure], rows)
+            severity = dg.AssetCheckSeverity.ERROR if check.blocking and bad else dg.AssetCheckSeverity.WARN
+            words = [f"fails on {shown(bad)}"] if bad else []
+            words += [f"failed earlier, not built since: {shown(still)}"] if still else []
             yield dg.AssetCheckResult(
                 asset_key=stage.name,
                 check_name=check.name,
-                passed=not bad,
-                severity=dg.AssetCheckSeverity.ERROR if check.blocking else dg.AssetCheckSeverity.WARN,
+                passed=not bad and not still,
+                severity=severity,
                 metadata=numbers,
+                description="; ".join(words) or None,
             )
+
+
+def _failing_before(context: dg.AssetExecutionContext, key: dg.AssetCheckKey) -> set[date]:
+    """The days that the check's newest result before this run's names as failing."""
+    # The newest record is this run's own plan to evaluate the check; plans of runs that died have no result either.
+    for record in context.instance.event_log_storage.get_asset_check_execution_history(key, limit=10):
+        event = record.event.dagster_event if record.event else None
+        if event is None or event.event_type != dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+            continue
+        found = event.asset_check_evaluation_data.metadata.get(_FAILING_DAYS)
+        return (
+            {date.fromisoformat(day) for day in found.value or ()} if isinstance(found, dg.JsonMetadataValue) else set()
+        )
+    return set()
 
 
 def _story(settled: dict[str, Settled]) -> str:
