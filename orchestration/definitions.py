@@ -7,6 +7,7 @@ import dagster as dg
 from orchestration.assets import daily, embeddings, events, ranker, release
 from orchestration.automation import JOBS, schedules
 from orchestration.checks import CHECKS, FRESHNESS_SENSOR
+from orchestration.reconcile import settle_dead_runs
 from orchestration.resources import Larder
 
 ASSETS: list[dg.AssetsDefinition] = [
@@ -32,7 +33,7 @@ def build_definitions(larder: Larder | None = None) -> dg.Definitions:
         asset_checks=CHECKS,
         jobs=JOBS,
         schedules=schedules(),
-        sensors=[FRESHNESS_SENSOR],
+        sensors=[FRESHNESS_SENSOR, settle_dead_runs],
         resources={"larder": larder or Larder()},
         # One process per run: the multiprocess executor would import everything again for every step.
         executor=dg.in_process_executor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 from conftest import Ingested, ingested
 
 from orchestration.backfill import Part, plan, read_day, read_views
-from orchestration.instance_api import DailyAsset
+from orchestration.instance_api import DailyAsset, InstanceApi
 from schemas.errors import SettingsError
 
 START = date(2026, 1, 1)
@@ -186,3 +187,67 @@ def test_one_poisoned_day_fails_alone_and_only_failed_repairs_it(
             backfill(tmp_path / "home", *wanted, "--only", "failed").stdout == "nothing to do: no partition is failed\n"
         )
     assert "start it with `make ui`" in backfill(tmp_path / "home", "--resume").stderr
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(900)
+def test_over_a_long_range_only_the_windows_that_hold_the_poisoned_day_are_not_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ingested(tmp_path / "home", monkeypatch, 190, events_per_person=60)
+    bad = made.first + timedelta(days=2)
+    wanted = ("--view", "events,user_activity,item_activity", "--from", f"{made.first}", "--to", f"{made.last}")
+    with ui(made):
+        with made.truncated(bad):
+            poisoned = backfill(tmp_path / "home", *wanted)
+        assert poisoned.returncode == 1
+        # The longest window is 180 days: it holds the bad day from that day on until 179 days later.
+        assert summary(poisoned.stdout) == {"events": (189, 1), "user_activity": (10, 180), "item_activity": (10, 180)}
+        before = stored(made.url, "user_activity")
+        assert set(before) == {made.first + timedelta(days=offset) for offset in (0, 1, *range(182, 190))}
+        repaired = backfill(tmp_path / "home", *wanted, "--only", "failed")
+        assert repaired.returncode == 0, repaired.stdout + repaired.stderr
+        assert summary(repaired.stdout) == {"events": (1, 0), "user_activity": (180, 0), "item_activity": (180, 0)}
+    after = stored(made.url, "user_activity")
+    assert len(after) == 190
+    assert {one: rows for one, rows in after.items() if one in before} == before
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(600)
+def test_a_run_that_is_killed_keeps_its_finished_chunks_and_they_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ingested(tmp_path / "home", monkeypatch, 40)
+    wanted = ["--view", "user_activity,item_activity", "--from", f"{made.first}", "--to", f"{made.last}"]
+    with ui(made) as url, psycopg.connect(made.url) as lock:
+        lock.execute("SELECT pg_advisory_xact_lock(hashtext('features.item_activity'))")  # the second view waits here
+        command, said = [sys.executable, "-m", "orchestration.backfill", *wanted], ""
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+            assert watching.stdout is not None
+            for line in watching.stdout:
+                said += line
+                if line.startswith("  user_activity, "):
+                    os.kill(process_of(url, said.split("/runs/")[1].split()[0]), signal.SIGKILL)
+                    lock.rollback()
+        assert watching.returncode == 1, said
+        assert len(stored(made.url, "user_activity")) == 30
+        first_chunk = f"{made.first} to {made.first + timedelta(days=29)}"
+        end = time.monotonic() + 120
+        while True:
+            todo = backfill(tmp_path / "home", *wanted, "--only", "failed", "--dry-run").stdout
+            if f": item_activity: {first_chunk} (30 partitions)" in todo:
+                break
+            assert time.monotonic() < end, f"what the killed run had written is not reported: {todo}"
+            time.sleep(2)
+        repaired = backfill(tmp_path / "home", *wanted, "--only", "failed")
+        assert repaired.returncode == 0, repaired.stdout + repaired.stderr
+        assert summary(repaired.stdout) == {"user_activity": (10, 0), "item_activity": (40, 0)}
+
+
+def process_of(url: str, run_id: str) -> int:
+    """The process that executes a run, as its own log names it."""
+    query = "query ($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events { ... on MessageEvent { message } } } } }"
+    events = InstanceApi(url).call(query, id=run_id)["logsForRun"]["events"]
+    (found,) = {match[1] for event in events if (match := re.search(r"in process \(pid: (\d+)\)", event["message"]))}
+    return int(found)
