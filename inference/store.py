@@ -358,7 +358,8 @@ def _execute(
 
 @cache
 def _person_sql(view: FeatureView) -> str:
-    return read_sql(view, "user_id = %(user_id)s")
+    asked = "(SELECT FROM erasure_requests AS r WHERE r.user_id = %(user_id)s)"
+    return read_sql(view, f"user_id = %(user_id)s AND NOT EXISTS {asked}")
 
 
 def _columns(view: FeatureView, rows: Sequence[tuple[Any, ...]]) -> Columns:

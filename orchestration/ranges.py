@@ -32,15 +32,17 @@ def walk(
     *,
     chunk_days: int = 30,
 ) -> dg.MaterializeResult[Any]:
-    """Build every partition of the run's range, chunk by chunk, and report each partition for itself.
+    """Build every partition of the run's range, newest chunk first, and report each partition for itself.
+
+    The newest partitions are those that are served: what waits there is repaired first.
 
     `build(first, last)` builds the days from `first` to `last` in one transaction and gives each day's metadata. If a
-    chunk fails, the partitions of the chunks before it are reported materialised, and nothing else is.
+    chunk fails, the partitions of the chunks built before it are reported materialised, and nothing else is.
     """
     days = sorted(date.fromisoformat(key) for key in context.partition_keys)
     done: dict[date, Metadata] = {}
     try:
-        for first, last in chunks(days[0], days[-1], chunk_days):
+        for first, last in reversed(list(chunks(days[0], days[-1], chunk_days))):
             built = build(first, last)
             done |= built
             context.log.info(f"{first} to {last}: {sum(entry.get('rows', 0) for entry in built.values()):,} rows")
