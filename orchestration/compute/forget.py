@@ -162,7 +162,7 @@ def erase(user_id: str, *, url: str, lake: Lake, artifacts_url: str, receipt_id:
         for table in tables_with(connection, "event_id", without="user_id"):
             removed[_name(table)] += _delete(connection, table, "event_id IN (SELECT event_id FROM erased_ids)", [])
         del removed[_name(_REQUESTS)]
-        if not any(removed.values()) and not artifacts:
+        if not any(removed.values()):
             raise _unknown(connection, user_id)
         (forgotten_at,) = connection.execute(
             # An event may lie a little ahead of this server's clock; it must not come back either.
