@@ -7,6 +7,7 @@ import dagster as dg
 from orchestration.assets import embeddings, events, features, ranker, release
 from orchestration.automation import JOBS, schedules
 from orchestration.checks import CHECKS
+from orchestration.erasure import forget_person
 from orchestration.resources import Larder
 
 ASSETS: list[dg.AssetsDefinition] = [
@@ -31,7 +32,7 @@ def build_definitions(larder: Larder | None = None) -> dg.Definitions:
     return dg.Definitions(
         assets=ASSETS,
         asset_checks=CHECKS,
-        jobs=JOBS,
+        jobs=[*JOBS, forget_person],
         schedules=schedules(),
         resources={"larder": larder or Larder()},
         # One process per run: the multiprocess executor would import everything again for every step.

@@ -271,11 +271,13 @@ def test_partitions_that_counted_the_person_are_stale_until_rebuilt_and_served_m
     with psycopg.connect(filled) as connection:
         assert connection.execute(stale).fetchall() == []
         assert connection.execute(own).fetchall() == before
-        item, lake_rows = connection.execute(
-            "SELECT sum(n_180d) FROM features.item_activity WHERE partition_date = %s", (YESTERDAY,)
-        ).fetchone() or (0,), connection.execute(
-            "SELECT sum(rows) FROM lake_files WHERE day <= %s", (YESTERDAY,)
-        ).fetchone()
+        item, lake_rows = (
+            connection.execute(
+                "SELECT sum(n_180d) FROM features.item_activity WHERE partition_date = %s", (YESTERDAY,)
+            ).fetchone()
+            or (0,),
+            connection.execute("SELECT sum(rows) FROM lake_files WHERE day <= %s", (YESTERDAY,)).fetchone(),
+        )
         assert item == lake_rows
 
 
