@@ -112,7 +112,8 @@ def _show(found: Explanation, limit: int) -> None:
         table.add_column(name, justify="right" if name in ("value", "head events") else "left", overflow="fold")
     for feature in found.features:
         states = "\n".join(
-            f"{name}: {_number(before)} → {_number(after)}" for name, (before, after) in feature.states.items()
+            f"{name}: {_state(name, before)} → {_state(name, after)}"
+            for name, (before, after) in feature.states.items()
         )
         table.add_row(
             feature.name,
@@ -123,6 +124,9 @@ def _show(found: Explanation, limit: int) -> None:
             str(feature.head_events),
         )
     console.print(table)
+    if not found.head and not found.snapshot_events:
+        console.print("nothing is held of this entity: check the key, or the instant")
+        return
     _events("head: events since the snapshot", found.head[:limit], len(found.head))
     _events("snapshot: events of the lake behind it", found.snapshot, found.snapshot_events)
     if found.late:
@@ -137,7 +141,8 @@ def _events(title: str, events: Sequence[EventRow], count: int) -> None:
     if not count:
         console.print(f"{title}: none")
         return
-    table = Table(title=f"{title}{more}", title_justify="left")
+    console.print(f"{title}{more}", soft_wrap=True)
+    table = Table()
     for name in ("event", "occurred at", "person", "item", "kind", "value", "known at"):
         table.add_column(name, justify="right" if name == "value" else "left", overflow="fold")
     for event in events:
@@ -155,6 +160,13 @@ def _events(title: str, events: Sequence[EventRow], count: int) -> None:
 
 def _time(instant: datetime) -> str:
     return f"{instant.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+
+
+def _state(name: str, value: float | None) -> str:
+    """A state of the column `name`; instants are kept in seconds since 1970."""
+    if value is not None and name.rsplit("_", 1)[0].endswith("_at"):
+        return _time(datetime.fromtimestamp(float(value), UTC))
+    return _number(value)
 
 
 def _number(value: float | None) -> str:

@@ -80,7 +80,8 @@ def _forget(record: Deployment, user_id: str, options: argparse.Namespace) -> in
         console.print(f"finished {finished} interrupted erasure{'s' if finished > 1 else ''}")
     held = erasure.holdings(url, lake, user_id)
     if held:
-        table = Table(title=f"held of this person in deployment {record.name}", title_justify="left")
+        console.print(f"held of this person in deployment {record.name}", soft_wrap=True)
+        table = Table()
         table.add_column("where")
         table.add_column("rows", justify="right")
         for place, rows in held.items():
@@ -120,7 +121,8 @@ def _resume(record: Deployment) -> int:
 
 
 def _show(receipt: Receipt) -> None:
-    table = Table(title=f"receipt {receipt.receipt_id}", title_justify="left")
+    console.print(f"receipt {receipt.receipt_id}", soft_wrap=True)
+    table = Table()
     table.add_column("removed from")
     table.add_column("rows", justify="right")
     for place, rows in sorted(receipt.removed.items()):

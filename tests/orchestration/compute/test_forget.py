@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import psycopg
@@ -23,11 +25,12 @@ from worlds import ListSource
 
 from inference.store import Store
 from orchestration.compute import forget as module
-from orchestration.compute import tombstones
-from orchestration.compute.forget import erase, finish, forget, fulfil, holdings, open_requests, request_erasure
+from orchestration.compute import tombstones, training_set
+from orchestration.compute.forget import finish, forget, fulfil, holdings, open_requests, request_erasure
 from orchestration.compute.ingest import drain, ingest
 from orchestration.compute.lake import Lake
 from orchestration.compute.materialise import materialise
+from orchestration.compute.training_set import build_training_set
 from schemas.errors import LarderError, UnknownPerson
 from schemas.events import Event, Item, Person
 from schemas.views import ITEM_ACTIVITY, VIEWS
@@ -421,4 +424,73 @@ def test_ids_are_found_as_python_and_json_write_them() -> None:
     assert tombstones.names(r'{"user": "andr\u00e9 \"x\""}', 'andré "x"')
     assert tombstones.names("Event(user_id='o\\'hara')", "o'hara")
     assert not tombstones.names("user-10", "user-1")
-    assert erase is module.erase
+
+
+def test_a_lake_and_artefacts_in_s3_lose_the_person_too(
+    database: str, connection: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in (
+            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+            ("AWS_ACCESS_KEY_ID", "test"),
+            ("AWS_SECRET_ACCESS_KEY", "test"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):
+            monkeypatch.setenv(name, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        buffer = io.BytesIO()
+        pq.write_table(pa.table({"user_id": [ANNA]}), buffer)
+        client.put_object(Bucket="bucket", Key="some/artifacts/training/training_set.parquet", Body=buffer.getvalue())
+        lake = Lake("s3://bucket/some/lake")
+        ingest(world(), lake, connection, now=NOW)
+        connection.commit()
+        days = len(lake.days(connection))
+        receipt = forget(ANNA, url=database, lake=lake, artifacts_url="s3://bucket/some/artifacts")
+        listed = client.list_objects_v2(Bucket="bucket")["Contents"]
+        keys = [entry["Key"] for entry in listed if not entry["Key"].endswith("/")]
+        assert len(keys) == days
+        assert receipt.removed["files deleted"] > 10
+        for key in keys:
+            table = pq.read_table(io.BytesIO(client.get_object(Bucket="bucket", Key=key)["Body"].read()))
+            assert ANNA not in table["user_id"].to_pylist(), key
+    finally:
+        server.stop()
+
+
+def test_a_training_set_read_before_an_erasure_is_not_written_after_it(
+    database: str, lake: Lake, artifacts: str, connection: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    people = [ANNA, *(f"person-{n}" for n in range(24))]
+    events = [
+        Event(
+            f"{user}/{n}", user, f"item-{(n * 7 + k) % 40}", "view", None, days_ago(40 - n % 40) + timedelta(minutes=k)
+        )
+        for k, user in enumerate(people)
+        for n in range(45)
+    ]
+    ingest(ListSource(events, [Item(f"item-{n}", f"Item {n}") for n in range(40)]), lake, connection, now=NOW)
+    connection.commit()
+    build_training_set(lake, connection, artifacts)
+    connection.commit()
+    file = Path(artifacts.removeprefix("file://")) / training_set.PATH
+    assert ANNA in pq.read_table(file)["user_id"].to_pylist()
+    choose = training_set.recent_rows
+
+    def choose_then_forget(*given: Any) -> Any:
+        forget(ANNA, url=database, lake=lake, artifacts_url=artifacts)
+        return choose(*given)
+
+    monkeypatch.setattr(training_set, "recent_rows", choose_then_forget)
+    with pytest.raises(tombstones.Overtaken, match="run it again"):
+        build_training_set(lake, connection, artifacts)
+    assert not file.exists()
+    connection.rollback()
+    monkeypatch.setattr(training_set, "recent_rows", choose)
+    assert build_training_set(lake, connection, artifacts).people == 24

@@ -16,12 +16,16 @@ from worlds import ListSource
 from infra.deployment import Deployment
 from infra.ui import prepare_dagster
 from orchestration import forget as command
+from orchestration.checks import counts_add_up, settled_check
 from orchestration.compute.forget import holdings, request_erasure
 from orchestration.compute.ingest import ingest
 from orchestration.compute.lake import Lake
+from orchestration.compute.materialise import ensure_view_tables, materialise
 from orchestration.definitions import build_definitions
 from orchestration.resources import Larder
+from orchestration.run import _what_is_new
 from schemas.events import Event, Item, Person
+from schemas.views import VIEWS
 
 ANNA = "anna@example.org"
 
@@ -148,3 +152,22 @@ def test_a_driver_that_quotes_the_row_is_not_quoted_by_dagster(
         connection.execute("DROP TABLE letters")
     assert command.main(["--resume"]) == 0
     assert holdings(database, Lake(record.lake_url), ANNA) == {}
+
+
+def test_the_next_run_rebuilds_what_counted_the_person_and_every_check_holds(record: Deployment, database: str) -> None:
+    larder = Larder(deployment=record.name)
+    ensure_view_tables(database)
+    yesterday = days_ago(1).date()
+    for view in VIEWS:
+        materialise(view, record.start_date, yesterday, url=database, lake=larder.lake)
+    assert _what_is_new(larder, False).days is None
+    assert command.main(["--user", ANNA, "--yes"]) == 0
+    first = min(day for day, _ in larder.lake.days(larder.connect()))
+    assert _what_is_new(larder, False).days == (first, yesterday)
+    for check in (counts_add_up, *(settled_check(view) for view in VIEWS)):
+        assert check(larder=larder).passed
+    for view in VIEWS:
+        materialise(view, first, yesterday, url=database, lake=larder.lake)
+    assert _what_is_new(larder, False).days is None
+    for check in (counts_add_up, *(settled_check(view) for view in VIEWS)):
+        assert check(larder=larder).passed
