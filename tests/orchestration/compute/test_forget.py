@@ -284,21 +284,23 @@ def test_partitions_that_counted_the_person_are_stale_until_rebuilt_and_served_m
         assert item == lake_rows
 
 
+@pytest.mark.parametrize("step", ["load_item_categories", "_reports"])
 def test_what_is_being_built_when_somebody_is_forgotten_is_built_again_without_them(
-    filled: str, lake: Lake, artifacts: str, monkeypatch: pytest.MonkeyPatch
+    filled: str, lake: Lake, artifacts: str, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
+    """Once when the lake's files are chosen and none is read yet, once when everything is read and nothing written."""
     from orchestration.compute import materialise as building
 
-    read = building.load_item_categories
+    as_it_is = getattr(building, step)
     calls: list[int] = []
 
-    def read_then_forget(connection: psycopg.Connection) -> pa.Table:
+    def forget_then(*given: Any) -> Any:
         calls.append(1)
-        if len(calls) == 1:  # the lake's files are chosen, nothing is read yet
+        if len(calls) == 1:
             forget(ANNA, url=filled, lake=lake, artifacts_url=artifacts)
-        return read(connection)
+        return as_it_is(*given)
 
-    monkeypatch.setattr(building, "load_item_categories", read_then_forget)
+    monkeypatch.setattr(building, step, forget_then)
     materialise(VIEWS[0], YESTERDAY - timedelta(days=9), YESTERDAY, url=filled, lake=lake)
     assert len(calls) == 2
     assert mentions(filled, lake, ANNA) == []
