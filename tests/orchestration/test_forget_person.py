@@ -38,7 +38,7 @@ def record(larder_home: Path, monkeypatch: pytest.MonkeyPatch, database: str) ->
     made = Deployment("small", None, days_ago(30).date())
     made.save()
     events = [
-        Event(f"e{n}", ANNA if n % 2 else "bo", "i", "view", None, days_ago(n % 5) - timedelta(minutes=n))
+        Event(f"e{n}", ANNA if n % 2 else "bo", "i", "view", None, days_ago(3 + n % 5) - timedelta(minutes=n))
         for n in range(20)
     ]
     with psycopg.connect(database, options="-c TimeZone=UTC") as connection:
