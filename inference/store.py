@@ -280,7 +280,8 @@ def _entity_sql(entity: Entity) -> str:
 
 @cache
 def _person_sql(view: FeatureView) -> str:
-    return read_sql(view, "user_id = %(user_id)s")
+    asked = "(SELECT FROM erasure_requests AS r WHERE r.user_id = %(user_id)s)"
+    return read_sql(view, f"user_id = %(user_id)s AND NOT EXISTS {asked}")
 
 
 def _db(statements: int) -> dict[str, str | int]:

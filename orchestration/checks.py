@@ -5,6 +5,7 @@ from typing import Any
 
 import dagster as dg
 
+from orchestration.compute.forget import EVENTS_REMOVED
 from orchestration.resources import Larder
 from schemas.features import FeatureView
 from schemas.views import VIEWS
@@ -44,18 +45,22 @@ def index_recall_is_high(larder: Larder) -> dg.AssetCheckResult:
 
 
 @dg.asset_check(
-    asset="source_events", description="The lake holds at least what loads say they stored (posted events come on top)."
+    asset="source_events",
+    description="The lake holds at least what loads say they stored (posted events come on top), less what was erased.",
 )
 def counts_add_up(larder: Larder) -> dg.AssetCheckResult:
     with larder.connect() as connection:
         row = connection.execute(
             "SELECT coalesce(sum(stored_rows), 0), (SELECT coalesce(sum(rows), 0) FROM lake_files), "
-            "coalesce(sum(quarantined_rows), 0) FROM ingests"
+            "coalesce(sum(quarantined_rows), 0), (SELECT coalesce(sum((removed ->> %s)::bigint), 0) FROM erasure_receipts) "
+            "FROM ingests",
+            (EVENTS_REMOVED,),
         ).fetchone()
     assert row is not None
-    stored, lake, quarantined = (int(value) for value in row)
+    stored, lake, quarantined, erased = (int(value) for value in row)
     return dg.AssetCheckResult(
-        passed=lake >= stored, metadata={"stored_rows": stored, "lake_rows": lake, "quarantined_rows": quarantined}
+        passed=lake + erased >= stored,
+        metadata={"stored_rows": stored, "lake_rows": lake, "quarantined_rows": quarantined, "erased_rows": erased},
     )
 
 

@@ -7,6 +7,7 @@ import dagster as dg
 from orchestration.assets import daily, embeddings, events, ranker, release
 from orchestration.automation import JOBS, schedules
 from orchestration.checks import CHECKS, FRESHNESS_SENSOR
+from orchestration.erasure import forget_person
 from orchestration.reconcile import settle_dead_runs
 from orchestration.resources import Larder
 
@@ -31,7 +32,7 @@ def build_definitions(larder: Larder | None = None) -> dg.Definitions:
     return dg.Definitions(
         assets=ASSETS,
         asset_checks=CHECKS,
-        jobs=JOBS,
+        jobs=[*JOBS, forget_person],
         schedules=schedules(),
         sensors=[FRESHNESS_SENSOR, settle_dead_runs],
         resources={"larder": larder or Larder()},

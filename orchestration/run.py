@@ -157,7 +157,7 @@ def _what_is_new(larder: Any, retrain: bool) -> Todo:
         built = {
             (view, day): (definition, events)
             for view, day, definition, events in connection.execute(
-                "SELECT view, partition_date, definition_hash, events FROM feature_ledger"
+                "SELECT view, partition_date, definition_hash, events FROM feature_ledger WHERE stale_at IS NULL"
             )
         }
         undrained = [

@@ -8,11 +8,14 @@ LarderError
 ├── DefinitionError        a declaration is wrong: fix schemas/views.py or a prompt file
 ├── ArtifactError          a model file is missing, changed or of another shape: release again
 ├── GateError              a model did not pass: it is not released
+├── UnknownPerson          nothing is held of that person: check the id
 ├── RequestError           the caller sent something unusable: fix the request (HTTP 4xx)
 └── Unavailable            nothing can answer right now: try again later (HTTP 503)
 """
 
 from __future__ import annotations
+
+from datetime import datetime
 
 
 class LarderError(Exception):
@@ -47,6 +50,16 @@ class ArtifactError(LarderError):
 
 class GateError(LarderError):
     type = "gate"
+
+
+class UnknownPerson(LarderError):
+    """Nothing is held of a person. `forgotten_at` is set if they were forgotten before."""
+
+    type = "unknown_person"
+
+    def __init__(self, message: str, forgotten_at: datetime | None = None) -> None:
+        super().__init__(message)
+        self.forgotten_at = forgotten_at
 
 
 class RequestError(LarderError):

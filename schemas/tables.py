@@ -23,6 +23,7 @@ from sqlalchemy import (
     Identity,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Table,
     Text,
@@ -148,8 +149,17 @@ ingests = Table(
     Column("quarantined_rows", BigInteger, nullable=False),
     Column("items", BigInteger, nullable=False),
     Column("people", BigInteger, nullable=False),
+    Column(
+        "forgotten_rows",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="kept out: their people are forgotten",
+    ),
     _now("finished_at"),
-    CheckConstraint("read_rows = stored_rows + duplicate_rows + quarantined_rows", name="counts_add_up"),
+    CheckConstraint(
+        "read_rows = stored_rows + duplicate_rows + quarantined_rows + forgotten_rows", name="counts_add_up"
+    ),
     comment="Finished loads of a source; the counts add up by constraint.",
 )
 
@@ -179,6 +189,11 @@ feature_ledger = Table(
     Column("rows", BigInteger, nullable=False),
     Column("events", BigInteger, nullable=False, comment="events of that day in the lake when it was built"),
     _now("built_at"),
+    Column(
+        "stale_at",
+        Instant,
+        comment="since when it holds what it should not; NULL: it does not. Still served until rebuilt",
+    ),
     comment="Which partition of which view was built, from which definition; written with the data.",
 )
 
@@ -283,4 +298,52 @@ model_aliases = Table(
     # An alias can point only at a version with a gate record that says passed: the database itself refuses others.
     ForeignKeyConstraint(["version", "passed"], ["gate_records.version", "gate_records.passed"]),
     comment="Which version serves; moved by compare-and-set on `revision`.",
+)
+
+# --- erasure -----------------------------------------------------------------------------------------------------
+
+erasure_key = Table(
+    "erasure_key",
+    metadata,
+    Column("singleton", Boolean, primary_key=True, server_default=text("true")),
+    Column(
+        "inner_pad", LargeBinary, nullable=False, comment="the key XOR 0x36, 64 bytes: how HMAC's inner hash begins"
+    ),
+    Column(
+        "outer_pad", LargeBinary, nullable=False, comment="the key XOR 0x5c, 64 bytes: how HMAC's outer hash begins"
+    ),
+    _now("created_at"),
+    CheckConstraint("singleton", name="one_row"),
+    comment="One row: the key of user_hash(), made with the database, never rotated and never copied out of it.",
+)
+
+tombstones = Table(
+    "tombstones",
+    metadata,
+    Column("user_hash", LargeBinary, primary_key=True, comment="user_hash(user_id): HMAC-SHA256 under erasure_key"),
+    Column("user_chars", Integer, nullable=False, comment="length of the id, so that texts can be searched for it"),
+    Column("forgotten_at", Instant, nullable=False, comment="events up to this moment are not taken again"),
+    comment="Who was forgotten, without saying who.",
+)
+
+erasure_requests = Table(
+    "erasure_requests",
+    metadata,
+    Column("request_id", Text, primary_key=True),
+    Column("user_id", Text, nullable=False, unique=True),
+    _now("requested_at"),
+    comment="Who is to be forgotten. Such a person reads as unknown; the row goes with everything else of them.",
+)
+
+erasure_receipts = Table(
+    "erasure_receipts",
+    metadata,
+    Column("receipt_id", Text, primary_key=True),
+    Column("forgotten_at", Instant, nullable=False),
+    Column("removed", JSONB, nullable=False, comment="rows by table, events of the lake, files"),
+    Column("stale", JSONB, nullable=False, comment="partitions to rebuild, by view"),
+    Column("pending_days", ARRAY(Date), nullable=False, server_default="{}", comment="days with files to delete"),
+    Column("pending_artifacts", ARRAY(Text), nullable=False, server_default="{}", comment="files to delete"),
+    Column("finished_at", Instant, comment="NULL: files wait to be deleted"),
+    comment="What each erasure removed, and where. Names nobody; rows are never deleted, their number orders erasures.",
 )

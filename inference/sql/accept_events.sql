@@ -1,8 +1,11 @@
 -- Store events once each: key, recent event, history and tiles in one statement. Gives the ids that were new.
+-- An event from before its person was forgotten counts as a repeat, so that the sender learns nothing of it.
 WITH incoming AS (
-    SELECT * FROM jsonb_to_recordset(%(events)s::jsonb) AS e (
+    SELECT e.* FROM jsonb_to_recordset(%(events)s::jsonb) AS e (
         event_id text, user_id text, item_id text, kind text, value float8, occurred_at timestamptz, request_id text
     )
+    LEFT JOIN tombstones AS t ON t.user_hash = user_hash(e.user_id) AND e.occurred_at <= t.forgotten_at
+    WHERE t.user_hash IS NULL
 ), fresh AS (
     -- In order of the key, so that two writers of the same events cannot block each other.
     INSERT INTO event_keys (event_id, occurred_at)

@@ -3,6 +3,8 @@ SELECT h.item_id, h.kind, h.value, EXTRACT(EPOCH FROM h.occurred_at)::float8 AS 
 FROM (
     SELECT item_id, kind, value, occurred_at, event_id FROM user_history
     WHERE user_id = %(user_id)s AND occurred_at < %(at)s
+        -- Who asked to be forgotten reads as unknown from that moment on.
+        AND NOT EXISTS (SELECT FROM erasure_requests AS r WHERE r.user_id = %(user_id)s)
     ORDER BY occurred_at DESC, event_id DESC LIMIT %(limit)s
 ) AS h
 LEFT JOIN items AS i ON i.item_id = h.item_id

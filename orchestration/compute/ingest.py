@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from orchestration.compute import online
 from orchestration.compute.lake import EVENT_SCHEMA, Lake, duck
+from orchestration.compute.tombstones import Tombstones, hold_off_erasures, read_tombstones
 from orchestration.sources import BadRow, Source
 from schemas import online_sql
 from schemas.errors import LarderError
@@ -31,7 +32,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class IngestReport:
-    """Every row of the source, accounted for: `read = stored + duplicates + quarantined`."""
+    """Every row of the source, accounted for: `read = stored + duplicates + quarantined + forgotten`."""
 
     source: str
     read: int
@@ -43,6 +44,8 @@ class IngestReport:
     days: tuple[date, ...]
     skipped: bool = False
     """True if this very state of the source had been loaded before."""
+    forgotten: int = 0
+    """Rows that were not taken because their people were forgotten since."""
 
 
 def ingest(
@@ -63,58 +66,63 @@ def ingest(
     now = now or datetime.now(UTC)
     fingerprint = f"{source.fingerprint()}+{shift_days}"
     with connection.transaction():
-        row: tuple[int, int, int, int, int, int] | None = connection.execute(
-            "SELECT read_rows, stored_rows, duplicate_rows, quarantined_rows, items, people FROM ingests "
+        row: tuple[int, int, int, int, int, int, int] | None = connection.execute(
+            "SELECT read_rows, stored_rows, duplicate_rows, quarantined_rows, items, people, forgotten_rows FROM ingests "
             "WHERE source = %s AND fingerprint = %s ORDER BY ingest_id DESC LIMIT 1",
             (source.name, fingerprint),
         ).fetchone()
     if row is not None:
         progress(f"{source.description}: already loaded, nothing new")
-        return IngestReport(source.name, *row, (), skipped=True)
+        return IngestReport(source.name, *row[:6], (), skipped=True, forgotten=row[6])
 
     shift = timedelta(days=shift_days)
     with tempfile.TemporaryDirectory(prefix="larder-ingest-") as folder, duck() as db, connection.transaction():
-        bad = _Quarantine(connection, source.name)
+        # Held until the commit: nobody is forgotten between what is read here and what is written.
+        hold_off_erasures(connection)
+        tombstones = read_tombstones(connection)
+        bad = _Quarantine(connection, source.name, tombstones)
         items = _load_items(connection, source, shift, bad)
-        people = _load_people(connection, source, bad)
-        bad_catalogue = bad.count
+        people = _load_people(connection, source, bad, tombstones)
+        bad_catalogue, forgotten_catalogue = bad.count, bad.forgotten
         staged = Path(folder) / "staged.parquet"
         read = _stage(source, staged, shift, since, bad, progress)
         progress(f"{read:,} rows read; sorting them into days")
         appended = lake.append(connection, [staged], db)
         keep_recent(connection, db, now)
-        quarantined = bad.flush()
+        report = IngestReport(
+            source.name,
+            read,
+            appended.stored,
+            appended.duplicates,
+            bad.flush() - bad_catalogue,
+            items,
+            people,
+            appended.days,
+            forgotten=appended.forgotten + bad.forgotten - forgotten_catalogue,
+        )
         connection.execute(
             "INSERT INTO ingests (source, fingerprint, read_rows, stored_rows, duplicate_rows, quarantined_rows, "
-            "items, people) VALUES (%s, %s, %s, %s, %s, %s, %s, %s)",
+            "items, people, forgotten_rows) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)",
             (
                 source.name,
                 fingerprint,
                 read,
-                appended.stored,
-                appended.duplicates,
-                quarantined - bad_catalogue,
+                report.stored,
+                report.duplicates,
+                report.quarantined,
                 items,
                 people,
+                report.forgotten,
             ),
         )
-    report = IngestReport(
-        source.name,
-        read,
-        appended.stored,
-        appended.duplicates,
-        quarantined - bad_catalogue,
-        items,
-        people,
-        appended.days,
-    )
-    if report.read != report.stored + report.duplicates + report.quarantined:
+    if report.read != report.stored + report.duplicates + report.quarantined + report.forgotten:
         raise LarderError(
             f"rows went missing while loading {source.name}: {report}"
         )  # the table's constraint says so too
     progress(
         f"{report.read:,} rows = {report.stored:,} stored + {report.duplicates:,} duplicates + "
-        f"{report.quarantined:,} quarantined; {items:,} items, {people:,} people"
+        f"{report.quarantined:,} quarantined{f' + {report.forgotten:,} of forgotten people' if report.forgotten else ''}; "
+        f"{items:,} items, {people:,} people"
     )
     return report
 
@@ -165,6 +173,8 @@ def drain(
     The lake's pointer and the `drained` mark change in one transaction. Returns how many were moved.
     """
     with tempfile.TemporaryDirectory(prefix="larder-drain-") as folder, duck() as db, connection.transaction():
+        hold_off_erasures(connection)
+        _drop_forgotten(connection)
         start = datetime(first.year, first.month, first.day, tzinfo=UTC)
         end = datetime(last.year, last.month, last.day, tzinfo=UTC) + timedelta(days=1)
         rows = connection.execute(
@@ -186,6 +196,18 @@ def drain(
         online.trim_tiles(connection, datetime.now(UTC))
     progress(f"{len(rows):,} posted events drained into the lake")
     return len(rows)
+
+
+def _drop_forgotten(connection: psycopg.Connection) -> None:
+    """Delete undrained events from before their person was forgotten: a function of an older release stores them."""
+    connection.execute(
+        "WITH gone AS (DELETE FROM recent_events AS e USING tombstones AS t WHERE NOT e.drained "
+        "AND t.user_hash = user_hash(e.user_id) AND e.occurred_at <= t.forgotten_at "
+        "RETURNING e.event_id, e.user_id, e.occurred_at), "
+        "keys AS (DELETE FROM event_keys AS k USING gone WHERE k.event_id = gone.event_id) "
+        "DELETE FROM user_history AS h USING gone "
+        "WHERE (h.user_id, h.occurred_at, h.event_id) = (gone.user_id, gone.occurred_at, gone.event_id)"
+    )
 
 
 def make_recent_partitions(connection: psycopg.Connection, first: date, last: date) -> None:
@@ -215,12 +237,17 @@ def make_recent_partitions(connection: psycopg.Connection, first: date, last: da
 class _Quarantine:
     """Collects bad rows and writes them in batches."""
 
-    def __init__(self, connection: psycopg.Connection, source: str) -> None:
-        self._connection, self._source = connection, source
+    def __init__(self, connection: psycopg.Connection, source: str, tombstones: Tombstones) -> None:
+        self._connection, self._source, self._tombstones = connection, source, tombstones
         self._rows: list[BadRow] = []
         self.count = 0
+        self.forgotten = 0
+        """Rows that are not kept, as they may name somebody who was forgotten."""
 
     def add(self, row: BadRow) -> None:
+        if any(self._tombstones.named_in(_storable(text)) for text in (row.file, row.reason, row.row)):
+            self.forgotten += 1
+            return
         self.count += 1
         self._rows.append(row)
         if len(self._rows) >= 1000:
@@ -324,13 +351,14 @@ def _load_items(connection: psycopg.Connection, source: Source, shift: timedelta
     return count
 
 
-def _load_people(connection: psycopg.Connection, source: Source, bad: _Quarantine) -> int:
+def _load_people(connection: psycopg.Connection, source: Source, bad: _Quarantine, tombstones: Tombstones) -> int:
+    # A profile says nothing of when it was true: what a source still holds of a forgotten person stays out for good.
     connection.execute("CREATE TEMP TABLE incoming_people (LIKE people INCLUDING DEFAULTS) ON COMMIT DROP")
     count = 0
     with connection.cursor().copy("COPY incoming_people (user_id, profile) FROM STDIN") as copy:
         for row in source.people():
             checked = _checked(row, bad)
-            if isinstance(checked, Person):
+            if isinstance(checked, Person) and tombstones.since(checked.user_id) is None:
                 count += 1
                 copy.write_row((checked.user_id, json.dumps(checked.profile, default=str)))
     connection.execute(

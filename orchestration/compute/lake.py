@@ -7,8 +7,9 @@ that nobody names. The file before the current one is kept for readers that bega
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -19,10 +20,12 @@ from urllib.parse import urlsplit
 import duckdb
 import psycopg
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from orchestration.compute.tombstones import leave_out_forgotten, read_tombstones
 from schemas.errors import LarderError, SettingsError
 
 EVENT_SCHEMA = pa.schema(
@@ -39,6 +42,7 @@ EVENT_SCHEMA = pa.schema(
 _COLUMNS = ", ".join(EVENT_SCHEMA.names)
 _MEMORY_LIMIT = "2GB"
 _WRITE_LOCK = 7_205_392
+_FILE_NAME = re.compile(r"/day=(?P<day>\d{4}-\d{2}-\d{2})/(?P<generation>\d{6})\.parquet$")
 
 
 @contextmanager
@@ -59,6 +63,15 @@ class Appended:
     stored: int
     duplicates: int
     days: tuple[date, ...]
+    forgotten: int = 0
+    """Events left out because their people were forgotten since."""
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """What an erasure took out: events by day. Their ids are in DuckDB's table `erased_events`."""
+
+    events: dict[date, int]
 
 
 class Lake:
@@ -67,13 +80,9 @@ class Lake:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         try:
-            if url.startswith("file://"):
-                self._root = urlsplit(url).path.rstrip("/")
-                self._fs = pafs.LocalFileSystem()
-            elif url.startswith("s3://"):
-                self._root, self._fs = _s3(url)
-            else:
+            if not url.startswith(("file://", "s3://")):
                 raise ValueError("a lake lies under file:// or s3://")
+            self._root, self._fs = open_root(url)
         except (ValueError, OSError) as error:
             raise SettingsError(f"LAKE_URL {url!r} cannot be used: {error}") from error
 
@@ -96,12 +105,14 @@ class Lake:
         """Add the events in the `staged` Parquet files, each event id once, inside the caller's transaction.
 
         Memory is bounded: DuckDB sorts with spilling, days are written one row group at a time. Leaves in `duck`
-        a table `new_events` of what was stored. Concurrent appends wait for each other.
+        a table `new_events` of what was stored. Concurrent appends wait for each other. Events from before their
+        person was forgotten are left out.
         """
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (_WRITE_LOCK,))
         duck.register("lake_events", self.events(connection))
-        duck.from_parquet([str(path) for path in staged]).create_view("staged_events", replace=True)
-        (read,) = duck.execute("SELECT count(*) FROM staged_events").fetchone() or (0,)
+        duck.from_parquet([str(path) for path in staged]).create_view("offered_events", replace=True)
+        [(offered,)] = duck.execute("SELECT count(*) FROM offered_events").fetchall()
+        read = leave_out_forgotten(read_tombstones(connection), duck, "offered_events", "staged_events")
         duck.execute(
             f"""
             CREATE OR REPLACE TEMP TABLE new_events AS
@@ -117,7 +128,63 @@ class Lake:
         if days:
             self._rewrite(connection, duck, days)
         stored = sum(rows for _, rows in counts)
-        return Appended(stored, read - stored, days)
+        return Appended(stored, read - stored, days, offered - read)
+
+    def erase(self, connection: psycopg.Connection, user_id: str, duck: duckdb.DuckDBPyConnection) -> Erased:
+        """Rewrite every day that holds events of `user_id` without them, inside the caller's transaction.
+
+        The files before stay, named by nobody once the transaction is committed: `remove_superseded` deletes them.
+        """
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (_WRITE_LOCK,))
+        duck.register("lake_events", self.events(connection))
+        duck.execute(
+            "CREATE OR REPLACE TEMP TABLE erased_events AS "
+            "SELECT event_id, occurred_at FROM lake_events WHERE user_id = ?",
+            [user_id],
+        )
+        events: dict[date, int] = dict(
+            duck.execute(
+                "SELECT CAST(occurred_at AS DATE) AS day, count(*) FROM erased_events GROUP BY day ORDER BY day"
+            ).fetchall()
+        )
+        named = connection.execute(
+            "SELECT day, path, generation, rows FROM lake_files WHERE day = ANY(%s)", (list(events),)
+        )
+        for day, path, generation, rows in named.fetchall():
+            kept = self._dataset([path]).scanner(filter=pc.field("user_id") != user_id, use_threads=False)
+            after = _file_name(day, generation + 1)
+            # A day that held nobody else keeps an empty file: generations of a day only ever grow.
+            written = self._write(after, (pa.Table.from_batches([batch]) for batch in kept.to_batches()))
+            if written != rows - events[day]:
+                # Raised inside the transaction: no pointer moves.
+                raise LarderError(f"{rows - events[day]} events of {day} had to be kept in the lake, {written} were")
+            connection.execute(
+                "UPDATE lake_files SET path = %s, rows = %s, generation = %s, written_at = now() WHERE day = %s",
+                (after, written, generation + 1, day),
+            )
+        return Erased(events)
+
+    def remove_superseded(self, connection: psycopg.Connection, days: Collection[date]) -> int:
+        """Delete the files of `days` that no row names, and of all days what a crash left; returns how many.
+
+        Appends wait until the caller's transaction ends, so that no file is on its way to being named.
+        """
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (_WRITE_LOCK,))
+        current: dict[date, tuple[str, int]] = {
+            day: (path, generation)
+            for day, path, generation in connection.execute("SELECT day, path, generation FROM lake_files")
+        }
+        removed = 0
+        for path in list_files(self._fs, f"{self._root}/events"):
+            found = _FILE_NAME.search(path)
+            if found is None:
+                continue
+            day, generation = date.fromisoformat(found["day"]), int(found["generation"])
+            kept, newest = current.get(day, ("", 0))
+            if f"{self._root}/{kept}" != path and (day in days or generation > newest):
+                self._fs.delete_file(path)
+                removed += 1
+        return removed
 
     def _rewrite(self, connection: psycopg.Connection, duck: duckdb.DuckDBPyConnection, days: Sequence[date]) -> None:
         known: dict[date, tuple[str, int]] = {
@@ -136,7 +203,7 @@ class Lake:
         written = 0
         for day, tables in groupby(_split_days(reader), key=lambda pair: pair[0]):
             generation = known[day][1] + 1 if day in known else 1
-            path = f"events/day={day.isoformat()}/{generation:06d}.parquet"
+            path = _file_name(day, generation)
             rows = self._write(path, (table for _, table in tables))
             written += rows
             connection.execute(
@@ -146,7 +213,7 @@ class Lake:
                 (day, path, rows, generation),
             )
             if generation > 2:
-                stale = f"{self._root}/events/day={day.isoformat()}/{generation - 2:06d}.parquet"
+                stale = f"{self._root}/{_file_name(day, generation - 2)}"
                 if self._fs.get_file_info(stale).type == pafs.FileType.File:
                     self._fs.delete_file(stale)
 
@@ -192,6 +259,21 @@ def _split_days(reader: pa.RecordBatchReader) -> Iterator[tuple[date, pa.Table]]
             if end == len(days) or days[end] != days[start]:
                 yield days[start], table.slice(start, end - start).cast(EVENT_SCHEMA)
                 start = end
+
+
+def _file_name(day: date, generation: int) -> str:
+    return f"events/day={day.isoformat()}/{generation:06d}.parquet"
+
+
+def open_root(url: str) -> tuple[str, pafs.FileSystem]:
+    """The path and the file system of a `file://` or `s3://` URL."""
+    return (urlsplit(url).path.rstrip("/"), pafs.LocalFileSystem()) if url.startswith("file://") else _s3(url)
+
+
+def list_files(files: pafs.FileSystem, folder: str) -> list[str]:
+    """The paths of all files below `folder`, in order; none if it is not there."""
+    found = files.get_file_info(pafs.FileSelector(folder, allow_not_found=True, recursive=True))
+    return sorted(info.path for info in found if info.type == pafs.FileType.File)
 
 
 def _s3(url: str) -> tuple[str, pafs.FileSystem]:

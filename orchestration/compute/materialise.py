@@ -16,6 +16,7 @@ from infra.postgres import engine_for
 from orchestration.compute.lake import Lake, duck
 from orchestration.compute.measures import against_day_before, measure_snapshot
 from orchestration.compute.online import ensure_online_tables
+from orchestration.compute.tombstones import COUNT_ERASURES, ERASURE_LOCK, Overtaken, count_erasures
 from orchestration.compute.windows import snapshot_sql, tile_sql
 from schemas.checks import Measures
 from schemas.features import FeatureView
@@ -68,8 +69,23 @@ def ensure_view_tables(url: str) -> None:
 def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: Lake) -> list[PartitionReport]:
     """Build the partitions `first` to `last` of `view` from the lake and replace them in Postgres.
 
-    One transaction: all of these partitions and their ledger rows, or none. Repeating it gives the same rows.
+    One transaction: all of these partitions and their ledger rows, or none. Repeating it gives the same rows. If
+    somebody is forgotten meanwhile, it begins again from the lake without them.
     """
+    while True:
+        with psycopg.connect(url) as connection:
+            seen = count_erasures(connection)
+        try:
+            return _build(view, first, last, url, lake, seen)
+        except Exception:
+            # A file of the lake that was erased under our hands, or Overtaken.
+            with psycopg.connect(url) as connection:
+                if count_erasures(connection) == seen:
+                    raise
+
+
+def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, seen: int) -> list[PartitionReport]:
+    """`materialise`, as long as there have been no more than `seen` erasures; else it raises."""
     with psycopg.connect(url) as connection:
         # The earliest day that the first partition's longest window covers: a file before it must not matter.
         events = lake.events(connection, first - timedelta(days=view.max_window_days - 1), last)
@@ -94,6 +110,10 @@ def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: L
             f"SELECT {columns} FROM snapshot ORDER BY partition_date, {', '.join(view.entity.keys)}"
         ).to_arrow_reader(65_536)
         with adbc_driver_postgresql.dbapi.connect(url) as adbc, adbc.cursor() as cursor:
+            cursor.execute(f"SELECT pg_advisory_xact_lock_shared({ERASURE_LOCK})")
+            cursor.execute(COUNT_ERASURES)
+            if cursor.fetchone() != (seen,):
+                raise Overtaken(f"somebody was forgotten while {view.name} was built; build it again")
             # Two runs of one view wait for each other; different views do not.
             cursor.execute("SELECT pg_advisory_xact_lock(hashtext('features.' || $1))", (view.name,))
             cursor.execute(
@@ -104,7 +124,7 @@ def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: L
                 "INSERT INTO feature_ledger (view, partition_date, definition_hash, engine, rows, events) "
                 "VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (view, partition_date) DO UPDATE SET "
                 "definition_hash = excluded.definition_hash, engine = excluded.engine, rows = excluded.rows, "
-                "events = excluded.events, built_at = now()",
+                "events = excluded.events, built_at = now(), stale_at = NULL",
                 [
                     (view.name, report.partition_date, view.definition_hash, ENGINE, report.rows, report.events)
                     for report in reports

@@ -9,7 +9,7 @@ from typing import Any
 import psycopg
 
 from schemas import online_sql
-from schemas.features import FeatureView
+from schemas.features import Entity, FeatureView
 
 
 def ensure_online_tables(connection: psycopg.Connection[Any]) -> None:
@@ -21,9 +21,7 @@ def ensure_online_tables(connection: psycopg.Connection[Any]) -> None:
     for entity in online_sql.entities():
         rows, tiles = online_sql.tables_sql(entity)
         if _renew(connection, online_sql.tiles_table(entity), tiles):
-            since = tiles_since(datetime.now(UTC))
-            events = f"(SELECT * FROM recent_events WHERE occurred_at >= '{since.isoformat()}')"
-            connection.execute(online_sql.add_to_tiles_sql(entity, events))
+            _count_tiles(connection, entity, datetime.now(UTC))
         if _renew(connection, online_sql.rows_table(entity), rows):
             for view in online_sql.views_of(entity):
                 newest = newest_partition(connection, view)
@@ -46,10 +44,26 @@ def tiles_since(now: datetime) -> datetime:
     return midnight - timedelta(days=online_sql.KEPT_DAYS)
 
 
+def count_tiles_again(connection: psycopg.Connection[Any], now: datetime) -> None:
+    """Make the tiles in which people are added up from the recent events again: somebody's were taken away.
+
+    The caller holds the lock on `event_keys` that keeps new events out meanwhile.
+    """
+    for entity in online_sql.entities():
+        if "user_id" not in entity.keys:
+            connection.execute(f"DELETE FROM {online_sql.tiles_table(entity)}")
+            _count_tiles(connection, entity, now)
+
+
 def trim_tiles(connection: psycopg.Connection[Any], now: datetime) -> None:
     """Drop the tiles of days that no read reaches any more."""
     for entity in online_sql.entities():
         connection.execute(f"DELETE FROM {online_sql.tiles_table(entity)} WHERE day < %s", (tiles_since(now).date(),))
+
+
+def _count_tiles(connection: psycopg.Connection[Any], entity: Entity, now: datetime) -> None:
+    events = f"(SELECT * FROM recent_events WHERE occurred_at >= '{tiles_since(now).isoformat()}')"
+    connection.execute(online_sql.add_to_tiles_sql(entity, events))
 
 
 def _renew(connection: psycopg.Connection[Any], table: str, create: str) -> bool:

@@ -20,6 +20,7 @@ from orchestration.compute.lake import Lake
 from orchestration.compute.mining import recent_rows
 from orchestration.compute.point_in_time import PointInTime
 from orchestration.compute.slates import Slates
+from orchestration.compute.tombstones import count_erasures, no_erasure_since
 from schemas.errors import DefinitionError
 from schemas.views import CONTEXT_VIEWS, context_features
 
@@ -68,7 +69,8 @@ def learning_split(lake: Lake, connection: psycopg.Connection[Any]) -> Split:
 
 
 def build_training_set(lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str) -> TrainingSetReport:
-    """Write the training set of the lake as it stands."""
+    """Write the training set of the lake as it stands. Raises Overtaken if somebody is forgotten meanwhile."""
+    seen = count_erasures(connection)
     split = learning_split(lake, connection)
     rows = recent_rows(split.train)
     with PointInTime(lake, connection) as ask:
@@ -85,7 +87,8 @@ def build_training_set(lake: Lake, connection: psycopg.Connection[Any], artifact
     ).replace_schema_metadata({"version": _version(split.train), "features": ",".join(context_features())})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    artifacts.put(artifacts_url, PATH, buffer.getvalue())
+    with no_erasure_since(connection, seen):
+        artifacts.put(artifacts_url, PATH, buffer.getvalue())
     people = len(np.unique(split.train.user[rows]))
     return TrainingSetReport(len(rows), people, float(1 - mask.mean()), buffer.tell(), _version(split.train))
 

@@ -53,7 +53,12 @@ def test_a_release_lies_behind_gate_and_vectors(specs: dict[str, dg.AssetSpec]) 
 def test_the_location_resolves_with_its_jobs_and_schedules() -> None:
     defs = build_definitions()
     dg.Definitions.validate_loadable(defs)
-    assert {job.name for job in defs.resolve_all_job_defs()} >= {"daily_features", "catalogue", "training"}
+    assert {job.name for job in defs.resolve_all_job_defs()} >= {
+        "daily_features",
+        "catalogue",
+        "training",
+        "forget_person",
+    }
 
 
 def test_an_unknown_asset_is_named() -> None:
