@@ -7,7 +7,7 @@ PORT ?= 8080
 DATA ?=
 USER_ID ?=
 .DEFAULT_GOAL := help
-.PHONY: help install run ui serve forget explain test check format pictures clean
+.PHONY: help install run ui serve forget explain test check bench-gpu format pictures clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ check: install ## format, lint, types, import contracts, Dagster definitions
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@VIRTUAL_ENV=$(abspath $(VENV)) LARDER_HOME=$(abspath $(VENV))/no-deployment $(BIN)/dg check defs
+
+bench-gpu: install ## the ranker on an NVIDIA GPU against PyTorch and the card's ceilings; writes tests/benchmarks/results/
+	@$(BIN)/python -W ignore -m tests.benchmarks.bench_gpu
 
 format: install ## format the code and apply safe fixes
 	@$(BIN)/ruff format .

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.store import SOURCES, History
+from inference.candidates import SOURCES
+from inference.store import History
 
 MOST_REASONS = 3
 LIKE_ENOUGH = 0.3

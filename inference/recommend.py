@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from inference import explain, rerank
 from inference.assemble import crossed, finish, history_gaps
+from inference.candidates import Candidates, Filters
 from inference.encoder import TextEncoder
+from inference.live import Columns
 from inference.ranker import Ranker
-from inference.store import Candidates, Champion, Columns, Filters, History, PersonRow, Store
+from inference.store import Champion, History, PersonRow, Store
 from inference.telemetry import span
 from schemas import prompts
 from schemas.errors import ArtifactError, Unavailable
@@ -99,7 +101,7 @@ class Recommender:
         at = request.at or self.now()
         degraded: list[str] = []
         with steps.step("read"):
-            person = self.store.read_person(request.user_id, at, _left_ms(end))
+            person = self.store.read_person(request.user_id, at, _left_ms(end), live=request.at is None)
         wish_text = self._encode_wish(request.prompt, degraded, steps)
         ranker = self._ranker(person.champion, degraded)
         asked = _Asked(request, at, person, wish_text)
@@ -152,6 +154,7 @@ class Recommender:
                 wish_text=asked.wish_text,
                 recent=asked.recent(),
                 given=asked.request.candidates,
+                live=asked.request.at is None,
             )
         place = np.arange(len(candidates), 0, -1, dtype=np.float32) / max(len(candidates), 1)
         return candidates, (candidates.evidence + place * 1e-3 + candidates.wish * WISH_WEIGHT).astype(np.float32)
@@ -180,6 +183,7 @@ class Recommender:
                 wish_text=asked.wish_text,
                 recent=asked.recent(),
                 given=asked.request.candidates,
+                live=asked.request.at is None,
             )
         if not len(candidates):
             return candidates, np.zeros(0, np.float32)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 from inference import artifacts
+from inference.candidates import Filters
 from inference.encoder import TextEncoder
 from inference.ranker import Ranker
 from inference.recommend import FLOOR_VERSION, Recommender
 from inference.settings import Settings, read_settings
-from inference.store import Champion, Filters, Store
+from inference.store import Champion, Store
 from schemas import prompts
 from schemas.errors import ArtifactError, LarderError, RequestError, Unavailable
 from schemas.manifest import CHAMPION_POINTER, ENCODER_PATH, POPULAR_ITEMS

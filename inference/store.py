@@ -9,51 +9,34 @@ import json
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from dataclasses import dataclass, field, replace
+from datetime import date, datetime
 from functools import cache
-from importlib import resources
 from typing import Any
 
 import numpy as np
 import psycopg
 from numpy.typing import NDArray
 
+from inference.candidates import Candidates, Filters, candidates_of, candidates_sql
+from inference.live import HEAD_MOST, Columns, live_columns, snapshot_columns, utc_day
+from inference.sql_files import half_vectors, statement, vector_literal
 from inference.telemetry import span
+from schemas import online_sql
 from schemas.errors import Unavailable
 from schemas.feature_sql import read_sql
-from schemas.features import FeatureView
+from schemas.features import Entity, FeatureView
 from schemas.ranker import MAX_HISTORY
-from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS, CROSS_VIEWS, VIEWS
+from schemas.views import CONTEXT_VIEWS, CROSS_VIEWS
 
-SOURCES: dict[str, int] = {"user_vector": 1, "wish": 2, "co_visitation": 4, "trending": 8, "fresh": 16, "given": 32}
-_HEAD_MOST = timedelta(days=max(view.ttl_days for view in VIEWS))
-"""How far back the events since a snapshot can reach: an older snapshot is not read."""
 _NEVER = 1 << 30
 """Executions before psycopg prepares a statement by itself."""
 _CONNECT_SECONDS = 2
+_SHOWN_PERSON = "user_id = %(user_id)s AND NOT EXISTS (SELECT FROM erasure_requests AS q WHERE q.user_id = %(user_id)s)"
+"""Who asked to be forgotten reads as unknown from that moment on."""
 _PLAN_ONCE = "SET LOCAL plan_cache_mode = force_generic_plan"
 """A request's statements have one good plan each, whatever their parameters. Making it for every request, over every
 day's partition of the recent events, takes longer than running it."""
-
-
-@cache
-def statement(name: str) -> str:
-    """The SQL in `inference/sql/<name>.sql`."""
-    return (resources.files("inference") / "sql" / f"{name}.sql").read_text(encoding="utf-8")
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """States of one view for n entities: keys, one float64 `(n,)` array per snapshot column, and the reads' anchors.
-
-    `settled` is False where no partition of the view is fit to be read.
-    """
-
-    keys: list[tuple[str, ...]]
-    states: dict[str, NDArray[np.float64]]
-    as_of: NDArray[np.float64]
-    settled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,58 +67,6 @@ class PersonRow:
     champion: Champion | None
     history: History
     views: dict[str, Columns]
-
-
-@dataclass(frozen=True, slots=True)
-class Filters:
-    """Conditions on candidates; `categories` None means any."""
-
-    exclude: Sequence[str] = ()
-    categories: Sequence[str] | None = None
-    exclude_categories: Sequence[str] = ()
-
-    def not_excluded(self, item_id: str) -> str:
-        """The condition that the column `item_id` is none of those left out."""
-        # In a plan made for any array, `<> ALL` walks the array for each row; this becomes one hash table.
-        return f"{item_id} NOT IN (SELECT unnest(%(exclude)s::text[]))" if self.exclude else "true"
-
-    def allowed(self, item: str) -> str:
-        """The conditions on the row `item` of `items`: those in use alone, as each is weighed for every row."""
-        conditions = [f"({item}.available_at IS NULL OR {item}.available_at <= %(at)s)"]
-        if self.exclude:
-            conditions.append(self.not_excluded(f"{item}.item_id"))
-        if self.categories is not None:
-            conditions.append(f"{item}.categories && %(categories)s::text[]")
-        if self.exclude_categories:
-            conditions.append(f"NOT {item}.categories && %(exclude_categories)s::text[]")
-        return " AND ".join(conditions)
-
-    def parameters(self) -> dict[str, object]:
-        """The values that the conditions name."""
-        return {
-            "exclude": list(self.exclude),
-            "categories": None if self.categories is None else list(self.categories),
-            "exclude_categories": list(self.exclude_categories),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """n candidates: parallel sequences; `vectors (n, d) float32` with zeros where an item has none yet,
-    `wish (n,)` the cosine of its text and the wish's."""
-
-    item_ids: list[str]
-    titles: list[str]
-    categories: list[list[str]]
-    sources: NDArray[np.int64]
-    evidence: NDArray[np.float64]
-    vectors: NDArray[np.float32]
-    has_vector: NDArray[np.bool_]
-    wish: NDArray[np.float32]
-    features: Columns
-
-    def __len__(self) -> int:
-        return len(self.item_ids)
 
 
 @dataclass(slots=True)
@@ -192,11 +123,19 @@ class Store:
 
     # --- one round trip each -------------------------------------------------------------------------------------
 
-    def read_person(self, user_id: str, at: datetime, timeout_ms: int) -> PersonRow:
-        """Champion, newest events with their item vectors, and the person's feature views, as of `at`."""
-        parameters = {"user_id": user_id, "at": at, "head_since": at - _HEAD_MOST, "limit": MAX_HISTORY}
+    def read_person(self, user_id: str, at: datetime, timeout_ms: int, *, live: bool = False) -> PersonRow:
+        """Champion, newest events with their item vectors, and the person's feature views, as of `at`.
+
+        `live` says that `at` is the present: features then come packed, with all that happened until now. Without it
+        they come from daily snapshots and single events, which know what was before any instant.
+        """
+        today = utc_day(at)
+        parameters = {"user_id": user_id, "at": at, "limit": MAX_HISTORY}
+        parameters |= {"today": today} if live else {"head_since": at - HEAD_MOST}
         views = (*CONTEXT_VIEWS, *CROSS_VIEWS)
-        with self.connection() as connection, span("db read_person", kind="client", attributes=_db(4 + len(views))):
+        entities = online_sql.entities(views)
+        reads = [_entity_sql(entity) for entity in entities] if live else [_person_sql(view) for view in views]
+        with self.connection() as connection, span("db read_person", kind="client", attributes=_db(4 + len(reads))):
             with connection.pipeline():
                 _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
                 _execute(connection, _PLAN_ONCE, None)
@@ -205,7 +144,7 @@ class Store:
                     for sql in (
                         statement("read_champion"),
                         statement("read_history"),
-                        *(_person_sql(view) for view in views),
+                        *reads,
                     )
                 ]
             rows = [cursor.fetchall() for cursor in cursors]
@@ -222,7 +161,9 @@ class Store:
                 np.array([row[3] for row in history], np.float64),
                 [None if row[4] is None else next(vectors) for row in history],
             ),
-            {view.name: _columns(view, result) for view, result in zip(views, rows[2:], strict=True)},
+            _live(entities, rows[2:], today)
+            if live
+            else {view.name: snapshot_columns(view, result) for view, result in zip(views, rows[2:], strict=True)},
         )
 
     def pick_candidates(
@@ -238,61 +179,31 @@ class Store:
         wish_text: NDArray[np.float32] | None = None,
         recent: Sequence[str] = (),
         given: Sequence[str] | None = None,
+        live: bool = False,
     ) -> Candidates:
         """Candidates with titles, vectors and features, at most `limit`, from the sources that apply.
 
-        `user_vector (d,)` searches the champion's item vectors, `wish_text (384,)` the text vectors; `recent` are the person's last items, newest first; `given` replaces all sources.
+        `user_vector (d,)` searches the champion's item vectors, `wish_text (384,)` the text vectors; `recent` are the person's last items, newest first; `given` replaces all sources; `live` as in `read_person`.
         """
-        sources, parameters = _sources(
-            filters,
-            limit,
-            champion,
-            dim,
-            user_vector,
-            wish_text,
-            list(recent),
-            None if given is None else list(given),
-        )
-        (view,) = CANDIDATE_VIEWS
-        names = [name for name, _, _ in view.columns]
-        sql = statement("pick_candidates").format(
-            allowed=filters.allowed("i"),
+        sql, parameters = candidates_sql(
+            at=at,
+            filters=filters,
             limit=limit,
-            sources="\n    UNION ALL ".join(sources),
-            features=read_sql(view, "item_id IN (SELECT item_id FROM merged)"),
-            vector="v.vector" if champion else "NULL",
-            vector_join="LEFT JOIN item_vectors AS v ON v.item_id = m.item_id AND v.model_version = %(champion)s"
-            if champion
-            else "",
-            wish="NULL" if wish_text is None else "1 - (t.vector <=> %(wish_text)s::vector)",
-            wish_join="" if wish_text is None else "LEFT JOIN text_vectors AS t ON t.item_id = m.item_id",
-            columns=", ".join(f"f.{name}" for name in ("as_of", "settled_at", *names)),
+            champion=champion,
+            dim=dim,
+            user_vector=user_vector,
+            wish_text=wish_text,
+            recent=list(recent),
+            given=None if given is None else list(given),
+            live=live,
         )
-        parameters |= {"at": at, "head_since": at - _HEAD_MOST, **filters.parameters()}
-        if wish_text is not None:
-            parameters["wish_text"] = _literal(wish_text)
         with self.connection() as connection, span("db pick_candidates", kind="client", attributes=_db(3)):
             with connection.pipeline():
                 _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
                 _execute(connection, _PLAN_ONCE, None)
                 cursor = _execute(connection, sql, parameters, prepare=True)
             rows = cursor.fetchall()
-        raw = [row[5] for row in rows]
-        has_vector = np.array([value is not None for value in raw], bool)
-        vectors = np.zeros((len(rows), dim), np.float32)
-        if has_vector.any():
-            vectors[has_vector] = half_vectors([value for value in raw if value is not None])
-        return Candidates(
-            [row[0] for row in rows],
-            [row[3] for row in rows],
-            [row[4] for row in rows],
-            np.array([row[1] for row in rows], np.int64),
-            np.array([row[2] for row in rows], np.float64),
-            vectors,
-            has_vector,
-            np.array([row[6] or 0.0 for row in rows], np.float32),
-            _columns(view, [(row[0], *row[7:]) for row in rows]),
-        )
+        return candidates_of(rows, dim, utc_day(at) if live else None)
 
     def similar(
         self,
@@ -305,13 +216,14 @@ class Store:
         timeout_ms: int,
     ) -> list[tuple[str, str, float]] | None:
         """`(item_id, title, cosine)` of the k nearest items by text; None if the anchor item has no vector."""
-        parameters: dict[str, object] = {"at": at, "k": k, "item_id": item_id, **filters.parameters()}
         if item_id is not None:
             query = "(SELECT vector FROM text_vectors WHERE item_id = %(item_id)s)"
-            parameters["exclude"] = [*filters.exclude, item_id]
+            filters = replace(filters, exclude=[*filters.exclude, item_id])
         else:
             query = "%(text)s::vector"
-            parameters["text"] = _literal(text)
+        parameters: dict[str, object] = {"at": at, "k": k, "item_id": item_id, **filters.parameters()}
+        if item_id is None:
+            parameters["text"] = vector_literal(text)
         with self.connection() as connection, span("db similar", kind="client", attributes=_db(3)):
             with connection.pipeline():
                 _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
@@ -329,7 +241,7 @@ class Store:
         with self.connection() as connection, span("db accept_events", kind="client", attributes=_db(3)):
             with connection.pipeline():
                 _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
-                stored = _execute(connection, statement("accept_events"), {"events": json.dumps(events)})
+                stored = _execute(connection, _accept_events_sql(), {"events": json.dumps(events)})
                 _execute(connection, statement("trim_history"), {"user_ids": people, "keep": MAX_HISTORY})
             return {row[0] for row in stored.fetchall()}
 
@@ -342,13 +254,6 @@ class Store:
         return Champion(*row) if row else None
 
 
-def half_vectors(raw: Sequence[bytes]) -> NDArray[np.float32]:
-    """`(n, d)`: pgvector halfvecs as Postgres sends them in binary: int16 dimension, int16 unused, big-endian float16s."""
-    if not raw:
-        return np.zeros((0, 0), np.float32)
-    return np.frombuffer(b"".join(raw), ">f2").reshape(len(raw), -1)[:, 2:].astype(np.float32)
-
-
 def _execute(
     connection: psycopg.Connection[Any], sql: str, parameters: dict[str, Any] | None, *, prepare: bool = False
 ) -> psycopg.Cursor[Any]:
@@ -356,101 +261,28 @@ def _execute(
     return connection.cursor(binary=True).execute(sql, parameters, prepare=prepare)
 
 
+def _live(entities: Sequence[Entity], results: Sequence[Sequence[tuple[Any, ...]]], today: date) -> dict[str, Columns]:
+    return {
+        name: columns
+        for entity, rows in zip(entities, results, strict=True)
+        for name, columns in live_columns(entity, rows, today, len(entity.keys)).items()
+    }
+
+
+@cache
+def _accept_events_sql() -> str:
+    since = f"date_trunc('day', now(), 'UTC') - INTERVAL '{online_sql.KEPT_DAYS} days'"
+    return statement("accept_events").format(tiles=online_sql.tile_steps_sql("stored", since))
+
+
+@cache
+def _entity_sql(entity: Entity) -> str:
+    return online_sql.read_entity_sql(entity, _SHOWN_PERSON)
+
+
 @cache
 def _person_sql(view: FeatureView) -> str:
-    asked = "(SELECT FROM erasure_requests AS r WHERE r.user_id = %(user_id)s)"
-    return read_sql(view, f"user_id = %(user_id)s AND NOT EXISTS {asked}")
-
-
-def _columns(view: FeatureView, rows: Sequence[tuple[Any, ...]]) -> Columns:
-    """Rows of `read_sql`: keys, as_of, settled_at, then the states; NULL becomes NaN."""
-    width = 1 if view in CANDIDATE_VIEWS else len(view.entity.keys)
-    names = [name for name, _, _ in view.columns]
-    settled = any(row[width + 1] is not None for row in rows)
-    rows = [row for row in rows if row[0] is not None]
-    block = np.array([row[width:] for row in rows], np.float64).reshape(len(rows), 2 + len(names))
-    return Columns(
-        [row[:width] for row in rows],
-        {name: block[:, 2 + index] for index, name in enumerate(names)},
-        block[:, 0],
-        settled,
-    )
-
-
-def _literal(vector: NDArray[np.float32] | None) -> str:
-    assert vector is not None
-    return "[" + ",".join(f"{value:.7g}" for value in vector.tolist()) + "]"
-
-
-def _sources(
-    filters: Filters,
-    limit: int,
-    champion: str | None,
-    dim: int,
-    user_vector: NDArray[np.float32] | None,
-    wish_text: NDArray[np.float32] | None,
-    recent: list[str],
-    given: list[str] | None,
-) -> tuple[list[str], dict[str, Any]]:
-    """The sub-selects that pick candidates `(item_id, source, place, evidence)`, and their parameters."""
-    if given is not None:
-        # Without a model these are put in order by the same evidence as the floor's own candidates.
-        sql = (
-            f"(SELECT g.item_id, {SOURCES['given']} AS source, coalesce(min(p.rank), 100000 + min(g.place)) AS place, "
-            "coalesce(sum(c.score / sqrt(r.place)), 0) AS evidence "
-            "FROM unnest(%(given)s::text[]) WITH ORDINALITY AS g (item_id, place) "
-            "LEFT JOIN popular_items AS p ON p.list = 'trending' AND p.item_id = g.item_id "
-            "LEFT JOIN (unnest(%(recent)s::text[]) WITH ORDINALITY AS r (item_id, place) "
-            "JOIN co_visitation AS c ON c.item_id = r.item_id) ON c.neighbour_id = g.item_id "
-            "WHERE g.item_id IN (SELECT item_id FROM allowed) GROUP BY g.item_id)"
-        )
-        return [sql], {"given": given, "champion": champion, "recent": recent}
-    picked: list[str] = []
-    parameters: dict[str, Any] = {"champion": champion, "recent": recent}
-    # Written into the statement: a plan made for any limit expects far fewer rows than these.
-    share, part, few = limit // 2, limit // 3, limit // 10
-    # The lists hold items that were there when they were made: only a filter by category has to look at the items first.
-    by_category = filters.categories is not None or bool(filters.exclude_categories)
-    listed = "{0} IN (SELECT item_id FROM allowed)" if by_category else filters.not_excluded("{0}")
-    typed = f"v.vector::halfvec({dim})"
-    ann = (
-        "(SELECT item_id, {bit} AS source, row_number() OVER (ORDER BY distance, item_id) AS place, 0::float8 AS evidence "
-        "FROM (SELECT v.item_id, {distance} AS distance FROM {table} AS v WHERE {where} v.item_id IN (SELECT item_id FROM allowed) "
-        "ORDER BY distance LIMIT {limit}) AS nearest)"
-    )
-    if champion is not None and user_vector is not None:
-        parameters["user_vector"] = _literal(user_vector)
-        distance = f"({typed} <#> %(user_vector)s::halfvec({dim}))"
-        picked.append(
-            ann.format(
-                bit=SOURCES["user_vector"], distance=distance, table="item_vectors", limit=share,
-                where="v.model_version = %(champion)s AND",
-            )
-        )  # fmt: skip
-    if wish_text is not None:
-        picked.append(
-            ann.format(
-                bit=SOURCES["wish"],
-                distance="(v.vector <=> %(wish_text)s::vector)",
-                table="text_vectors",
-                limit=part,
-                where="",
-            )
-        )
-    if recent:
-        picked.append(
-            f"(SELECT item_id, {SOURCES['co_visitation']} AS source, row_number() OVER (ORDER BY evidence DESC, item_id) AS place, "
-            "evidence FROM (SELECT c.neighbour_id AS item_id, sum(c.score / sqrt(r.place)) AS evidence "
-            "FROM unnest(%(recent)s::text[]) WITH ORDINALITY AS r (item_id, place) JOIN co_visitation AS c ON c.item_id = r.item_id "
-            f"WHERE {listed.format('c.neighbour_id')} GROUP BY 1 ORDER BY evidence DESC LIMIT {part}) AS visited)"
-        )
-    for name, size in (("trending", part), ("fresh", few)):
-        picked.append(
-            f"(SELECT p.item_id, {SOURCES[name]} AS source, row_number() OVER (ORDER BY p.rank) AS place, 0::float8 AS evidence "
-            f"FROM popular_items AS p WHERE p.list = '{name}' AND {listed.format('p.item_id')} "
-            f"ORDER BY p.rank LIMIT {size})"
-        )
-    return picked, parameters
+    return read_sql(view, _SHOWN_PERSON)
 
 
 def _db(statements: int) -> dict[str, str | int]:

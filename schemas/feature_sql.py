@@ -6,16 +6,16 @@ which decayed states are weighed: the midnight (UTC) that began the read's day.
 
 from __future__ import annotations
 
-from schemas.features import FeatureView, Merge, State
+from schemas.features import Entity, FeatureView, Merge, State
 
 _DAY_SECONDS = 86_400
 
 
-def base_sql(view: FeatureView, events: str = "events", where: str = "") -> str:
+def base_sql(entity: Entity, events: str = "events", where: str = "") -> str:
     """One row per event and entity key, with the event columns that states use."""
-    keys = ", ".join(f"c.{key}" if key == "category" else f"e.{key}" for key in view.entity.keys)
+    keys = ", ".join(f"c.{key}" if key == "category" else f"e.{key}" for key in entity.keys)
     categories = ""
-    if view.by_category:
+    if entity.by_category:
         categories = " JOIN (SELECT item_id, unnest(categories) AS category FROM items) AS c ON c.item_id = e.item_id"
     filtered = f" WHERE {where}" if where else ""
     return f"SELECT {keys}, e.kind, e.value, e.occurred_at, e.known_at FROM {events} AS e{categories}{filtered}"
@@ -68,12 +68,12 @@ def read_sql(view: FeatureView, entities: str, at: str = "%(at)s") -> str:
         for column, state, window in view.columns
     )
     merged = ", ".join(
-        f"CAST({_seconds(state, merged_sql(state, _aged(state, column), f'h.{column}'))} AS DOUBLE PRECISION) AS {column}"
-        for column, state, _ in view.columns
+        f"CAST({_seconds(state, merged_sql(state, _aged(view, state, column, window), f'h.{column}'))} AS DOUBLE PRECISION) AS {column}"
+        for column, state, window in view.columns
     )
     names = ", ".join(name for name, _, _ in view.columns)
     base = base_sql(
-        view,
+        view.entity,
         "recent_events",
         # The second bound follows from the first and is there for the planner: a value, not a query's result, lets it
         # forget the partitions of other days before it weighs any plan.
@@ -108,14 +108,22 @@ def _left_edge(window_days: int) -> str:
     return f"(SELECT midnight - INTERVAL '{window_days} days' FROM edge)"
 
 
-def _aged(state: State, column: str) -> str:
-    """A decayed snapshot weighed again at the read's midnight, should the newest snapshot be older."""
-    if state.merge is not Merge.DECAY:
-        return f"s.{column}"
-    late = "CAST(EXTRACT(EPOCH FROM (SELECT midnight - settled FROM edge)) AS DOUBLE PRECISION)"
-    return (
-        f"(s.{column} * POWER(CAST(2 AS DOUBLE PRECISION), -{late} / {(state.half_life_days or 1) * _DAY_SECONDS:.1f}))"
-    )
+def _aged(view: FeatureView, state: State, column: str, window_days: int) -> str:
+    """A snapshot's state for a read that comes late, the newest snapshot being days old.
+
+    Decayed states are weighed again. A window that began after the snapshot ended has nothing of it; longer ones keep
+    what should have left them meanwhile: nobody can take it out of a sum.
+    """
+    if state.merge is Merge.DECAY:
+        late = "CAST(EXTRACT(EPOCH FROM (SELECT midnight - settled FROM edge)) AS DOUBLE PRECISION)"
+        half_life = (state.half_life_days or 1) * _DAY_SECONDS
+        held = f"(s.{column} * POWER(CAST(2 AS DOUBLE PRECISION), -{late} / {half_life:.1f}))"
+    else:
+        held = f"s.{column}"
+    if window_days >= view.ttl_days:
+        return held
+    nothing = "0" if state.is_count or state.merge is Merge.DECAY else "NULL"
+    return f"CASE WHEN (SELECT settled FROM edge) <= {_left_edge(window_days)} THEN {nothing} ELSE {held} END"
 
 
 def _seconds(state: State, sql: str) -> str:

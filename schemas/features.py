@@ -28,6 +28,8 @@ class Merge(StrEnum):
     SUM = "sum"
     MIN = "min"
     MAX = "max"
+    DAYS = "days"
+    """A sum of ones, one for each day with an event: two parts of the same day are one day."""
     DECAY = "decay"
     """A sum whose parts lose half their weight every `half_life_days`."""
 
@@ -44,6 +46,11 @@ class State:
     merge: Merge
     sql: str
     half_life_days: float | None = None
+
+    @property
+    def is_count(self) -> bool:
+        """True if the state is a whole number that is 0, not missing, where there is nothing to count."""
+        return self.merge is Merge.DAYS or (self.merge is Merge.SUM and self.sql.startswith("COUNT"))
 
 
 class Transform(StrEnum):
@@ -75,6 +82,11 @@ class Entity:
 
     name: str
     keys: tuple[str, ...]
+
+    @property
+    def by_category(self) -> bool:
+        """True if an event counts once for each category of its item."""
+        return "category" in self.keys
 
 
 USER = Entity("user", ("user_id",))
@@ -118,11 +130,6 @@ class FeatureView:
             raise DefinitionError(
                 f"view {self.name!r} has a ttl of {self.ttl_days} days; it must cover its head: 1 or more"
             )
-
-    @property
-    def by_category(self) -> bool:
-        """True if events are counted once per category of their item."""
-        return "category" in self.entity.keys
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -222,7 +229,7 @@ def rate(name: str, window_days: int, *, where: str, state: str, of: str = "valu
 
 def active_days(name: str, window_days: int) -> Feature:
     """Calendar days (UTC) with at least one event."""
-    state = State("days", Merge.SUM, "COUNT(DISTINCT CAST(occurred_at AS DATE))")
+    state = State("days", Merge.DAYS, "COUNT(DISTINCT CAST(occurred_at AS DATE))")
     return Feature(name, window_days, (state,), "state", Transform.LOG1P, "days with an event in the window")
 
 

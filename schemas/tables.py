@@ -207,8 +207,7 @@ def view_table(view: FeatureView) -> Table:
     ]
     for name, state, _ in view.columns:
         is_instant = state.merge in of_merge and state.name.endswith("_at")
-        is_count = state.merge is Merge.SUM and state.sql.startswith("COUNT")
-        columns.append(Column(name, Instant if is_instant else BigInteger if is_count else Double))
+        columns.append(Column(name, Instant if is_instant else BigInteger if state.is_count else Double))
     return Table(view.name, MetaData(schema="features"), *columns, comment=view.description)
 
 

@@ -235,6 +235,17 @@ def test_filters_hold_for_every_item(road: Road) -> None:
     assert not any(name in categories[item["item_id"]] for item in none["items"])
 
 
+def test_an_item_is_not_similar_to_itself(road: Road) -> None:
+    with psycopg.connect(road.url) as connection:
+        row = connection.execute("SELECT item_id, categories FROM items ORDER BY item_id LIMIT 1").fetchone()
+    assert row is not None
+    plain = road.post("/similar", {"item_id": row[0], "k": 20})
+    filtered = road.post("/similar", {"item_id": row[0], "k": 20, "filters": {"exclude_categories": row[1]}})
+    for answer in (plain, filtered):
+        assert answer["items"]
+        assert row[0] not in [item["item_id"] for item in answer["items"]]
+
+
 def test_an_unknown_anchor_is_a_clear_404(road: Road) -> None:
     answer = road.post("/similar", {"item_id": "no-such-item"})
     assert answer["status"] == 404

@@ -1,4 +1,4 @@
--- Store events once each: key, recent event and history in one statement. Gives the ids that were new.
+-- Store events once each: key, recent event, history and tiles in one statement. Gives the ids that were new.
 -- An event from before its person was forgotten counts as a repeat, so that the sender learns nothing of it.
 WITH incoming AS (
     SELECT e.* FROM jsonb_to_recordset(%(events)s::jsonb) AS e (
@@ -15,9 +15,9 @@ WITH incoming AS (
     INSERT INTO recent_events (event_id, occurred_at, user_id, item_id, kind, value, request_id)
     SELECT DISTINCT ON (event_id) event_id, occurred_at, user_id, item_id, kind, value, request_id
     FROM incoming JOIN fresh USING (event_id) ORDER BY event_id
-    RETURNING event_id, occurred_at, user_id, item_id, kind, value
+    RETURNING event_id, occurred_at, user_id, item_id, kind, value, known_at
 ), history AS (
     INSERT INTO user_history (user_id, occurred_at, event_id, item_id, kind, value)
     SELECT user_id, occurred_at, event_id, item_id, kind, value FROM stored ON CONFLICT DO NOTHING
-)
+), {tiles}
 SELECT event_id FROM stored

@@ -9,14 +9,12 @@ WITH allowed AS NOT MATERIALIZED (
 ), merged AS MATERIALIZED (
     SELECT item_id, bit_or(source)::int AS sources, min(place) AS place, max(evidence) AS evidence
     FROM picked GROUP BY item_id ORDER BY min(place), item_id LIMIT {limit}
-), features AS (
-    {features}
-)
+), {features}
 SELECT m.item_id, m.sources, m.evidence, i.title, i.categories, {vector} AS vector, {wish} AS wish,
     {columns}
 FROM merged AS m
 JOIN items AS i ON i.item_id = m.item_id AND (i.available_at IS NULL OR i.available_at <= %(at)s)
 {vector_join}
 {wish_join}
-LEFT JOIN features AS f ON f.item_id = m.item_id
+{feature_joins}
 ORDER BY m.place, m.item_id

@@ -182,7 +182,7 @@ class _Lake:
             db.register("items", load_item_categories(connection))
             conditions = " AND ".join(f"{name} = ?" for name in named)
             source = "lake_events AS e"
-            if view.by_category:
+            if view.entity.by_category:
                 source += " JOIN (SELECT item_id AS of_item, unnest(categories) AS category FROM items) ON of_item = e.item_id"
             db.execute(
                 f"CREATE TEMP TABLE mine AS SELECT {_EVENT} FROM {source} "
@@ -256,7 +256,7 @@ def _head(
     """The recent events that a read merges into the snapshot, the newest first."""
     conditions = " AND ".join(f"{'c' if name == 'category' else 'e'}.{name} = %({name})s" for name in named)
     source = "recent_events AS e"
-    if view.by_category:
+    if view.entity.by_category:
         source += " JOIN (SELECT item_id, unnest(categories) AS category FROM items) AS c ON c.item_id = e.item_id"
     rows = connection.execute(
         f"SELECT {_EVENT} FROM {source} WHERE {conditions} AND e.occurred_at >= %(since)s AND e.occurred_at < %(at)s "

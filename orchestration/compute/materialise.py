@@ -15,10 +15,12 @@ from sqlalchemy.schema import CreateColumn, CreateTable
 
 from infra.postgres import engine_for
 from orchestration.compute.lake import Lake, duck
+from orchestration.compute.online import ensure_online_tables
 from orchestration.compute.tombstones import COUNT_ERASURES, ERASURE_LOCK, Overtaken, count_erasures
 from orchestration.compute.windows import snapshot_sql, tile_sql
 from schemas.errors import DefinitionError
 from schemas.features import FeatureView
+from schemas.online_sql import put_rows_sql
 from schemas.tables import view_table
 from schemas.views import VIEWS
 
@@ -70,6 +72,9 @@ def ensure_view_tables(url: str) -> None:
                 if column.name not in have:
                     definition = CreateColumn(column).compile(engine)
                     connection.exec_driver_sql(f"ALTER TABLE features.{view.name} ADD COLUMN {definition}")
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, psycopg.Connection)
+        ensure_online_tables(driver)
 
 
 def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: Lake) -> list[PartitionReport]:
@@ -131,6 +136,14 @@ def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, see
                     for report in reports
                 ],
             )
+            # The newest partition is what is read online; an older one changes nothing there.
+            cursor.execute(
+                "SELECT max(partition_date) FROM feature_ledger WHERE view = $1 AND definition_hash = $2",
+                (view.name, view.definition_hash),
+            )
+            if cursor.fetchone() == (last,):
+                for sql in put_rows_sql(view, f"'{last}'::date"):
+                    cursor.execute(sql)
             adbc.commit()
     return reports
 

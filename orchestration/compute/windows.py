@@ -22,9 +22,7 @@ def tile_sql(view: FeatureView, *, on_time: bool = False) -> str:
         for state in view.states
     )
     where = " WHERE CAST(known_at AS DATE) <= CAST(occurred_at AS DATE)" if on_time else ""
-    return (
-        f"SELECT {keys}, CAST(occurred_at AS DATE) AS day, {states} FROM ({base_sql(view)}){where} GROUP BY {keys}, day"
-    )
+    return f"SELECT {keys}, CAST(occurred_at AS DATE) AS day, {states} FROM ({base_sql(view.entity)}){where} GROUP BY {keys}, day"
 
 
 def merge_sql(state: State, condition: str, as_of_day: str) -> str:
@@ -35,8 +33,9 @@ def merge_sql(state: State, condition: str, as_of_day: str) -> str:
         age_days = f"({as_of_day} - t.day - 1)"
         weighed = f"{name} * POWER(CAST(2 AS DOUBLE), -{age_days} / {state.half_life_days:.6f})"
         return f"COALESCE(CAST(SUM(CAST({weighed} AS DECIMAL(38, 12))) FILTER (WHERE {condition}) AS DOUBLE), 0)"
-    merged = f"{state.merge.upper()}({name}) FILTER (WHERE {condition})"
-    if state.merge is Merge.SUM and state.sql.startswith("COUNT"):
+    function = "SUM" if state.merge is Merge.DAYS else state.merge.upper()
+    merged = f"{function}({name}) FILTER (WHERE {condition})"
+    if state.is_count:
         return f"COALESCE(CAST({merged} AS BIGINT), 0)"
     if state.merge is Merge.SUM:
         return f"CAST({merged} AS DOUBLE)"
@@ -89,7 +88,7 @@ def point_in_time_sql(view: FeatureView, labels: str = "labels", tiles: str = "t
             ON {matches.format(left="t", right="l")} AND t.day < l.day AND t.day >= l.day - {view.max_window_days}
             GROUP BY {", ".join(f"l.{key}" for key in keys)}, l.day
         ),
-        base AS (SELECT *, CAST(occurred_at AS DATE) AS day FROM ({base_sql(view)})),
+        base AS (SELECT *, CAST(occurred_at AS DATE) AS day FROM ({base_sql(view.entity)})),
         single AS (
             SELECT l.label_id, l.day, e.* EXCLUDE (day) FROM l JOIN base AS e ON {matches.format(left="e", right="l")}
             AND e.day = l.day AND e.occurred_at < l.read_at AND e.known_at <= l.read_at

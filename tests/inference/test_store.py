@@ -13,7 +13,8 @@ import psycopg
 import pytest
 from conftest import TODAY
 
-from inference.store import Filters, Store
+from inference.candidates import Filters
+from inference.store import Store
 from schemas.errors import Unavailable
 
 
@@ -86,14 +87,15 @@ def test_a_connection_that_died_is_replaced(store: Store, database: str) -> None
     assert store.ping(1000) is None
 
 
-def test_a_recommendation_takes_two_round_trips(database: str) -> None:
+@pytest.mark.parametrize("live", [True, False])
+def test_a_recommendation_takes_two_round_trips(database: str, live: bool) -> None:
     with counting_proxy(database) as (url, waits):
         store = Store(url)
         store.ping(1000)
         for _ in range(8):  # past the threshold at which statements become prepared
             before = len(waits)
-            store.read_person("u", TODAY, 1000)
-            store.pick_candidates(at=TODAY, filters=Filters(), limit=500, timeout_ms=1000, recent=["i"])
+            store.read_person("u", TODAY, 1000, live=live)
+            store.pick_candidates(at=TODAY, filters=Filters(), limit=500, timeout_ms=1000, recent=["i"], live=live)
             assert len(waits) - before == 2
         store.close()
 
@@ -109,7 +111,7 @@ def counting_proxy(url: str) -> Iterator[tuple[str, list[int]]]:
     def count(source: socket.socket, sink: socket.socket) -> None:
         stream, started = b"", False
         while data := source.recv(1 << 20):
-            sink.sendall(data)
+            # Counted before it is passed on: the answer may be back before this thread runs again.
             stream += data
             while len(stream) >= 5:
                 # The start-up message alone has no type byte before its length.
@@ -119,6 +121,7 @@ def counting_proxy(url: str) -> Iterator[tuple[str, list[int]]]:
                 if started and stream[:1] in b"SQ":
                     waits.append(size)
                 stream, started = stream[size:], True
+            sink.sendall(data)
         sink.shutdown(socket.SHUT_WR)
 
     def copy(source: socket.socket, sink: socket.socket) -> None:
@@ -130,12 +133,12 @@ def counting_proxy(url: str) -> Iterator[tuple[str, list[int]]]:
         server = socket.socket(socket.AF_UNIX)
         with client, server:
             server.connect(target)
-            back = threading.Thread(target=copy, args=(server, client))
+            back = threading.Thread(target=copy, args=(server, client), daemon=True)
             back.start()
             count(client, server)
             back.join()
 
-    threads.append(threading.Thread(target=serve))
+    threads.append(threading.Thread(target=serve, daemon=True))
     threads[0].start()
     parts = urlsplit(url)
     port = listener.getsockname()[1]

@@ -27,6 +27,7 @@ from orchestration.compute.lake import Lake
 from orchestration.compute.materialise import materialise
 from schemas.errors import LarderError, UnknownPerson
 from schemas.events import Event, Item, Person
+from schemas.online_sql import KEPT_DAYS
 from schemas.views import ITEM_ACTIVITY, VIEWS
 
 ANNA = "anna.o'hara@example.org"
@@ -67,12 +68,11 @@ def filled(database: str, lake: Lake, connection: psycopg.Connection) -> str:
     """The URL of a database that has been loaded, with every view's last ten partitions."""
     ingest(world(), lake, connection, now=NOW)
     connection.execute(
-        "CREATE SCHEMA online; CREATE TABLE online.user_rows (user_id text PRIMARY KEY, packed bytea); "
-        "CREATE TABLE online.item_rows (item_id text PRIMARY KEY, packed bytea); "
-        "CREATE TABLE online.seen (event_id text PRIMARY KEY, place int)"
+        "CREATE SCHEMA later; CREATE TABLE later.letters (user_id text, words text); "
+        "CREATE TABLE later.seen (event_id text PRIMARY KEY, place int)"
     )
-    connection.execute("INSERT INTO online.user_rows SELECT DISTINCT user_id, '\\x01'::bytea FROM user_history")
-    connection.execute("INSERT INTO online.seen SELECT event_id, 1 FROM recent_events")
+    connection.execute("INSERT INTO later.letters SELECT DISTINCT user_id, 'dear ' || user_id FROM user_history")
+    connection.execute("INSERT INTO later.seen SELECT event_id, 1 FROM recent_events")
     connection.commit()
     for view in VIEWS:
         materialise(view, YESTERDAY - timedelta(days=9), YESTERDAY, url=database, lake=lake)
@@ -133,8 +133,8 @@ def test_nothing_names_the_person_after_it_nor_after_a_repeated_load_and_a_backf
     assert receipt.finished
     for place, rows in held.items():
         assert receipt.removed[place] == rows, place
-    assert receipt.removed["online.user_rows"] == 1
-    assert receipt.removed["online.seen"] == receipt.removed["public.event_keys"] > 0
+    assert receipt.removed["later.letters"] == receipt.removed["online.user_rows"] == 1
+    assert receipt.removed["later.seen"] == receipt.removed["public.event_keys"] > 0
     assert sorted(path.name for path in (Path(artifacts.removeprefix("file://")) / "training").iterdir()) == [
         "other.parquet",
         "ranker.pt",
@@ -174,7 +174,8 @@ def test_a_posted_event_from_before_is_a_repeat_and_one_from_after_is_a_new_begi
     again = forget(ANNA, url=filled, lake=lake, artifacts_url=artifacts)
     assert again.forgotten_at > receipt.forgotten_at
     assert again.removed == {
-        "files deleted": 0, "public.event_keys": 1, "public.recent_events": 1, "public.user_history": 1
+        "files deleted": 0, "public.event_keys": 1, "public.recent_events": 1, "public.user_history": 1,
+        "online.user_tiles": 1, "online.user_category_tiles": 2,
     }  # fmt: skip
     assert store.accept_events([late], 5000) == set()
     store.close()
@@ -276,6 +277,24 @@ def test_partitions_that_counted_the_person_are_stale_until_rebuilt_and_served_m
             connection.execute("SELECT sum(rows) FROM lake_files WHERE day <= %s", (YESTERDAY,)).fetchone(),
         )
         assert item == lake_rows
+
+
+def test_what_was_counted_of_the_person_since_the_snapshots_is_counted_anew(
+    filled: str, lake: Lake, artifacts: str, connection: psycopg.Connection
+) -> None:
+    counted = (
+        "SELECT item_id, (occurred_at AT TIME ZONE 'UTC')::date AS day, count(*), sum(value::numeric(38, 6)) "
+        "FROM recent_events WHERE occurred_at >= %s GROUP BY 1, 2 ORDER BY 1, 2"
+    )
+    tiles = "SELECT item_id, day, n, value_sum FROM online.item_tiles WHERE day >= %s ORDER BY 1, 2"
+    since = days_ago(KEPT_DAYS)
+    before = connection.execute(tiles, (since.date(),)).fetchall()
+    assert before == connection.execute(counted, (since,)).fetchall()
+    connection.commit()
+    forget(ANNA, url=filled, lake=lake, artifacts_url=artifacts)
+    after = connection.execute(tiles, (since.date(),)).fetchall()
+    assert after == connection.execute(counted, (since,)).fetchall()
+    assert after != before
 
 
 @pytest.mark.parametrize("step", ["load_item_categories", "_reports"])

@@ -1,0 +1,218 @@
+"""Which items a request chooses from: the sources' SQL, the caller's filters, and the rows as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from inference.live import HEAD_MOST, Columns, live_columns, snapshot_columns, utc_day
+from inference.sql_files import half_vectors, statement, vector_literal
+from schemas import online_sql
+from schemas.feature_sql import read_sql
+from schemas.features import ITEM
+from schemas.views import CANDIDATE_VIEWS
+
+SOURCES: dict[str, int] = {"user_vector": 1, "wish": 2, "co_visitation": 4, "trending": 8, "fresh": 16, "given": 32}
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Conditions on candidates; `categories` None means any."""
+
+    exclude: Sequence[str] = ()
+    categories: Sequence[str] | None = None
+    exclude_categories: Sequence[str] = ()
+
+    def not_excluded(self, item_id: str) -> str:
+        """The condition that the column `item_id` is none of those left out."""
+        # In a plan made for any array, `<> ALL` walks the array for each row; this becomes one hash table.
+        return f"{item_id} NOT IN (SELECT unnest(%(exclude)s::text[]))" if self.exclude else "true"
+
+    def allowed(self, item: str) -> str:
+        """The conditions on the row `item` of `items`: those in use alone, as each is weighed for every row."""
+        conditions = [f"({item}.available_at IS NULL OR {item}.available_at <= %(at)s)"]
+        if self.exclude:
+            conditions.append(self.not_excluded(f"{item}.item_id"))
+        if self.categories is not None:
+            conditions.append(f"{item}.categories && %(categories)s::text[]")
+        if self.exclude_categories:
+            conditions.append(f"NOT {item}.categories && %(exclude_categories)s::text[]")
+        return " AND ".join(conditions)
+
+    def parameters(self) -> dict[str, object]:
+        """The values that the conditions name."""
+        return {
+            "exclude": list(self.exclude),
+            "categories": None if self.categories is None else list(self.categories),
+            "exclude_categories": list(self.exclude_categories),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """n candidates: parallel sequences; `vectors (n, d) float32` with zeros where an item has none yet,
+    `wish (n,)` the cosine of its text and the wish's."""
+
+    item_ids: list[str]
+    titles: list[str]
+    categories: list[list[str]]
+    sources: NDArray[np.int64]
+    evidence: NDArray[np.float64]
+    vectors: NDArray[np.float32]
+    has_vector: NDArray[np.bool_]
+    wish: NDArray[np.float32]
+    features: Columns
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+
+def candidates_sql(
+    *,
+    at: datetime,
+    filters: Filters,
+    limit: int,
+    champion: str | None,
+    dim: int,
+    user_vector: NDArray[np.float32] | None,
+    wish_text: NDArray[np.float32] | None,
+    recent: list[str],
+    given: list[str] | None,
+    live: bool,
+) -> tuple[str, dict[str, Any]]:
+    """The statement of `Store.pick_candidates` and its parameters; arguments as there."""
+    sources, parameters = _sources(filters, limit, champion, dim, user_vector, wish_text, recent, given)
+    (view,) = CANDIDATE_VIEWS
+    picked = "item_id IN (SELECT item_id FROM merged)"
+    if live:
+        features = f"edge AS MATERIALIZED ({online_sql.edge_sql([view])}), t AS ({online_sql.tiles_sql(ITEM, picked)})"
+        joins = (
+            f"LEFT JOIN {online_sql.rows_table(ITEM)} AS r ON r.item_id = m.item_id "
+            "LEFT JOIN t ON t.item_id = m.item_id CROSS JOIN edge"
+        )
+        columns = online_sql.outputs_sql(ITEM)
+        parameters["today"] = utc_day(at)
+    else:
+        features = f"features AS ({read_sql(view, picked)})"
+        joins = "LEFT JOIN features AS f ON f.item_id = m.item_id"
+        columns = ", ".join(f"f.{name}" for name in ("as_of", "settled_at", *(name for name, _, _ in view.columns)))
+        parameters["head_since"] = at - HEAD_MOST
+    vector, vector_join, wish, wish_join = "NULL", "", "NULL", ""
+    if champion is not None:
+        vector = "v.vector"
+        vector_join = "LEFT JOIN item_vectors AS v ON v.item_id = m.item_id AND v.model_version = %(champion)s"
+    if wish_text is not None:
+        wish = "1 - (w.vector <=> %(wish_text)s::vector)"
+        wish_join = "LEFT JOIN text_vectors AS w ON w.item_id = m.item_id"
+        parameters["wish_text"] = vector_literal(wish_text)
+    sql = statement("pick_candidates").format(
+        allowed=filters.allowed("i"),
+        limit=limit,
+        sources="\n    UNION ALL ".join(sources),
+        features=features,
+        feature_joins=joins,
+        vector=vector,
+        vector_join=vector_join,
+        wish=wish,
+        wish_join=wish_join,
+        columns=columns,
+    )
+    return sql, parameters | {"at": at, **filters.parameters()}
+
+
+def candidates_of(rows: Sequence[tuple[Any, ...]], dim: int, today: date | None) -> Candidates:
+    """Rows of `candidates_sql` as arrays; `today` is the day of a live read, None for one at an earlier instant."""
+    (view,) = CANDIDATE_VIEWS
+    raw = [row[5] for row in rows]
+    has_vector = np.array([value is not None for value in raw], bool)
+    vectors = np.zeros((len(rows), dim), np.float32)
+    if has_vector.any():
+        vectors[has_vector] = half_vectors([value for value in raw if value is not None])
+    features = [(row[0], *row[7:]) for row in rows]
+    return Candidates(
+        [row[0] for row in rows],
+        [row[3] for row in rows],
+        [row[4] for row in rows],
+        np.array([row[1] for row in rows], np.int64),
+        np.array([row[2] for row in rows], np.float64),
+        vectors,
+        has_vector,
+        np.array([row[6] or 0.0 for row in rows], np.float32),
+        snapshot_columns(view, features) if today is None else live_columns(ITEM, features, today, 1)[view.name],
+    )
+
+
+def _sources(
+    filters: Filters,
+    limit: int,
+    champion: str | None,
+    dim: int,
+    user_vector: NDArray[np.float32] | None,
+    wish_text: NDArray[np.float32] | None,
+    recent: list[str],
+    given: list[str] | None,
+) -> tuple[list[str], dict[str, Any]]:
+    """The sub-selects that pick candidates `(item_id, source, place, evidence)`, and their parameters."""
+    if given is not None:
+        # Without a model these are put in order by the same evidence as the floor's own candidates.
+        sql = (
+            f"(SELECT g.item_id, {SOURCES['given']} AS source, coalesce(min(p.rank), 100000 + min(g.place)) AS place, "
+            "coalesce(sum(c.score / sqrt(r.place)), 0) AS evidence "
+            "FROM unnest(%(given)s::text[]) WITH ORDINALITY AS g (item_id, place) "
+            "LEFT JOIN popular_items AS p ON p.list = 'trending' AND p.item_id = g.item_id "
+            "LEFT JOIN (unnest(%(recent)s::text[]) WITH ORDINALITY AS r (item_id, place) "
+            "JOIN co_visitation AS c ON c.item_id = r.item_id) ON c.neighbour_id = g.item_id "
+            "WHERE g.item_id IN (SELECT item_id FROM allowed) GROUP BY g.item_id)"
+        )
+        return [sql], {"given": given, "champion": champion, "recent": recent}
+    picked: list[str] = []
+    parameters: dict[str, Any] = {"champion": champion, "recent": recent}
+    # Written into the statement: a plan made for any limit expects far fewer rows than these.
+    share, part, few = limit // 2, limit // 3, limit // 10
+    # The lists hold items that were there when they were made: only a filter by category has to look at the items first.
+    by_category = filters.categories is not None or bool(filters.exclude_categories)
+    listed = "{0} IN (SELECT item_id FROM allowed)" if by_category else filters.not_excluded("{0}")
+    typed = f"v.vector::halfvec({dim})"
+    ann = (
+        "(SELECT item_id, {bit} AS source, row_number() OVER (ORDER BY distance, item_id) AS place, 0::float8 AS evidence "
+        "FROM (SELECT v.item_id, {distance} AS distance FROM {table} AS v WHERE {where} v.item_id IN (SELECT item_id FROM allowed) "
+        "ORDER BY distance LIMIT {limit}) AS nearest)"
+    )
+    if champion is not None and user_vector is not None:
+        parameters["user_vector"] = vector_literal(user_vector)
+        distance = f"({typed} <#> %(user_vector)s::halfvec({dim}))"
+        picked.append(
+            ann.format(
+                bit=SOURCES["user_vector"], distance=distance, table="item_vectors", limit=share,
+                where="v.model_version = %(champion)s AND",
+            )
+        )  # fmt: skip
+    if wish_text is not None:
+        picked.append(
+            ann.format(
+                bit=SOURCES["wish"],
+                distance="(v.vector <=> %(wish_text)s::vector)",
+                table="text_vectors",
+                limit=part,
+                where="",
+            )
+        )
+    if recent:
+        picked.append(
+            f"(SELECT item_id, {SOURCES['co_visitation']} AS source, row_number() OVER (ORDER BY evidence DESC, item_id) AS place, "
+            "evidence FROM (SELECT c.neighbour_id AS item_id, sum(c.score / sqrt(r.place)) AS evidence "
+            "FROM unnest(%(recent)s::text[]) WITH ORDINALITY AS r (item_id, place) JOIN co_visitation AS c ON c.item_id = r.item_id "
+            f"WHERE {listed.format('c.neighbour_id')} GROUP BY 1 ORDER BY evidence DESC LIMIT {part}) AS visited)"
+        )
+    for name, size in (("trending", part), ("fresh", few)):
+        picked.append(
+            f"(SELECT p.item_id, {SOURCES[name]} AS source, row_number() OVER (ORDER BY p.rank) AS place, 0::float8 AS evidence "
+            f"FROM popular_items AS p WHERE p.list = '{name}' AND {listed.format('p.item_id')} "
+            f"ORDER BY p.rank LIMIT {size})"
+        )
+    return picked, parameters
