@@ -7,7 +7,7 @@ PORT ?= 8080
 DATA ?=
 USER_ID ?=
 .DEFAULT_GOAL := help
-.PHONY: help install run ui serve forget explain test check bench-gpu format pictures clean
+.PHONY: help install run ui backfill serve forget explain test prove check bench-gpu format pictures clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -28,6 +28,10 @@ run: install ## the whole road, events to recommendations: [DATA=folder or s3://
 ui: install ## the Dagster UI with its daemon on the current deployment [UI_PORT=3000]
 	@$(BIN)/python -m infra.ui --port $(or $(UI_PORT),3000)
 
+# RESUME=1 and CANCEL=1 mean the last backfill; their value may also be the id that a backfill prints.
+backfill: install ## materialise days again in the instance of `make ui`: VIEW=a,b FROM=day TO=day [ONLY=missing|failed] [DRY_RUN=1], or RESUME=1, CANCEL=1
+	@$(BIN)/python -m orchestration.backfill $(if $(VIEW),--view '$(VIEW)') $(if $(FROM),--from '$(FROM)') $(if $(TO),--to '$(TO)') $(if $(ONLY),--only '$(ONLY)') $(if $(DRY_RUN),--dry-run) $(if $(RESUME),--resume '$(RESUME)') $(if $(CANCEL),--cancel '$(CANCEL)') $(if $(URL),--url '$(URL)')
+
 serve: install ## answer over HTTP on this machine [PORT=8080]
 	@$(BIN)/python -m infra.serve --port $(PORT)
 
@@ -39,6 +43,9 @@ explain: install ## which rows made a person's or an item's features: VIEW=… K
 
 test: install ## everything CI runs
 	@$(BIN)/python -m pytest
+
+prove: install ## the long proofs, in full
+	@$(BIN)/python -m pytest -m prove
 
 check: install ## format, lint, types, import contracts, Dagster definitions
 	@$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,9 @@ from infra import postgres
 from infra.deployment import Deployment
 from schemas.errors import LarderError
 
+WEBSERVER = "webserver.json"
+"""In a deployment's Dagster home while its UI runs: where it answers, and as which process."""
+
 
 def prepare_dagster(record: Deployment) -> None:
     """Give `record` its Dagster home and point this process and its children at it."""
@@ -24,6 +28,17 @@ def prepare_dagster(record: Deployment) -> None:
     os.environ["DEPLOYMENT"] = record.name
     # One transaction for a hundred partition events instead of one each.
     os.environ.setdefault("DAGSTER_EVENT_BATCH_SIZE", "100")
+
+
+def running_at(record: Deployment) -> str | None:
+    """The URL where `make ui` of this deployment answers, or None if none runs."""
+    try:
+        recorded = json.loads((record.dagster_home / WEBSERVER).read_text())
+        os.kill(recorded["pid"], 0)
+        return str(recorded["url"])
+    except (OSError, ValueError, KeyError):
+        # Never started, or ended without tidying up.
+        return None
 
 
 def main() -> int:
@@ -38,7 +53,10 @@ def main() -> int:
     except LarderError as error:
         print(f"error ({error.type}): {error}", file=sys.stderr)
         return 1
-    print(f"deployment {record.name}: http://127.0.0.1:{options.port} (Ctrl-C stops it)", flush=True)
+    url = f"http://127.0.0.1:{options.port}"
+    webserver = record.dagster_home / WEBSERVER
+    webserver.write_text(json.dumps({"url": url, "pid": os.getpid()}))
+    print(f"deployment {record.name}: {url} (Ctrl-C stops it)", flush=True)
     dagster = str(Path(sys.executable).with_name("dagster"))
     command = [
         dagster,
@@ -54,6 +72,8 @@ def main() -> int:
         return subprocess.call(command)
     except KeyboardInterrupt:
         return 0
+    finally:
+        webserver.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Asset checks: what must hold of a partition or a model before anybody relies on it."""
 
+import warnings
 from typing import Any
 
 import dagster as dg
@@ -75,4 +76,27 @@ def ranker_passed_its_gate(larder: Larder) -> dg.AssetCheckResult:
     )
 
 
-CHECKS = [*(settled_check(view) for view in VIEWS), index_recall_is_high, counts_add_up, ranker_passed_its_gate]
+FRESH_BY_CRON = "0 4 * * *"
+"""When yesterday's partitions must be there (UTC); the schedule starts at 01:15 and leaves time to repair."""
+
+with warnings.catch_warnings():
+    # Dagster would rather have freshness policies, but those ask when an asset was last written: backfilling an old day
+    # turns them green. These ask for the newest partition.
+    warnings.simplefilter("ignore", dg.SupersessionWarning)
+    FRESHNESS_CHECKS = dg.build_time_partition_freshness_checks(
+        assets=["events", *(view.name for view in VIEWS)],
+        deadline_cron=FRESH_BY_CRON,
+        severity=dg.AssetCheckSeverity.WARN,
+    )
+    # Off until switched on, as the schedules are. Without it a day that never came is noticed with the next one.
+    FRESHNESS_SENSOR = dg.build_sensor_for_freshness_checks(
+        freshness_checks=FRESHNESS_CHECKS, name="are_partitions_fresh", minimum_interval_seconds=600
+    )
+
+CHECKS = [
+    *(settled_check(view) for view in VIEWS),
+    *FRESHNESS_CHECKS,
+    index_recall_is_high,
+    counts_add_up,
+    ranker_passed_its_gate,
+]

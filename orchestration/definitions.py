@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dagster as dg
 
-from orchestration.assets import embeddings, events, features, ranker, release
+from orchestration.assets import daily, embeddings, events, ranker, release
 from orchestration.automation import JOBS, schedules
-from orchestration.checks import CHECKS
+from orchestration.checks import CHECKS, FRESHNESS_SENSOR
 from orchestration.erasure import forget_person
+from orchestration.reconcile import settle_dead_runs
 from orchestration.resources import Larder
 
 ASSETS: list[dg.AssetsDefinition] = [
     events.load_source,
-    events.events,
-    *features.VIEW_ASSETS,
+    daily.daily_assets,
     embeddings.text_vectors,
     ranker.popular_items,
     ranker.co_visitation,
@@ -34,6 +34,7 @@ def build_definitions(larder: Larder | None = None) -> dg.Definitions:
         asset_checks=CHECKS,
         jobs=[*JOBS, forget_person],
         schedules=schedules(),
+        sensors=[FRESHNESS_SENSOR, settle_dead_runs],
         resources={"larder": larder or Larder()},
         # One process per run: the multiprocess executor would import everything again for every step.
         executor=dg.in_process_executor,

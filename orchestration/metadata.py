@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from sqlalchemy import Table
 
+from schemas.checks import Measures
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -17,9 +19,17 @@ ROWS = "rows"
 EVENTS = "events"
 SECONDS = "seconds"
 NULL_RATE = "null_rate"
+FAILED_CHECKS = "failed_checks"
+LATE_RATE = "late_rate"
+ROWS_OVER_DAY_BEFORE = "rows_over_day_before"
 OWNER = "team:recommendations"
 
 MAX_PLOT_BYTES = 50_000
+
+
+def over_day_before(measures: Measures) -> dict[str, float]:
+    """The entry for rows against the day before: nothing where that day has none, for infinity is no chart."""
+    return {name: measures[name] for name in (ROWS_OVER_DAY_BEFORE,) if name in measures}
 
 
 def column_schema(table: Table) -> dict[str, dg.TableSchemaMetadataValue]:

@@ -4,6 +4,7 @@ LarderError
 ├── SettingsError          a setting is missing or malformed: fix the environment
 ├── SourceError            the data folder cannot be read as a whole: fix DATA
 ├── DatabaseError          Postgres cannot be used: fix DATABASE_URL or the server
+├── InstanceError          no Dagster instance runs, or it refuses: start it with `make ui`
 ├── DefinitionError        a declaration is wrong: fix schemas/views.py or a prompt file
 ├── ArtifactError          a model file is missing, changed or of another shape: release again
 ├── GateError              a model did not pass: it is not released
@@ -33,6 +34,10 @@ class SourceError(LarderError):
 
 class DatabaseError(LarderError):
     type = "database"
+
+
+class InstanceError(LarderError):
+    type = "instance"
 
 
 class DefinitionError(LarderError):

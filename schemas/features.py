@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from schemas.checks import VIEW_CHECKS, Check
 from schemas.errors import DefinitionError
 
 _NAME = re.compile(r"^[a-z][a-z0-9_]{0,50}$")
@@ -66,6 +67,7 @@ class Feature:
 
     `finish` says how the value comes out of the states, in this order:
     `state` (the state itself), `ratio` (first over second), `age` (seconds from the state to the read).
+    `low` and `high` are what a value can be: outside of them something is broken, not rare.
     """
 
     name: str
@@ -74,6 +76,8 @@ class Feature:
     finish: str
     transform: Transform
     description: str
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ class FeatureView:
 
     `ttl_days`: a value older than this at the time of the read is EXPIRED. `owner` is who answers for it.
     A view whose keys hold `category` counts an event once for each category of its item.
+    `checks` are what every partition must hold; they do not change what is stored.
     """
 
     name: str
@@ -108,6 +113,7 @@ class FeatureView:
     description: str
     ttl_days: int
     features: tuple[Feature, ...]
+    checks: tuple[Check, ...] = VIEW_CHECKS
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
@@ -130,6 +136,9 @@ class FeatureView:
             raise DefinitionError(
                 f"view {self.name!r} has a ttl of {self.ttl_days} days; it must cover its head: 1 or more"
             )
+        names = [check.name for check in self.checks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DefinitionError(f"view {self.name!r} has two checks named {twice[0]!r}; keep one")
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -194,12 +203,13 @@ _VALUE_N = State("value_n", Merge.SUM, "COUNT(value)")
 
 def count(name: str, window_days: int, *, where: str | None = None, state: str = "n") -> Feature:
     """Events in the window, or those for which `where` holds (then give the state its own name)."""
-    return Feature(name, window_days, (_count(state, where),), "state", Transform.LOG1P, "events in the window")
+    return Feature(name, window_days, (_count(state, where),), "state", Transform.LOG1P, "events in the window", low=0)
 
 
-def mean_value(name: str, window_days: int) -> Feature:
-    """Mean of `value` over the events that have one."""
-    return Feature(name, window_days, (_VALUE_SUM, _VALUE_N), "ratio", Transform.IDENTITY, "mean value in the window")
+def mean_value(name: str, window_days: int, *, low: float | None = None, high: float | None = None) -> Feature:
+    """Mean of `value` over the events that have one; `low` and `high` if values have a scale."""
+    states = (_VALUE_SUM, _VALUE_N)
+    return Feature(name, window_days, states, "ratio", Transform.IDENTITY, "mean value in the window", low, high)
 
 
 def sum_value(name: str, window_days: int) -> Feature:
@@ -222,15 +232,15 @@ def max_value(name: str, window_days: int) -> Feature:
 def rate(name: str, window_days: int, *, where: str, state: str, of: str = "value") -> Feature:
     """Share (0–1) of the events with a `value` (or of all, `of="events"`) for which `where` holds."""
     whole = _VALUE_N if of == "value" else _count()
-    return Feature(
-        name, window_days, (_count(state, where), whole), "ratio", Transform.IDENTITY, f"share of events where {where}"
-    )
+    text = f"share of events where {where}"
+    return Feature(name, window_days, (_count(state, where), whole), "ratio", Transform.IDENTITY, text, low=0, high=1)
 
 
 def active_days(name: str, window_days: int) -> Feature:
     """Calendar days (UTC) with at least one event."""
     state = State("days", Merge.DAYS, "COUNT(DISTINCT CAST(occurred_at AS DATE))")
-    return Feature(name, window_days, (state,), "state", Transform.LOG1P, "days with an event in the window")
+    text = "days with an event in the window"
+    return Feature(name, window_days, (state,), "state", Transform.LOG1P, text, low=0, high=window_days)
 
 
 def last_seen(name: str, window_days: int) -> Feature:
@@ -245,4 +255,4 @@ def decayed_count(name: str, window_days: int, *, half_life_days: float) -> Feat
         raise DefinitionError(f"feature {name!r} has a half life of {half_life_days} days; it must be positive")
     state = State(f"decayed_{half_life_days:g}".replace(".", "_"), Merge.DECAY, "", half_life_days)
     text = f"events in the window, half weight every {half_life_days:g} days"
-    return Feature(name, window_days, (state,), "state", Transform.LOG1P, text)
+    return Feature(name, window_days, (state,), "state", Transform.LOG1P, text, low=0)

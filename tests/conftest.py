@@ -5,15 +5,21 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 
 from infra import postgres
+from infra.deployment import Deployment
+from orchestration.compute.ingest import ingest
 from orchestration.compute.lake import Lake
 from orchestration.compute.materialise import ensure_view_tables
+from orchestration.sources.open import open_source
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
@@ -90,3 +96,48 @@ def larder_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def days_ago(days: float) -> datetime:
     """Midnight today (UTC) less `days`."""
     return TODAY - timedelta(days=days)
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """A deployment with events in its lake and nothing built from them."""
+
+    record: Deployment
+    url: str
+    lake: Lake
+    first: date
+    last: date
+
+    def file(self, day: date) -> Path:
+        """The lake's current file of `day`."""
+        with psycopg.connect(self.url) as connection:
+            row = connection.execute("SELECT path FROM lake_files WHERE day = %s", (day,)).fetchone()
+        assert row is not None
+        return Path(urlsplit(self.record.lake_url).path) / row[0]
+
+    @contextmanager
+    def truncated(self, day: date) -> Iterator[None]:
+        """That day's file cut off in the middle, as a full disk leaves it; whole again afterwards."""
+        file = self.file(day)
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        yield
+        file.write_bytes(whole)
+
+
+def ingested(home: Path, patch: pytest.MonkeyPatch, days: int, *, events_per_person: int = 20) -> Ingested:
+    """A small simulated deployment `small` below `home` over the last `days` whole days; it is the current one."""
+    for name in ("DATABASE_URL", "LAKE_URL", "ARTIFACTS_URL", "DAGSTER_HOME"):
+        patch.delenv(name, raising=False)
+    patch.setenv("LARDER_HOME", str(home))
+    patch.setenv("DEPLOYMENT", "small")
+    first = (TODAY - timedelta(days=days)).date()
+    world = f"simulated?people=60&items=100&days={days}&events_per_person={events_per_person}"
+    record = Deployment("small", world, first)
+    record.save()
+    url = postgres.prepare(record)
+    ensure_view_tables(url)
+    made = Ingested(record, url, Lake(record.lake_url), first, (TODAY - timedelta(days=1)).date())
+    with psycopg.connect(url, options="-c TimeZone=UTC") as connection:
+        ingest(open_source(world, start=first, until=TODAY), made.lake, connection)
+    return made

@@ -1,21 +1,24 @@
-"""Assets of raw material: the source's catalogue and events, and the events of each day in the lake."""
+"""Assets of raw material: the source's catalogue and events, and how the events of each day get into the lake."""
 
 import time
 from collections.abc import Iterator
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from typing import Any
 
 import dagster as dg
 
 from orchestration import metadata
 from orchestration.compute.ingest import drain, ingest
+from orchestration.compute.measures import failed, measure_events
+from orchestration.compute.settle import Built
 from orchestration.metadata import OWNER, column_schema
 from orchestration.partitions import daily
 from orchestration.progress import progress
-from orchestration.ranges import asset_span, walk
+from orchestration.ranges import Stage, asset_span
 from orchestration.resources import Larder
 from orchestration.sources.open import open_source
 from schemas import tables
+from schemas.checks import EVENT_CHECKS
 
 GROUP = "events"
 
@@ -85,25 +88,37 @@ def load_source(context: dg.AssetExecutionContext, larder: Larder) -> Iterator[d
     )
 
 
-@dg.asset(
+EVENTS_SPEC = dg.AssetSpec(
+    "events",
     group_name=GROUP,
     owners=[OWNER],
     kinds={"parquet"},
-    partitions_def=daily(),
-    backfill_policy=dg.BackfillPolicy.single_run(),
     deps=["source_events"],
+    partitions_def=daily(),
     description="The events of a day in the lake, those that arrived by POST /events included.",
-    code_version="1",
+    code_version="2",
 )
-def events(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
-    """Drain what was posted for these days and report what the lake holds."""
 
-    def build(first: date, last: date) -> dict[date, dict[str, Any]]:
+
+def events_stage(context: dg.AssetExecutionContext, larder: Larder) -> Stage:
+    """Drain what was posted for a day, read its file once and report what it holds."""
+
+    def build(first: date, last: date) -> dict[date, Built]:
         with larder.connect() as connection:
             drained = drain(connection, larder.lake, first, last, progress=progress(context))
-            rows = dict(larder.lake.days(connection))
-        days = [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
-        return {day: {metadata.ROWS: rows.get(day, 0), "drained_in_run": drained} for day in days}
+            measured = measure_events(connection, larder.lake, first, last)
+        return {
+            day: Built(
+                {
+                    metadata.ROWS: int(measures["rows"]),
+                    "drained_in_run": drained,
+                    metadata.LATE_RATE: measures["late_rate"],
+                    **metadata.over_day_before(measures),
+                },
+                measures,
+                failed(EVENT_CHECKS, measures),
+            )
+            for day, measures in measured.items()
+        }
 
-    with asset_span(context):
-        return walk(context, build)
+    return Stage("events", build, EVENT_CHECKS)

@@ -1,16 +1,17 @@
-"""One daily partitioned asset per feature view, made from the declarations in schemas/views.py."""
+"""The feature views of schemas/views.py as daily assets: what each says of itself, and how its days are built."""
 
 import time
 from datetime import date
-from typing import Any
 
 import dagster as dg
 
 from orchestration import metadata
 from orchestration.compute.materialise import materialise
+from orchestration.compute.measures import failed
+from orchestration.compute.settle import Built
 from orchestration.metadata import column_schema
 from orchestration.partitions import daily
-from orchestration.ranges import asset_span, walk
+from orchestration.ranges import Stage
 from orchestration.resources import Larder
 from schemas.features import FeatureView
 from schemas.tables import view_table
@@ -19,41 +20,45 @@ from schemas.views import VIEWS
 GROUP = "features"
 
 
-def view_asset(view: FeatureView) -> dg.AssetsDefinition:
-    """The asset that materialises `view`."""
-
-    @dg.asset(
-        name=view.name,
+def view_spec(view: FeatureView) -> dg.AssetSpec:
+    """What the asset of `view` says of itself."""
+    return dg.AssetSpec(
+        view.name,
         group_name=GROUP,
         owners=[view.owner],
         kinds={"duckdb", "postgres"},
-        partitions_def=daily(),
-        backfill_policy=dg.BackfillPolicy.single_run(),
         deps=["events", "items"],
+        partitions_def=daily(),
         description=_described(view),
         metadata=column_schema(view_table(view)),
         code_version=view.definition_hash,
     )
-    def build_view(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
-        def build(first: date, last: date) -> dict[date, dict[str, Any]]:
-            start = time.monotonic()
-            reports = materialise(view, first, last, url=larder.url, lake=larder.lake)
-            seconds = (time.monotonic() - start) / max(len(reports), 1)
-            return {
-                report.partition_date: {
+
+
+def view_stage(view: FeatureView, larder: Larder) -> Stage:
+    """How the days of `view` are built from the lake."""
+
+    def build(first: date, last: date) -> dict[date, Built]:
+        start = time.monotonic()
+        reports = materialise(view, first, last, url=larder.url, lake=larder.lake)
+        seconds = (time.monotonic() - start) / max(len(reports), 1)
+        return {
+            report.partition_date: Built(
+                {
                     metadata.ROWS: report.rows,
                     "dagster/partition_row_count": report.rows,
                     metadata.EVENTS: report.events,
-                    metadata.NULL_RATE: max(report.null_rates.values(), default=0.0),
+                    metadata.NULL_RATE: report.measures.get("null_rate", 0.0),
                     metadata.SECONDS: seconds,
-                }
-                for report in reports
-            }
+                    **metadata.over_day_before(report.measures),
+                },
+                report.measures,
+                failed(view.checks, report.measures),
+            )
+            for report in reports
+        }
 
-        with asset_span(context):
-            return walk(context, build)
-
-    return build_view
+    return Stage(view.name, build, view.checks, reads="events", window_days=view.max_window_days)
 
 
 def _described(view: FeatureView) -> str:
@@ -63,4 +68,4 @@ def _described(view: FeatureView) -> str:
     return f"{view.description}\n\n| feature | window | meaning |\n| --- | --- | --- |\n{rows}"
 
 
-VIEW_ASSETS = [view_asset(view) for view in VIEWS]
+VIEW_SPECS = [view_spec(view) for view in VIEWS]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
 
@@ -15,16 +14,16 @@ from sqlalchemy.schema import CreateColumn, CreateTable
 
 from infra.postgres import engine_for
 from orchestration.compute.lake import Lake, duck
+from orchestration.compute.measures import against_day_before, measure_snapshot
 from orchestration.compute.online import ensure_online_tables
 from orchestration.compute.tombstones import COUNT_ERASURES, ERASURE_LOCK, Overtaken, count_erasures
 from orchestration.compute.windows import snapshot_sql, tile_sql
-from schemas.errors import DefinitionError
+from schemas.checks import Measures
 from schemas.features import FeatureView
 from schemas.online_sql import put_rows_sql
 from schemas.tables import view_table
 from schemas.views import VIEWS
 
-CHUNK_DAYS = 30
 ENGINE = "duckdb"
 
 
@@ -35,17 +34,7 @@ class PartitionReport:
     partition_date: date
     rows: int
     events: int
-    null_rates: dict[str, float]
-
-
-def chunks(first: date, last: date, days: int = CHUNK_DAYS) -> Iterator[tuple[date, date]]:
-    """The range cut into pieces of at most `days` days, both ends included."""
-    if last < first:
-        raise DefinitionError(f"the range ends before it starts: {first} to {last}")
-    while first <= last:
-        end = min(first + timedelta(days=days - 1), last)
-        yield first, end
-        first = end + timedelta(days=1)
+    measures: Measures
 
 
 def ensure_view_tables(url: str) -> None:
@@ -98,10 +87,15 @@ def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: L
 def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, seen: int) -> list[PartitionReport]:
     """`materialise`, as long as there have been no more than `seen` erasures; else it raises."""
     with psycopg.connect(url) as connection:
-        events = lake.events(connection, first - timedelta(days=view.max_window_days), last)
+        # The earliest day that the first partition's longest window covers: a file before it must not matter.
+        events = lake.events(connection, first - timedelta(days=view.max_window_days - 1), last)
         counted: dict[date, int] = dict(
             connection.execute("SELECT day, rows FROM lake_files WHERE day BETWEEN %s AND %s", (first, last))
         )
+        before = connection.execute(
+            "SELECT rows FROM feature_ledger WHERE view = %s AND partition_date = %s AND definition_hash = %s",
+            (view.name, first - timedelta(days=1), view.definition_hash),
+        ).fetchone()
         items = load_item_categories(connection)
     days = [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
     with duck() as db:
@@ -110,7 +104,7 @@ def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, see
         db.execute(f"CREATE TEMP TABLE tiles AS {tile_sql(view)}")
         db.register("days", pa.table({"partition_date": pa.array(days, pa.date32())}))
         db.execute(f"CREATE TEMP TABLE snapshot AS {snapshot_sql(view, 'days')}")
-        reports = _reports(db, view, days, counted)
+        reports = _reports(db, view, days, counted, float(before[0]) if before else None)
         columns = ", ".join(["partition_date", *view.entity.keys, *(name for name, _, _ in view.columns)])
         reader = db.sql(
             f"SELECT {columns} FROM snapshot ORDER BY partition_date, {', '.join(view.entity.keys)}"
@@ -160,22 +154,22 @@ def load_item_categories(connection: psycopg.Connection) -> pa.Table:
 
 
 def _reports(
-    db: duckdb.DuckDBPyConnection, view: FeatureView, days: list[date], counted: dict[date, int]
+    db: duckdb.DuckDBPyConnection,
+    view: FeatureView,
+    days: list[date],
+    counted: dict[date, int],
+    rows_before: float | None,
 ) -> list[PartitionReport]:
-    names = [name for name, _, _ in view.columns]
-    rates = ", ".join(f"avg(CASE WHEN {name} IS NULL THEN 1 ELSE 0 END)" for name in names)
-    found = {
-        row[0]: row
-        for row in db.execute(
-            f"SELECT partition_date, count(*), {rates} FROM snapshot GROUP BY partition_date"
-        ).fetchall()
-    }
+    found = measure_snapshot(db, view)
+    rows = {day: found[day]["rows"] if day in found else 0.0 for day in days}
+    known = rows if rows_before is None else {days[0] - timedelta(days=1): rows_before} | rows
+    over = against_day_before(known, days)
     return [
         PartitionReport(
             day,
-            found[day][1] if day in found else 0,
+            int(rows[day]),
             counted.get(day, 0),
-            dict(zip(names, (float(rate) for rate in found[day][2:]), strict=True)) if day in found else {},
+            {"rows": 0.0, **found.get(day, {}), **({"rows_over_day_before": over[day]} if day in over else {})},
         )
         for day in days
     ]
