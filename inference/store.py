@@ -32,6 +32,8 @@ from schemas.views import CONTEXT_VIEWS, CROSS_VIEWS
 _NEVER = 1 << 30
 """Executions before psycopg prepares a statement by itself."""
 _CONNECT_SECONDS = 2
+_SHOWN_PERSON = "user_id = %(user_id)s AND NOT EXISTS (SELECT FROM erasure_requests AS q WHERE q.user_id = %(user_id)s)"
+"""Who asked to be forgotten reads as unknown from that moment on."""
 _PLAN_ONCE = "SET LOCAL plan_cache_mode = force_generic_plan"
 """A request's statements have one good plan each, whatever their parameters. Making it for every request, over every
 day's partition of the recent events, takes longer than running it."""
@@ -275,13 +277,12 @@ def _accept_events_sql() -> str:
 
 @cache
 def _entity_sql(entity: Entity) -> str:
-    return online_sql.read_entity_sql(entity, "user_id = %(user_id)s")
+    return online_sql.read_entity_sql(entity, _SHOWN_PERSON)
 
 
 @cache
 def _person_sql(view: FeatureView) -> str:
-    asked = "(SELECT FROM erasure_requests AS r WHERE r.user_id = %(user_id)s)"
-    return read_sql(view, f"user_id = %(user_id)s AND NOT EXISTS {asked}")
+    return read_sql(view, _SHOWN_PERSON)
 
 
 def _db(statements: int) -> dict[str, str | int]:

@@ -17,6 +17,7 @@ from infra.deployment import Deployment
 from orchestration.compute import forget as erasure
 from orchestration.compute.forget import Receipt
 from orchestration.compute.lake import Lake
+from orchestration.compute.materialise import ensure_view_tables
 from schemas.errors import LarderError, RequestError, SettingsError, UnknownPerson
 from schemas.events import InvalidRow, check_id
 
@@ -74,8 +75,14 @@ def _user_id(given: str) -> str:
         raise RequestError(f"--user cannot be anybody's id: {error}") from error
 
 
+def _database(record: Deployment) -> str:
+    url = postgres.prepare(record)
+    ensure_view_tables(url)
+    return url
+
+
 def _forget(record: Deployment, user_id: str, options: argparse.Namespace) -> int:
-    url, lake = postgres.prepare(record), Lake(record.lake_url)
+    url, lake = _database(record), Lake(record.lake_url)
     if finished := erasure.finish(url=url, lake=lake, artifacts_url=record.artifacts_url):
         console.print(f"finished {finished} interrupted erasure{'s' if finished > 1 else ''}")
     held = erasure.holdings(url, lake, user_id)
@@ -111,7 +118,7 @@ def _agreed() -> bool:
 
 
 def _resume(record: Deployment) -> int:
-    url, lake = postgres.prepare(record), Lake(record.lake_url)
+    url, lake = _database(record), Lake(record.lake_url)
     finished = erasure.finish(url=url, lake=lake, artifacts_url=record.artifacts_url)
     requests = erasure.open_requests(url)
     for request_id in requests:

@@ -45,6 +45,17 @@ class Todo:
 
     days: tuple[date, date] | None
     train: bool
+    served_since: date | None = None
+    """First of the days that requests read, if an erasure made one of those stale: they go ahead of the others."""
+
+    def ranges(self) -> list[tuple[date, date]]:
+        """The days in the order in which they are built."""
+        if self.days is None:
+            return []
+        first, last = self.days
+        if self.served_since is None or not first < self.served_since <= last:
+            return [self.days]
+        return [(self.served_since, last), (first, self.served_since - timedelta(days=1))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,8 +104,7 @@ def _run(options: argparse.Namespace) -> int:
         todo = _what_is_new(larder, options.retrain)
         if todo.days is None:
             _note("features", "every partition is up to date")
-        else:
-            first, last = todo.days
+        for first, last in todo.ranges():
             with _step(f"features, {first} to {last}"):
                 launch("events", *(view.name for view in VIEWS), partitions=(first, last))
         with _step("text vectors"):
@@ -160,6 +170,9 @@ def _what_is_new(larder: Any, retrain: bool) -> Todo:
                 "SELECT view, partition_date, definition_hash, events FROM feature_ledger WHERE stale_at IS NULL"
             )
         }
+        (newest_marked,) = connection.execute(
+            "SELECT max(partition_date) FROM feature_ledger WHERE stale_at IS NOT NULL"
+        ).fetchone() or (None,)
         undrained = [
             day
             for (day,) in connection.execute(
@@ -183,7 +196,9 @@ def _what_is_new(larder: Any, retrain: bool) -> Todo:
         or latest[1] != fingerprint()
         or (datetime.now(UTC) - datetime.fromisoformat(latest[0])) > timedelta(days=2 * RETRAIN_AFTER_DAYS)
     )
-    return Todo((min(stale), max(stale)) if stale else None, retrain or due)
+    served = yesterday - timedelta(days=max(view.ttl_days for view in VIEWS) - 1)
+    ahead = served if newest_marked is not None and newest_marked >= served else None
+    return Todo((min(stale), max(stale)) if stale else None, retrain or due, ahead)
 
 
 class _Launcher:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from psycopg import sql
 
 from orchestration.compute.lake import Lake, duck, list_files, open_root
-from orchestration.compute.online import count_tiles_again
+from orchestration.compute.online import rebuild_tiles
 from orchestration.compute.tombstones import erase_alone, names
 from schemas.errors import LarderError, UnknownPerson
 from schemas.views import VIEWS
@@ -157,12 +157,15 @@ def erase(user_id: str, *, url: str, lake: Lake, artifacts_url: str, receipt_id:
         # From here to the commit `POST /events` waits: its first write is here. It then sees the tombstone.
         connection.execute("LOCK TABLE event_keys IN SHARE ROW EXCLUSIVE MODE")
         _collect_event_ids(connection, db, user_id)
+        items = connection.execute(
+            "SELECT DISTINCT item_id FROM recent_events WHERE user_id = %s", (user_id,)
+        ).fetchall()
         for table in tables:
             if table[0] != "features":
                 removed[_name(table)] += _delete(connection, table, "user_id = %s", [user_id])
         for table in tables_with(connection, "event_id", without="user_id"):
             removed[_name(table)] += _delete(connection, table, "event_id IN (SELECT event_id FROM erased_ids)", [])
-        count_tiles_again(connection, datetime.now(UTC))
+        rebuild_tiles(connection, users=[], items=[item_id for (item_id,) in items])
         del removed[_name(_REQUESTS)]
         if not any(removed.values()):
             raise _unknown(connection, user_id)

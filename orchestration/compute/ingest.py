@@ -100,20 +100,11 @@ def ingest(
             appended.days,
             forgotten=appended.forgotten + bad.forgotten - forgotten_catalogue,
         )
+        counts = (read, report.stored, report.duplicates, report.quarantined)
         connection.execute(
             "INSERT INTO ingests (source, fingerprint, read_rows, stored_rows, duplicate_rows, quarantined_rows, "
             "items, people, forgotten_rows) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)",
-            (
-                source.name,
-                fingerprint,
-                read,
-                report.stored,
-                report.duplicates,
-                report.quarantined,
-                items,
-                people,
-                report.forgotten,
-            ),
+            (source.name, fingerprint, *counts, items, people, report.forgotten),
         )
     if report.read != report.stored + report.duplicates + report.quarantined + report.forgotten:
         raise LarderError(
@@ -200,14 +191,18 @@ def drain(
 
 def _drop_forgotten(connection: psycopg.Connection) -> None:
     """Delete undrained events from before their person was forgotten: a function of an older release stores them."""
-    connection.execute(
-        "WITH gone AS (DELETE FROM recent_events AS e USING tombstones AS t WHERE NOT e.drained "
-        "AND t.user_hash = user_hash(e.user_id) AND e.occurred_at <= t.forgotten_at "
-        "RETURNING e.event_id, e.user_id, e.occurred_at), "
-        "keys AS (DELETE FROM event_keys AS k USING gone WHERE k.event_id = gone.event_id) "
-        "DELETE FROM user_history AS h USING gone "
-        "WHERE (h.user_id, h.occurred_at, h.event_id) = (gone.user_id, gone.occurred_at, gone.event_id)"
-    )
+    gone = connection.execute(
+        "SELECT e.event_id, e.user_id, e.item_id FROM recent_events AS e JOIN tombstones AS t "
+        "ON t.user_hash = user_hash(e.user_id) AND e.occurred_at <= t.forgotten_at WHERE NOT e.drained"
+    ).fetchall()
+    if not gone:
+        return
+    event_ids, users, items = (list(column) for column in zip(*gone, strict=True))
+    # Posts wait here until the commit, as their tiles are counted anew.
+    connection.execute("LOCK TABLE event_keys IN SHARE ROW EXCLUSIVE MODE")
+    for table in ("recent_events", "user_history", "event_keys"):
+        connection.execute(f"DELETE FROM {table} WHERE event_id = ANY(%s)", (event_ids,))
+    online.rebuild_tiles(connection, users=users, items=items)
 
 
 def make_recent_partitions(connection: psycopg.Connection, first: date, last: date) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import psycopg
 
 from schemas import online_sql
-from schemas.features import Entity, FeatureView
+from schemas.errors import DefinitionError
+from schemas.features import FeatureView
 
 
 def ensure_online_tables(connection: psycopg.Connection[Any]) -> None:
@@ -21,7 +23,9 @@ def ensure_online_tables(connection: psycopg.Connection[Any]) -> None:
     for entity in online_sql.entities():
         rows, tiles = online_sql.tables_sql(entity)
         if _renew(connection, online_sql.tiles_table(entity), tiles):
-            _count_tiles(connection, entity, datetime.now(UTC))
+            since = tiles_since(datetime.now(UTC))
+            events = f"(SELECT * FROM recent_events WHERE occurred_at >= '{since.isoformat()}')"
+            connection.execute(online_sql.add_to_tiles_sql(entity, events))
         if _renew(connection, online_sql.rows_table(entity), rows):
             for view in online_sql.views_of(entity):
                 newest = newest_partition(connection, view)
@@ -44,26 +48,34 @@ def tiles_since(now: datetime) -> datetime:
     return midnight - timedelta(days=online_sql.KEPT_DAYS)
 
 
-def count_tiles_again(connection: psycopg.Connection[Any], now: datetime) -> None:
-    """Make the tiles in which people are added up from the recent events again: somebody's were taken away.
-
-    The caller holds the lock on `event_keys` that keeps new events out meanwhile.
-    """
-    for entity in online_sql.entities():
-        if "user_id" not in entity.keys:
-            connection.execute(f"DELETE FROM {online_sql.tiles_table(entity)}")
-            _count_tiles(connection, entity, now)
-
-
 def trim_tiles(connection: psycopg.Connection[Any], now: datetime) -> None:
     """Drop the tiles of days that no read reaches any more."""
     for entity in online_sql.entities():
         connection.execute(f"DELETE FROM {online_sql.tiles_table(entity)} WHERE day < %s", (tiles_since(now).date(),))
 
 
-def _count_tiles(connection: psycopg.Connection[Any], entity: Entity, now: datetime) -> None:
-    events = f"(SELECT * FROM recent_events WHERE occurred_at >= '{tiles_since(now).isoformat()}')"
-    connection.execute(online_sql.add_to_tiles_sql(entity, events))
+def rebuild_tiles(connection: psycopg.Connection[Any], *, users: Sequence[str], items: Sequence[str]) -> None:
+    """Count the tiles of these people and items anew from the recent events, after some of those were taken out.
+
+    The caller sees to it that no event arrives before the transaction ends.
+    """
+    since = tiles_since(datetime.now(UTC))
+    for entity in online_sql.entities():
+        if "user_id" in entity.keys:
+            column, chosen = "user_id", list(users)
+        elif "item_id" in entity.keys:
+            column, chosen = "item_id", list(items)
+        else:
+            raise DefinitionError(
+                f"entity {entity.name!r} is keyed by neither user_id nor item_id; say in rebuild_tiles which of its tiles "
+                "an erased event was counted in"
+            )
+        connection.execute(
+            f"DELETE FROM {online_sql.tiles_table(entity)} WHERE {column} = ANY(%s) AND day >= %s",
+            (chosen, since.date()),
+        )
+        events = f"(SELECT * FROM recent_events WHERE {column} = ANY(%(chosen)s) AND occurred_at >= %(since)s)"
+        connection.execute(online_sql.add_to_tiles_sql(entity, events), {"chosen": chosen, "since": since})
 
 
 def _renew(connection: psycopg.Connection[Any], table: str, create: str) -> bool:
