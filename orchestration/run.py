@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from infra import deployment as deployments
@@ -73,10 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--retrain", action="store_true", help="train even if the last training is recent")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")  # third parties' notices belong into logs, not between two lines of progress
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # A shell starts what goes to the background so. Dagster does on SIGTERM what is done on SIGINT: nothing would
+        # end the run but kill -9, which leaves half-made files.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
     try:
         return _run(options)
     except LarderError as error:
-        console.print(f"[red]error[/red] ({error.type}): {error}", markup=True, soft_wrap=True)
+        console.print(f"[red]error[/red] ({error.type}): {escape(str(error))}", markup=True, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("\ninterrupted; what was finished is kept, `make run` goes on from there")
@@ -239,7 +245,11 @@ class _Launcher:
         while error is not None:
             causes.append(error)
             error = error.cause
-        if any(cause.cls_name == "DagsterExecutionInterruptedError" for cause in causes):
+        # DuckDB takes the signal itself while it works, and all that is left of it is a failed query.
+        if any(
+            cause.cls_name == "DagsterExecutionInterruptedError" or "Query interrupted" in cause.message
+            for cause in causes
+        ):
             raise KeyboardInterrupt
         reason = causes[-1].message.strip() if causes else "the run's log says more"
         step = failures[0].step_key if failures else "a step"

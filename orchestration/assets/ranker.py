@@ -111,7 +111,6 @@ def training_set(context: dg.AssetExecutionContext, larder: Larder) -> dg.Materi
     deps=["training_set", "text_vectors"],
     description="The transformer ranker, trained on everything but each person's last event (that one judges it) and some of the newest (they validate).",
     code_version="1",
-    retry_policy=dg.RetryPolicy(max_retries=1),
 )
 def ranker(context: dg.AssetExecutionContext, config: Training, larder: Larder) -> dg.MaterializeResult[Any]:
     from orchestration.compute.learn import train_ranker
