@@ -34,6 +34,8 @@ _NEVER = 1 << 30
 _CONNECT_SECONDS = 2
 _SHOWN_PERSON = "user_id = %(user_id)s AND NOT EXISTS (SELECT FROM erasure_requests AS q WHERE q.user_id = %(user_id)s)"
 """Who asked to be forgotten reads as unknown from that moment on."""
+_SEARCH = ("SET LOCAL hnsw.ef_search = 200", "SET LOCAL hnsw.iterative_scan = strict_order")
+"""An HNSW index stops at 40 rows by itself and filters only what it found: look wider, and go on until there are enough."""
 _PLAN_ONCE = "SET LOCAL plan_cache_mode = force_generic_plan"
 """A request's statements have one good plan each, whatever their parameters. Making it for every request, over every
 day's partition of the recent events, takes longer than running it."""
@@ -197,9 +199,11 @@ class Store:
             given=None if given is None else list(given),
             live=live,
         )
-        with self.connection() as connection, span("db pick_candidates", kind="client", attributes=_db(3)):
+        with self.connection() as connection, span("db pick_candidates", kind="client", attributes=_db(5)):
             with connection.pipeline():
                 _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
+                for setting in _SEARCH:
+                    _execute(connection, setting, None)
                 _execute(connection, _PLAN_ONCE, None)
                 cursor = _execute(connection, sql, parameters, prepare=True)
             rows = cursor.fetchall()
@@ -224,9 +228,11 @@ class Store:
         parameters: dict[str, object] = {"at": at, "k": k, "item_id": item_id, **filters.parameters()}
         if item_id is None:
             parameters["text"] = vector_literal(text)
-        with self.connection() as connection, span("db similar", kind="client", attributes=_db(3)):
+        with self.connection() as connection, span("db similar", kind="client", attributes=_db(5)):
             with connection.pipeline():
                 _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
+                for setting in _SEARCH:
+                    _execute(connection, setting, None)
                 known = _execute(connection, "SELECT 1 FROM text_vectors WHERE item_id = %(item_id)s", parameters)
                 found = _execute(
                     connection, statement("similar_items").format(query=query, allowed=filters.allowed("i")), parameters
