@@ -174,7 +174,8 @@ def _sources(
     parameters: dict[str, Any] = {"champion": champion, "recent": recent}
     # Written into the statement: a plan made for any limit expects far fewer rows than these.
     share, part, few = limit // 2, limit // 3, limit // 10
-    # The lists hold items that were there when they were made: only a filter by category has to look at the items first.
+    # The lists hold items that were there when they were made, so only a filter by category has to look at the items
+    # first. A read at an earlier instant drops those that came later afterwards, and may get fewer than asked for.
     by_category = filters.categories is not None or bool(filters.exclude_categories)
     listed = "{0} IN (SELECT item_id FROM allowed)" if by_category else filters.not_excluded("{0}")
     typed = f"v.vector::halfvec({dim})"

@@ -43,7 +43,7 @@ class LoadedModels:
     """Models by version, each loaded and verified once; a release is picked up with the alias row of the next request."""
 
     artifacts_url: str
-    threads: int = 0
+    threads: int = 1
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _rankers: dict[str, Ranker] = field(default_factory=dict)
     _refused: dict[str, ArtifactError] = field(default_factory=dict)

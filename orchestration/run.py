@@ -129,7 +129,10 @@ def _run(options: argparse.Namespace) -> int:
             with _step("ONNX export and gate"):
                 launch("ranker_onnx")
         else:
-            _note("ranker", f"trained less than {RETRAIN_AFTER_DAYS} days ago (make run RETRAIN=1 trains anyway)")
+            _note(
+                "ranker",
+                f"learned from events of the last {2 * RETRAIN_AFTER_DAYS} days (make run RETRAIN=1 trains anyway)",
+            )
         with _step("item vectors, release"):
             launch("item_vectors", "ranker_release", "recommend_function")
     _show(url, record, options.user)

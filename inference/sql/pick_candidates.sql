@@ -1,5 +1,5 @@
 -- Candidates from every source, each item once, the best placed first. Placeholders in braces are filled by
--- inference/store.py from the manifest (dimension) and the request (which sources apply).
+-- inference/candidates.py: the conditions and sources that the request has, its limit, and how features are read.
 --   sources: 1 user vector, 2 wish, 4 went on to, 8 trending, 16 fresh, 32 given by the caller
 WITH allowed AS NOT MATERIALIZED (
     SELECT i.item_id FROM items AS i

@@ -51,7 +51,7 @@ def open_movielens(folder: Path) -> Source | None:
     if (folder / "sequences.txt").exists():
         raise SourceError(
             f"{folder}: sequences.txt gives the order of events but no timestamps, so no feature can be computed as of a "
-            f"moment: it is an input of `make bench-ranker` only. For DATA use one of: {'; '.join(KNOWN_LAYOUTS)}"
+            f"moment: it suits offline comparisons only. For DATA use one of: {'; '.join(KNOWN_LAYOUTS)}"
         )
     return None
 
