@@ -21,8 +21,9 @@ from schemas.views import candidate_features, context_features, fingerprint
 class Ranker:
     """Scores candidates for one request at a time; safe to share between threads.
 
-    `precision` picks the file: `int8` or `fp32` on the CPU. Raises ArtifactError if the artefact was changed,
-    expects other features than this code assembles, or has another signature.
+    `precision` asks for a file, `int8` or `fp32`; an artefact whose int8 did not pass its gate has fp32 alone, and
+    `self.precision` says so. Raises ArtifactError if the artefact was changed, expects other features than this code
+    assembles, or has another signature.
     """
 
     def __init__(self, folder: Path, *, version: str | None = None, precision: str = "int8", threads: int = 0) -> None:
@@ -39,8 +40,8 @@ class Ranker:
             )
         self.folder = folder
         self.dim = self.manifest.dim
-        name = RANKER_INT8 if precision == "int8" else RANKER_FP32
-        self._session = _session(folder / name, threads)
+        self.precision = precision if RANKER_INT8 in self.manifest.files else "fp32"
+        self._session = _session(folder / (RANKER_INT8 if self.precision == "int8" else RANKER_FP32), threads)
         self.provider = self._session.get_providers()[0]
         with np.load(folder / TEXT_PROJECTION, allow_pickle=False) as arrays:
             self._weight = arrays["weight"].astype(np.float32)
@@ -57,6 +58,7 @@ class Ranker:
         attributes = {
             "recsys.model.version": self.version,
             "recsys.model.provider": self.provider,
+            "recsys.precision": self.precision,
             "recsys.rank.rows": int(inputs["candidate_vectors"].shape[1]),
         }
         with span("rank", attributes=attributes):

@@ -223,10 +223,8 @@ def ranker_onnx(context: dg.AssetExecutionContext, larder: Larder) -> dg.Materia
             "model_version": version,
             "gate_passed": exported.passed,
             "gate": dg.MetadataValue.md("\n".join(f"- {line}" for line in exported.words)),
-            "int8_size_bytes": exported.manifest.files["ranker.cpu-int8.onnx"].size_bytes,
-            "int8_p50_ms": exported.manifest.latency_ms["cpu-int8_p50"],
-            "int8_ndcg_loss_rate": exported.manifest.parity["int8"]["ndcg_loss_rate"],
-            "int8_top_10_overlap_rate": exported.manifest.parity["int8"]["top_10_overlap_rate"],
+            **{f"{name}_ms": value for name, value in exported.manifest.latency_ms.items() if name.endswith("p50")},
+            **{f"int8_{name}": value for name, value in exported.manifest.parity["int8"].items() if value is not None},
             "manifest": dg.MetadataValue.json(
                 {"files": {name: entry.size_bytes for name, entry in exported.manifest.files.items()}}
             ),

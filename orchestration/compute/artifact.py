@@ -91,8 +91,18 @@ def write_artifact(
     calibration = calibration_requests(fp32, requests.take(np.sort(order[:half])), seed=trained.config.seed)
     quantise(folder / RANKER_FP32, folder / RANKER_INT8, calibration)
     run_int8 = session_runner(folder / RANKER_INT8)
-    report = check_int8(compare_int8(fp32, replace(scorer, run=run_int8), requests.take(np.sort(order[half:]))))
-    parity["int8"] = {**asdict(report), "batch_tolerance_rate": INT8_BATCH_TOLERANCE_RATE}
+    report = compare_int8(fp32, replace(scorer, run=run_int8), requests.take(np.sort(order[half:])))
+    runs = {"cpu-fp32": (RANKER_FP32, run_fp32), "cpu-int8": (RANKER_INT8, run_int8)}
+    refused = None
+    try:
+        check_int8(report)
+    except GateError as error:
+        # The float graph passed a gate of its own and serves; the int8 one never leaves this folder.
+        refused = str(error)
+        del runs["cpu-int8"]
+        (folder / RANKER_INT8).unlink()
+    figures = {name: value if np.isfinite(value) else None for name, value in asdict(report).items()}  # JSON has no NaN
+    parity["int8"] = {**figures, "batch_tolerance_rate": INT8_BATCH_TOLERANCE_RATE, "refused": refused}
     weight, bias = trained.text_projection()
     np.savez(folder / TEXT_PROJECTION, weight=weight, bias=bias)
     residuals = trained.item_residuals()
@@ -101,7 +111,7 @@ def write_artifact(
     (folder / POPULAR_ITEMS).write_text(json.dumps(list(popular_items), ensure_ascii=False), encoding="utf-8")
     latency = {
         f"{name}_{quantile}": value
-        for name, run in (("cpu-fp32", run_fp32), ("cpu-int8", run_int8))
+        for name, (_, run) in runs.items()
         for quantile, value in latency_ms(run, f=f, g=g, d=d).items()
     }
     scale, offset = trained.calibration
@@ -119,7 +129,7 @@ def write_artifact(
         seed=trained.config.seed,
         files={
             name: describe_file(folder / name)
-            for name in (RANKER_FP32, RANKER_INT8, TEXT_PROJECTION, ITEM_RESIDUALS, POPULAR_ITEMS)
+            for name in (*(file for file, _ in runs.values()), TEXT_PROJECTION, ITEM_RESIDUALS, POPULAR_ITEMS)
         },
         quality={
             **(quality or {}),

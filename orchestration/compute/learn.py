@@ -234,6 +234,8 @@ def export_ranker(lake: Lake, connection: psycopg.Connection[Any], artifacts_url
             slates=Slates(ask, everything, load_categories(connection, everything)),
         )
     passed, words = verdict(evaluation)
+    if refused := manifest.parity["int8"]["refused"]:
+        words = (*words, f"{refused}: the float graph takes its place")
     return Exported(manifest, passed, {"evaluation": evaluation, "parity": manifest.parity, "words": words}, words)
 
 

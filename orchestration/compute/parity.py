@@ -122,5 +122,5 @@ def check_int8(report: Int8Report) -> Int8Report:
     if not report.batch_shift_rate <= INT8_BATCH_TOLERANCE_RATE:
         faults.append(f"batch shift {report.batch_shift_rate:.4f} of the spread, at most {INT8_BATCH_TOLERANCE_RATE}")
     if faults:
-        raise GateError(f"int8 does not pass: {'; '.join(faults)}. Calibrate on more requests or serve fp32")
+        raise GateError(f"int8 does not pass: {'; '.join(faults)}")
     return report

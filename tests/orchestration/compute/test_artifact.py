@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from inference import ranker
+from orchestration.compute import artifact
 from orchestration.compute.artifact import ArtifactLabels, write_artifact
 from orchestration.compute.evaluate import Queries, leave_one_out
+from orchestration.compute.export import random_inputs
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.model import ItemTower, Ranker, RankerShape
+from orchestration.compute.parity import INT8_BATCH_TOLERANCE_RATE, Int8Report
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import TrainedRanker
 from schemas.errors import ArtifactError, GateError
-from schemas.manifest import MANIFEST_FILE
+from schemas.manifest import MANIFEST_FILE, RANKER_INT8
 from schemas.ranker import TEXT_DIM
 
 ITEMS = 30
@@ -62,3 +66,23 @@ def test_names_of_other_features_than_the_model_takes_are_refused(
     with pytest.raises(ArtifactError, match="the model takes 1 and 1"):
         write(tmp_path / "artifact", replace(LABELS, **change), 4)  # type: ignore[arg-type]  # both are names
     assert not (tmp_path / "artifact").exists()
+
+
+def test_int8_that_fails_its_gate_is_left_out_and_the_float_graph_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shifted = Int8Report(4, 0.1, 0.1, 0.0, 0.99, 2 * INT8_BATCH_TOLERANCE_RATE)
+    monkeypatch.setattr(artifact, "compare_int8", lambda *_, **__: shifted)
+    monkeypatch.setattr(ranker, "fingerprint", lambda: LABELS.feature_fingerprint)
+    monkeypatch.setattr(ranker, "context_features", lambda: LABELS.context_features)
+    monkeypatch.setattr(ranker, "candidate_features", lambda: LABELS.candidate_features)
+    write(tmp_path, LABELS, 8)
+    served = ranker.Ranker(tmp_path, precision="int8")
+    manifest = served.manifest
+    assert "batch shift" in manifest.parity["int8"]["refused"]
+    assert not (tmp_path / RANKER_INT8).exists()
+    assert RANKER_INT8 not in manifest.files
+    assert not [name for name in manifest.latency_ms if "int8" in name]
+    assert served.precision == "fp32"
+    _, scores = served.run(random_inputs(1, 9, 5, f=1, g=1, d=served.dim, seed=1))
+    assert np.isfinite(scores).all()
