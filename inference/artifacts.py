@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from schemas.errors import ArtifactError
 from schemas.manifest import MANIFEST_FILE, Manifest
+from schemas.urls import local_folder
 
 MAX_FILE_BYTES = 2 << 30
 
@@ -49,9 +50,9 @@ def fetch(root_url: str, path: str) -> Path:
     """A local folder with the artefact at `path` below `root_url`; fetched into a cache when it lies in S3."""
     if ".." in Path(path).parts or path.startswith("/"):
         raise ArtifactError(f"artefact path {path!r} leaves the artefacts' root; refuse it")
-    parts = urlsplit(root_url)
-    if parts.scheme == "file":
-        folder = Path(parts.path) / path
+    root = local_folder(root_url)
+    if root is not None:
+        folder = root / path
         if not folder.is_dir():
             raise ArtifactError(f"{folder} is missing; release again, or point ARTIFACTS_URL at where it lies")
         return folder
@@ -62,7 +63,7 @@ def fetch(root_url: str, path: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        _download(parts.netloc, f"{parts.path.strip('/')}/{path}".strip("/"), partial)
+        _download(*_s3_place(root_url, path), partial)
         # Two processes may fetch at once; the first to finish wins and the other's copy is the same.
         if not target.exists():
             os.replace(partial, target)
@@ -73,9 +74,9 @@ def fetch(root_url: str, path: str) -> Path:
 
 def publish(root_url: str, path: str, folder: Path) -> None:
     """Put the files of `folder` at `path` below `root_url`; an artefact that is there already stays as it is."""
-    parts = urlsplit(root_url)
-    if parts.scheme == "file":
-        target = Path(parts.path) / path
+    root = local_folder(root_url)
+    if root is not None:
+        target = root / path
         if target.exists():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,10 +89,15 @@ def publish(root_url: str, path: str, folder: Path) -> None:
     import boto3  # only artefacts in S3 need it
 
     client = boto3.client("s3")
-    prefix = f"{parts.path.strip('/')}/{path}".strip("/")
+    bucket, prefix = _s3_place(root_url, path)
     # The file that makes the folder an artefact goes last.
     for file in sorted(folder.iterdir(), key=lambda entry: entry.suffix == ".json"):
-        client.upload_file(str(file), parts.netloc, f"{prefix}/{file.name}")
+        client.upload_file(str(file), bucket, f"{prefix}/{file.name}")
+
+
+def _s3_place(root_url: str, path: str) -> tuple[str, str]:
+    parts = urlsplit(root_url)
+    return parts.netloc, f"{parts.path.strip('/')}/{path}".strip("/")
 
 
 def _download(bucket: str, prefix: str, folder: Path) -> None:
@@ -113,9 +119,9 @@ def _download(bucket: str, prefix: str, folder: Path) -> None:
 
 def put(root_url: str, path: str, content: bytes) -> None:
     """Write one small file at `path` below `root_url`, whole or not at all."""
-    parts = urlsplit(root_url)
-    if parts.scheme == "file":
-        target = Path(parts.path) / path
+    root = local_folder(root_url)
+    if root is not None:
+        target = root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         temporary.write_bytes(content)
@@ -123,19 +129,20 @@ def put(root_url: str, path: str, content: bytes) -> None:
         return
     import boto3  # only artefacts in S3 need it
 
-    boto3.client("s3").put_object(Bucket=parts.netloc, Key=f"{parts.path.strip('/')}/{path}".strip("/"), Body=content)
+    bucket, key = _s3_place(root_url, path)
+    boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=content)
 
 
 def get(root_url: str, path: str) -> bytes:
     """One small file at `path` below `root_url`. Raises ArtifactError if it is not there."""
-    parts = urlsplit(root_url)
+    root = local_folder(root_url)
     try:
-        if parts.scheme == "file":
-            return (Path(parts.path) / path).read_bytes()
+        if root is not None:
+            return (root / path).read_bytes()
         import boto3  # only artefacts in S3 need it
 
-        key = f"{parts.path.strip('/')}/{path}".strip("/")
-        return bytes(boto3.client("s3").get_object(Bucket=parts.netloc, Key=key)["Body"].read())
+        bucket, key = _s3_place(root_url, path)
+        return bytes(boto3.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read())
     except Exception as error:
         raise ArtifactError(
             f"{root_url}/{path} cannot be read ({type(error).__name__}); release a model first"

@@ -29,7 +29,7 @@ from inference.store import Champion, History, PersonRow, Store
 from inference.telemetry import span
 from schemas import prompts
 from schemas.errors import ArtifactError, Unavailable
-from schemas.events import KINDS, NEGATIVE_KINDS
+from schemas.events import KINDS, LIKED_VALUE, NEGATIVE_KINDS
 from schemas.features import FeatureView
 from schemas.serving import RecommendationRequest, RecommendationResponse, RecommendedItem
 from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS, CROSS_VIEWS, candidate_features
@@ -203,7 +203,7 @@ class Recommender:
         past_rows = [
             row
             for row, vector in enumerate(history.vectors)
-            if vector is not None and history.titles[row] and history.kinds[row] not in NEGATIVE_KINDS
+            if vector is not None and history.titles[row] and _speaks_for(history.kinds[row], history.values[row])
         ]
         past = (
             np.stack([_row(history, row) for row in past_rows])
@@ -360,6 +360,11 @@ def _crossed(
             if name in place:
                 membership[row, place[name]] = 1.0
     return crossed(value, mask, membership)
+
+
+def _speaks_for(kind: str, value: float | None) -> bool:
+    """Whether an event is a reason to be shown something alike: nothing hidden, nothing rated low."""
+    return kind not in NEGATIVE_KINDS and (kind != "rating" or value is None or value >= LIKED_VALUE)
 
 
 def _row(history: History, row: int) -> NDArray[np.float32]:

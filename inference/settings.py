@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         text = environ.get(name)
         if text is None:
             continue
-        if not text.strip().lstrip("-").isdigit() or not low <= int(text) <= high:
+        if not re.fullmatch(r"\s*\d{1,9}\s*", text, re.ASCII) or not low <= int(text) <= high:
             faults.append(f"{name} is {text!r}; give a whole number from {low} to {high}")
         else:
             values[field] = int(text)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,9 @@ _NEVER = 1 << 30
 _CONNECT_SECONDS = 2
 _SHOWN_PERSON = "user_id = %(user_id)s AND NOT EXISTS (SELECT FROM erasure_requests AS q WHERE q.user_id = %(user_id)s)"
 """Who asked to be forgotten reads as unknown from that moment on."""
-_SEARCH = ("SET LOCAL hnsw.ef_search = 200", "SET LOCAL hnsw.iterative_scan = strict_order")
+_SEARCH = {"hnsw.ef_search": "200", "hnsw.iterative_scan": "strict_order"}
 """An HNSW index stops at 40 rows by itself and filters only what it found: look wider, and go on until there are enough."""
-_PLAN_ONCE = "SET LOCAL plan_cache_mode = force_generic_plan"
+_PLAN_ONCE = {"plan_cache_mode": "force_generic_plan"}
 """A request's statements have one good plan each, whatever their parameters. Making it for every request, over every
 day's partition of the recent events, takes longer than running it."""
 
@@ -137,10 +138,9 @@ class Store:
         views = (*CONTEXT_VIEWS, *CROSS_VIEWS)
         entities = online_sql.entities(views)
         reads = [_entity_sql(entity) for entity in entities] if live else [_person_sql(view) for view in views]
-        with self.connection() as connection, span("db read_person", kind="client", attributes=_db(4 + len(reads))):
+        with self.connection() as connection, span("db read_person", kind="client", attributes=_db(3 + len(reads))):
             with connection.pipeline():
-                _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
-                _execute(connection, _PLAN_ONCE, None)
+                _set_locally(connection, timeout_ms, _PLAN_ONCE)
                 cursors = [
                     _execute(connection, sql, parameters, prepare=True)
                     for sql in (
@@ -199,12 +199,9 @@ class Store:
             given=None if given is None else list(given),
             live=live,
         )
-        with self.connection() as connection, span("db pick_candidates", kind="client", attributes=_db(5)):
+        with self.connection() as connection, span("db pick_candidates", kind="client", attributes=_db(2)):
             with connection.pipeline():
-                _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
-                for setting in _SEARCH:
-                    _execute(connection, setting, None)
-                _execute(connection, _PLAN_ONCE, None)
+                _set_locally(connection, timeout_ms, _SEARCH | _PLAN_ONCE)
                 cursor = _execute(connection, sql, parameters, prepare=True)
             rows = cursor.fetchall()
         return candidates_of(rows, dim, utc_day(at) if live else None)
@@ -228,11 +225,9 @@ class Store:
         parameters: dict[str, object] = {"at": at, "k": k, "item_id": item_id, **filters.parameters()}
         if item_id is None:
             parameters["text"] = vector_literal(text)
-        with self.connection() as connection, span("db similar", kind="client", attributes=_db(5)):
+        with self.connection() as connection, span("db similar", kind="client", attributes=_db(3)):
             with connection.pipeline():
-                _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
-                for setting in _SEARCH:
-                    _execute(connection, setting, None)
+                _set_locally(connection, timeout_ms, _SEARCH)
                 known = _execute(connection, "SELECT 1 FROM text_vectors WHERE item_id = %(item_id)s", parameters)
                 found = _execute(
                     connection, statement("similar_items").format(query=query, allowed=filters.allowed("i")), parameters
@@ -246,7 +241,7 @@ class Store:
         people = sorted({str(event["user_id"]) for event in events})
         with self.connection() as connection, span("db accept_events", kind="client", attributes=_db(3)):
             with connection.pipeline():
-                _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
+                _set_locally(connection, timeout_ms)
                 stored = _execute(connection, _accept_events_sql(), {"events": json.dumps(events)})
                 _execute(connection, statement("trim_history"), {"user_ids": people, "keep": MAX_HISTORY})
             return {row[0] for row in stored.fetchall()}
@@ -254,14 +249,25 @@ class Store:
     def ping(self, timeout_ms: int) -> Champion | None:
         """The champion, in one round trip: what `/health` measures."""
         with self.connection() as connection, connection.pipeline():
-            _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
-            cursor = _execute(connection, statement("read_champion"), None)
+            _set_locally(connection, timeout_ms)
+            cursor = _execute(connection, statement("read_champion"))
         row = cursor.fetchone()
         return Champion(*row) if row else None
 
 
+def _set_locally(
+    connection: psycopg.Connection[Any], timeout_ms: int, settings: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Settings for the rest of this pipeline, which is one transaction to the server."""
+    # SET LOCAL would do the same, and warn in the server's log each time that nobody said BEGIN.
+    settings = {"statement_timeout": str(timeout_ms), **settings}
+    _execute(
+        connection, "SELECT " + ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
+    )
+
+
 def _execute(
-    connection: psycopg.Connection[Any], sql: str, parameters: dict[str, Any] | None, *, prepare: bool = False
+    connection: psycopg.Connection[Any], sql: str, parameters: dict[str, Any] | None = None, *, prepare: bool = False
 ) -> psycopg.Cursor[Any]:
     # Binary results: float64 columns need no parsing, and vectors arrive as bytes without a type look-up.
     return connection.cursor(binary=True).execute(sql, parameters, prepare=prepare)

@@ -39,6 +39,11 @@ def database_url(deployment: Deployment) -> str:
 
 def start_embedded(folder: Path) -> str:
     """Start (or join) the embedded PostgreSQL whose data lie in `folder`; returns its URL."""
+    if re.search(r"\s", str(folder)):
+        raise DatabaseError(
+            f"the embedded PostgreSQL cannot start in {str(folder)!r}, whose name holds a blank; "
+            "set LARDER_HOME to a folder without one, or DATABASE_URL to use a server of your own"
+        )
     with warnings.catch_warnings():
         # The package asks platformdirs for a runtime folder, which warns where a service account has none.
         warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR")
@@ -61,7 +66,7 @@ def shown(url: str) -> str:
     """`url` without its password, for messages."""
     try:
         parts = urlsplit(url)
-        return urlunsplit(parts._replace(netloc=re.sub(r":[^:@]*@", ":***@", parts.netloc)))
+        return urlunsplit(parts._replace(netloc=re.sub(r":[^@]*@", ":***@", parts.netloc)))
     except ValueError:
         return "DATABASE_URL"
 
@@ -88,12 +93,18 @@ def check(url: str) -> None:
         row = connection.execute(
             "SELECT default_version, installed_version FROM pg_available_extensions WHERE name = %s", (EXTENSION,)
         ).fetchone()
+        wanted = ".".join(map(str, MINIMUM_PGVECTOR))
         if row is None:
             raise DatabaseError(
                 f"{shown(url)} has no pgvector; install the extension `vector` "
-                f"{'.'.join(map(str, MINIMUM_PGVECTOR))} or newer on that server (Debian: postgresql-{major}-pgvector)"
+                f"{wanted} or newer on that server (Debian: postgresql-{major}-pgvector)"
             )
         default, installed = row
+        if _version(installed or default) < MINIMUM_PGVECTOR:
+            raise DatabaseError(
+                f"{shown(url)} has pgvector {installed or default}; {wanted} or newer is needed: install it on the server"
+                + (", then run ALTER EXTENSION vector UPDATE" if installed else "")
+            )
         if installed is None:
             try:
                 connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
@@ -102,13 +113,6 @@ def check(url: str) -> None:
                     f"may not create the extension `vector` in {shown(url)} ({' '.join(str(error).split())}); "
                     "let an owner run: CREATE EXTENSION vector"
                 ) from error
-            installed = default
-        if _version(installed) < MINIMUM_PGVECTOR:
-            wanted = ".".join(map(str, MINIMUM_PGVECTOR))
-            raise DatabaseError(
-                f"{shown(url)} has pgvector {installed}; {wanted} or newer is needed: install it on the server, "
-                "then run ALTER EXTENSION vector UPDATE"
-            )
 
 
 def migrate(url: str) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 
 from infra import deployment as deployments
 from infra import postgres
+from infra.ports import free_port
 from schemas.errors import LarderError, SettingsError
 
 
@@ -18,6 +20,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         record = deployments.current()
+        free_port(options.host, options.port, "make serve PORT")
         if deployments.load(record.name) is None:
             raise SettingsError(f"nothing to serve in {deployments.home()}: run `make run` first")
         os.environ["DATABASE_URL"] = postgres.prepare(record)
@@ -27,8 +30,9 @@ def main() -> int:
         return 1
     from inference.handlers import asgi
 
-    sys.argv = ["serve", "--host", options.host, "--port", str(options.port)]
-    return asgi.main()
+    # The server ends by itself on SIGTERM and then dies of it; here the embedded database still has to be let go of.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return asgi.main(["--host", options.host, "--port", str(options.port)])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,13 @@ from pathlib import Path
 from infra import deployment as deployments
 from infra import postgres
 from infra.deployment import Deployment
+from infra.ports import free_port
 from schemas.errors import LarderError
 
 WEBSERVER = "webserver.json"
 """In a deployment's Dagster home while its UI runs: where it answers, and as which process."""
+
+_PATIENCE_SECONDS = 30
 
 
 def prepare_dagster(record: Deployment) -> None:
@@ -46,6 +50,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=3000)
     options = parser.parse_args()
     try:
+        free_port("127.0.0.1", options.port, "make ui UI_PORT")
         record = deployments.current()
         record.save()
         postgres.prepare(record)
@@ -68,9 +73,15 @@ def main() -> int:
         "--log-level",
         "warning",
     ]
+    # Being told to stop is the same as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    process = subprocess.Popen(command)
     try:
-        return subprocess.call(command)
+        return process.wait()
     except KeyboardInterrupt:
+        # From a terminal it has heard of it already, from elsewhere not; it ends webserver, daemon and code server.
+        process.send_signal(signal.SIGINT)
+        process.wait(_PATIENCE_SECONDS)
         return 0
     finally:
         webserver.unlink(missing_ok=True)

@@ -22,32 +22,45 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from inference.settings import Settings, read_settings
 from infra import deployment as deployments
 from infra import postgres
 from infra.deployment import Deployment
 from infra.ui import prepare_dagster
+from orchestration.compute import learning_steps
 from orchestration.progress import terminal
 from orchestration.sources.open import is_simulated, open_source, simulated_world
 from schemas.errors import LarderError, SettingsError
 from schemas.manifest import ENCODER_PATH
-from schemas.views import VIEWS
+from schemas.urls import local_folder
+from schemas.views import VIEWS, fingerprint
 
 if TYPE_CHECKING:
     import dagster as dg
 
 RETRAIN_AFTER_DAYS = 7
+_LEARNING = {
+    "training_set": "training set",
+    "ranker": "ranker",
+    "ranker_evaluation": "evaluation",
+    "ranker_onnx": "ONNX export and gate",
+}
 SIMULATED_EPOCHS = 6
 console = Console(highlight=False)
+errors = Console(highlight=False, stderr=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Todo:
-    """What a run has to do: days whose partitions are missing or stale, per asset, and whether to train."""
+    """What a run has to do: days whose partitions are missing or stale, and the steps of learning that are due."""
 
     days: tuple[date, date] | None
-    train: bool
+    learning: tuple[str, ...]
     served_since: date | None = None
     """First of the days that requests read, if an erasure made one of those stale: they go ahead of the others."""
+    too_few: str | None = None
+    """Why there is nothing to learn from yet."""
+    has_model: bool = False
 
     def ranges(self) -> list[tuple[date, date]]:
         """The days in the order in which they are built."""
@@ -82,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(options)
     except LarderError as error:
-        console.print(f"[red]error[/red] ({error.type}): {escape(str(error))}", markup=True, soft_wrap=True)
+        errors.print(f"[red]error[/red] ({error.type}): {escape(str(error))}", markup=True, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("\ninterrupted; what was finished is kept, `make run` goes on from there")
@@ -95,6 +108,7 @@ def _run(options: argparse.Namespace) -> int:
     console.rule(f"Larder · deployment {record.name}")
     with _step("database"):
         url = postgres.prepare(record)
+        settings = read_settings({**os.environ, "DATABASE_URL": url, "ARTIFACTS_URL": record.artifacts_url})
     record.save()
     prepare_dagster(record)
     import dagster as dg
@@ -118,24 +132,24 @@ def _run(options: argparse.Namespace) -> int:
             launch("text_vectors")
         with _step("popular items, co-visitation"):
             launch("popular_items", "co_visitation")
-        if todo.train:
-            with _step("training set"):
-                launch("training_set")
-            with _step("ranker"):
-                # The simulated world is there to be seen working: fewer epochs than on somebody's own data.
-                launch("ranker", config={"epochs": SIMULATED_EPOCHS} if is_simulated(record.data) else None)
-            with _step("evaluation"):
-                launch("ranker_evaluation")
-            with _step("ONNX export and gate"):
-                launch("ranker_onnx")
-        else:
+        if todo.too_few is not None:
+            _note("ranker", todo.too_few)
+        for asset in todo.learning:
+            # The simulated world is there to be seen working: fewer epochs than on somebody's own data.
+            few = {"epochs": SIMULATED_EPOCHS} if asset == "ranker" and is_simulated(record.data) else None
+            with _step(_LEARNING[asset]):
+                launch(asset, config=few)
+        if not todo.learning and todo.too_few is None:
             _note(
                 "ranker",
                 f"learned from events of the last {2 * RETRAIN_AFTER_DAYS} days (make run RETRAIN=1 trains anyway)",
             )
         with _step("item vectors, release"):
-            launch("item_vectors", "ranker_release", "recommend_function")
-    _show(url, record, options.user)
+            # Without any model there is nothing to release, and the function answers from the floor.
+            launch(
+                *(("item_vectors", "ranker_release") if todo.learning or todo.has_model else ()), "recommend_function"
+            )
+    _show(settings, options.user)
     console.print(
         f"\ndone in {time.monotonic() - began:.0f} s · next: `make ui` shows how it was made, `make serve` answers over HTTP"
     )
@@ -192,14 +206,17 @@ def _what_is_new(larder: Any, retrain: bool) -> Todo:
             "SELECT manifest->>'trained_until', manifest->>'feature_fingerprint' FROM model_versions "
             "ORDER BY created_at DESC LIMIT 1"
         ).fetchone()
+        # What an interrupted run left is gone on with, whatever came in since.
+        left = learning_steps.left(
+            larder.lake, connection, larder.artifacts_url, newest=timedelta(days=RETRAIN_AFTER_DAYS)
+        )
+        too_few = learning_steps.too_few(connection)
     stale = [day for day in undrained if record.start_date <= day <= yesterday]
     day = record.start_date
     while day <= yesterday:
         if any(built.get((view.name, day)) != (view.definition_hash, lake.get(day, 0)) for view in VIEWS):
             stale.append(day)
         day += timedelta(days=1)
-    from schemas.views import fingerprint
-
     due = (
         latest is None
         or latest[1] != fingerprint()
@@ -207,7 +224,8 @@ def _what_is_new(larder: Any, retrain: bool) -> Todo:
     )
     served = yesterday - timedelta(days=max(view.ttl_days for view in VIEWS) - 1)
     ahead = served if newest_marked is not None and newest_marked >= served else None
-    return Todo((min(stale), max(stale)) if stale else None, retrain or due, ahead)
+    learning = () if too_few else left if retrain or due or left != learning_steps.STEPS else ()
+    return Todo((min(stale), max(stale)) if stale else None, learning, ahead, too_few, latest is not None)
 
 
 class _Launcher:
@@ -265,11 +283,13 @@ def _encoder_ahead(artifacts_url: str) -> Iterator[Callable[[], None]]:
 
     What fails here fails again, and is told, where the asset does the same.
     """
-    if not artifacts_url.startswith("file://"):
+    root = local_folder(artifacts_url)
+    if root is None:
         yield lambda: None
         return
-    folder = Path(artifacts_url.removeprefix("file://")) / ENCODER_PATH
-    process = multiprocessing.get_context("spawn").Process(target=_export_encoder, args=(folder,), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_export_encoder, args=(root / ENCODER_PATH,), daemon=True
+    )
     process.start()
     try:
         yield process.join
@@ -310,21 +330,26 @@ class _Lines(logging.Handler):
             console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
-def _show(url: str, record: Deployment, user_id: str | None) -> None:
+def _show(settings: Settings, user_id: str | None) -> None:
     """Ten recommendations for one person as a table, and where the milliseconds went."""
     from inference.recommend import Steps
     from inference.runtime import LarderApplication
-    from inference.settings import Settings
     from schemas.serving import RecommendationRequest
 
-    application = LarderApplication.from_settings(Settings(url, record.artifacts_url))
+    application = LarderApplication.from_settings(settings)
     application.warm()
     with application.store.connection() as connection:
         row = connection.execute(
             "SELECT user_id, count(*) FROM user_history GROUP BY user_id HAVING count(*) >= 20 "
             "ORDER BY max(occurred_at) DESC, user_id LIMIT 1"
         ).fetchone()
-    chosen = user_id or (row[0] if row else "nobody")
+        known = (
+            user_id
+            and connection.execute("SELECT 1 FROM user_history WHERE user_id = %s LIMIT 1", [user_id]).fetchone()
+        )
+    if user_id and not known:
+        console.print(f"person {escape(user_id)} has no events here; this is what somebody new gets", soft_wrap=True)
+    chosen = user_id or (row[0] if row else "somebody new")
     request = RecommendationRequest(user_id=chosen, k=10, explain=True)
     for _ in range(3):
         steps = Steps()

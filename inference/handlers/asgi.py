@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import contextvars
 import logging
 import socket
@@ -162,7 +163,9 @@ def serve(app: AsgiApp, host: str, port: int) -> bool:
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     server = _Server(config)
-    server.run(sockets=[config.bind_socket()])
+    # It raises the signal that ended it once more; by then every request has its answer.
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[config.bind_socket()])
     return server.started
 
 

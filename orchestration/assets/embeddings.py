@@ -16,6 +16,7 @@ from orchestration.ranges import asset_span
 from orchestration.resources import Larder
 from schemas import prompts, tables
 from schemas.manifest import ENCODER_PATH
+from schemas.urls import local_folder
 
 GROUP = "embeddings"
 
@@ -24,15 +25,15 @@ def item_encoder(larder: Larder) -> TextEncoder:
     """The float encoder for items, exported on first use."""
     from orchestration.compute.encoder import export_encoder  # brings in torch and Optimum
 
-    root = larder.artifacts_url
-    if root.startswith("file://"):
-        folder = Path(root.removeprefix("file://")) / ENCODER_PATH
+    root = local_folder(larder.artifacts_url)
+    if root is not None:
+        folder = root / ENCODER_PATH
         export_encoder(folder)
     else:
         with tempfile.TemporaryDirectory(prefix="larder-encoder-") as scratch:
             export_encoder(Path(scratch) / "encoder")
-            artifacts.publish(root, ENCODER_PATH, Path(scratch) / "encoder")
-        folder = artifacts.fetch(root, ENCODER_PATH)
+            artifacts.publish(larder.artifacts_url, ENCODER_PATH, Path(scratch) / "encoder")
+        folder = artifacts.fetch(larder.artifacts_url, ENCODER_PATH)
     return TextEncoder(folder, precision="fp32")
 
 

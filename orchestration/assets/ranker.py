@@ -205,6 +205,7 @@ def ranker_evaluation(context: dg.AssetExecutionContext, larder: Larder) -> dg.M
     code_version="1",
 )
 def ranker_onnx(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
+    from orchestration.compute import learning_steps
     from orchestration.compute.learn import export_ranker
 
     with asset_span(context):
@@ -216,6 +217,7 @@ def ranker_onnx(context: dg.AssetExecutionContext, larder: Larder) -> dg.Materia
             artifacts.publish(larder.artifacts_url, path, Path(scratch) / "ranker")
             registry.register(connection, exported.manifest, path)
             registry.record_gate(connection, version, exported.passed, exported.record)
+        learning_steps.done(larder.artifacts_url, exported.training_set, "ranker_onnx")
     for line in exported.words:
         progress(context)(line)
     return dg.MaterializeResult(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,19 @@ class Interactions:
         )
 
 
-def load_interactions(lake: Lake, connection: psycopg.Connection) -> Interactions:
-    """All events of the lake with items that are in the catalogue (others cannot be scored), as arrays."""
+def newest_known(lake: Lake, connection: psycopg.Connection) -> datetime | None:
+    """When the store learned of the last event in the lake; None if that is empty."""
+    with duck() as db:
+        db.register("lake_events", lake.events(connection))
+        [(micros,)] = db.execute("SELECT epoch_us(max(known_at)) FROM lake_events").fetchall()
+    return None if micros is None else datetime.fromtimestamp(0, UTC) + timedelta(microseconds=micros)
+
+
+def load_interactions(lake: Lake, connection: psycopg.Connection, known_until: datetime | None = None) -> Interactions:
+    """All events of the lake with items that are in the catalogue (others cannot be scored), as arrays.
+
+    `known_until` leaves out what the store learned of later.
+    """
     catalogue = connection.execute(
         'SELECT item_id, (extract(epoch FROM available_at) * 1000000)::bigint FROM items ORDER BY item_id COLLATE "C"'
     ).fetchall()
@@ -67,7 +79,8 @@ def load_interactions(lake: Lake, connection: psycopg.Connection) -> Interaction
         db.register("lake_events", lake.events(connection))
         rows = db.execute(
             "SELECT user_id, item_id, epoch_us(occurred_at) AS occurred_at, kind, value FROM lake_events "
-            "ORDER BY user_id, occurred_at, event_id"
+            "WHERE known_at <= COALESCE(CAST(? AS TIMESTAMPTZ), 'infinity') ORDER BY user_id, occurred_at, event_id",
+            [known_until],
         ).fetchnumpy()
     users = rows["user_id"].astype(np.str_)
     items = rows["item_id"].astype(np.str_)

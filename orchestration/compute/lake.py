@@ -27,6 +27,7 @@ from pyarrow import fs as pafs
 
 from orchestration.compute.tombstones import leave_out_forgotten, read_tombstones
 from schemas.errors import LarderError, SettingsError
+from schemas.urls import local_folder
 
 EVENT_SCHEMA = pa.schema(
     [
@@ -52,7 +53,7 @@ def duck() -> Iterator[duckdb.DuckDBPyConnection]:
         tempfile.TemporaryDirectory(prefix="larder-duckdb-") as spill,
         duckdb.connect(config={"memory_limit": _MEMORY_LIMIT, "temp_directory": spill, "threads": "2"}) as connection,
     ):
-        connection.execute("SET TimeZone = 'UTC'")
+        connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
         yield connection
 
 
@@ -267,7 +268,8 @@ def _file_name(day: date, generation: int) -> str:
 
 def open_root(url: str) -> tuple[str, pafs.FileSystem]:
     """The path and the file system of a `file://` or `s3://` URL."""
-    return (urlsplit(url).path.rstrip("/"), pafs.LocalFileSystem()) if url.startswith("file://") else _s3(url)
+    folder = local_folder(url)
+    return _s3(url) if folder is None else (str(folder), pafs.LocalFileSystem())
 
 
 def list_files(files: pafs.FileSystem, folder: str) -> list[str]:

@@ -2,7 +2,8 @@
 
     training set ─▶ train_ranker ─▶ evaluate_ranker ─▶ export_ranker (gate record)
 
-Between the steps the trained model and the evaluation lie under `training/` of the artefacts.
+Between the steps the trained model and the evaluation lie under `training/` of the artefacts, and with them how far the
+training set at hand has come (orchestration/compute/learning_steps.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from inference import artifacts
 from inference.encoder import TextEncoder
 from orchestration.compute import co_visitation as floor
+from orchestration.compute import learning_steps
 from orchestration.compute.artifact import ArtifactLabels, write_artifact
 from orchestration.compute.evaluate import (
     Evaluation,
@@ -54,6 +56,7 @@ from schemas.views import candidate_features, context_features, fingerprint
 TRAINED_PATH = "training/ranker.pt"
 TIME_SPLIT_PATH = "training/time_split.pt"
 EVALUATION_PATH = "training/evaluation.json"
+CHECKPOINTS = ("ranker.ckpt", "time_split.ckpt")
 RANKER = "ranker"
 FLOOR = ("popularity", "7-day popularity", "co-visitation")
 RERANKED = 200
@@ -84,9 +87,10 @@ class EvaluationReport:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """An artefact and its verdict; `words` say it for people."""
+    """An artefact, the version of the training set it comes from and its verdict; `words` say it for people."""
 
     manifest: Manifest
+    training_set: str
     passed: bool
     record: dict[str, Any]
     words: tuple[str, ...]
@@ -123,7 +127,15 @@ def train_ranker(
     known = load_training_set(lake, connection, artifacts_url)
     twin = multiprocessing.get_context("spawn").Process(
         target=train_time_split,
-        args=(lake.url, connection.info.dsn, connection.info.password, artifacts_url, scratch, config),
+        args=(
+            lake.url,
+            connection.info.dsn,
+            connection.info.password,
+            artifacts_url,
+            scratch,
+            config,
+            known.known_until,
+        ),
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -136,7 +148,7 @@ def train_ranker(
                 load_categories(connection, known.split.train),
                 (known.rows, known.context, known.context_mask),
             )
-            trained = _train(connection, artifacts_url, known.split, slates, scratch / "ranker.ckpt", config, progress)
+            trained = _train(connection, artifacts_url, known.split, slates, scratch / CHECKPOINTS[0], config, progress)
         _save(trained, artifacts_url, TRAINED_PATH)
         twin.join()
     finally:
@@ -146,23 +158,31 @@ def train_ranker(
             twin.join()
     if twin.exitcode != 0:
         raise LarderError(f"training on the time split ended with status {twin.exitcode}; its error stands above")
+    learning_steps.done(artifacts_url, known.version, "ranker")
+    # Not before both are kept: an interruption between the two would have one of them trained again.
+    for name in CHECKPOINTS:
+        (scratch / name).unlink(missing_ok=True)
     return TrainingReport(trained.progress, trained.validation, len(known.split.train), trained.seconds)
 
 
 def train_time_split(
-    lake_url: str, dsn: str, password: str, artifacts_url: str, scratch: Path, config: TrainConfig
+    lake_url: str,
+    dsn: str,
+    password: str,
+    artifacts_url: str,
+    scratch: Path,
+    config: TrainConfig,
+    known_until: datetime | None,
 ) -> None:
     """Train the twin that knows only the first 90 % of the events, in a process of its own."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     lake = Lake(lake_url)
     with psycopg.connect(dsn, password=password or None) as connection:
-        later = time_split(learning_split(lake, connection).queries.interactions)
+        later = time_split(learning_split(lake, connection, known_until).queries.interactions)
         with PointInTime(lake, connection) as ask:
             slates = Slates(ask, later.train, load_categories(connection, later.train))
-            trained = _train(
-                connection, artifacts_url, later, slates, scratch / "time_split.ckpt", config, lambda _: None
-            )
+            trained = _train(connection, artifacts_url, later, slates, scratch / CHECKPOINTS[1], config, lambda _: None)
     _save(trained, artifacts_url, TIME_SPLIT_PATH)
 
 
@@ -171,7 +191,8 @@ def evaluate_ranker(
 ) -> EvaluationReport:
     """Judge the trained ranker on its held-out events, and its twin on the events after the cut of the time split."""
     start = time.monotonic()
-    split = load_training_set(lake, connection, artifacts_url).split
+    known = load_training_set(lake, connection, artifacts_url)
+    split = known.split
     everything = split.queries.interactions
     categories = load_categories(connection, everything)
     later = time_split(everything)
@@ -195,12 +216,14 @@ def evaluate_ranker(
         EVALUATION_PATH,
         json.dumps({"leave_one_out": first.to_dict(), "time_split": second.to_dict()}).encode(),
     )
+    learning_steps.done(artifacts_url, known.version, "ranker_evaluation")
     return EvaluationReport((first, second), time.monotonic() - start)
 
 
 def export_ranker(lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, folder: Path) -> Exported:
     """Export, quantise and gate the trained ranker into `folder`. Raises GateError if a graph is not what was trained."""
-    split = load_training_set(lake, connection, artifacts_url).split
+    known = load_training_set(lake, connection, artifacts_url)
+    split = known.split
     trained = _load_trained(artifacts_url, TRAINED_PATH)
     evaluation = json.loads(artifacts.get(artifacts_url, EVALUATION_PATH))
     popular = [
@@ -236,7 +259,8 @@ def export_ranker(lake: Lake, connection: psycopg.Connection[Any], artifacts_url
     passed, words = verdict(evaluation)
     if refused := manifest.parity["int8"]["refused"]:
         words = (*words, f"{refused}: the float graph takes its place")
-    return Exported(manifest, passed, {"evaluation": evaluation, "parity": manifest.parity, "words": words}, words)
+    record = {"evaluation": evaluation, "parity": manifest.parity, "words": words}
+    return Exported(manifest, known.version, passed, record, words)
 
 
 def verdict(evaluation: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
@@ -274,7 +298,7 @@ def _train(
             f"stage {entry.stage}, epoch {entry.epoch} of {entry.epochs}: loss {entry.loss:.3f}{quality}, {entry.seconds:.0f} s"
         )
 
-    trained = train(
+    return train(
         split.train,
         load_text_vectors(connection, split.train.item_ids),
         config,
@@ -283,8 +307,6 @@ def _train(
         on_progress=report,
         checkpoint=checkpoint,
     )
-    checkpoint.unlink(missing_ok=True)
-    return trained
 
 
 def _save(trained: TrainedRanker, artifacts_url: str, path: str) -> None:

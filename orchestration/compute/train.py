@@ -76,8 +76,9 @@ def train(
     `validation` holds queries over the same table, whose labels are then left out of training; by default some of
     the newest events. `features` supplies what was known at each label, by row of `interactions`; without it the ranker
     learns from histories alone. With `checkpoint`, state is saved after every epoch, an interrupted run continues from it
-    and ends where an uninterrupted one would; a file left by other data (of `features`, a sample is compared) or another
-    configuration is ignored and overwritten. `device` defaults to CUDA where there is one.
+    and ends where an uninterrupted one would, and a finished one has no epoch to repeat; a file left by other data (of
+    `features`, a sample is compared) or another configuration is ignored and overwritten. The file is the caller's to
+    remove once the model is kept. `device` defaults to CUDA where there is one.
 
     Raises DefinitionError if the text vectors do not fit the catalogue, the validation labels are rows of another table
     or there is nothing to learn from.
@@ -197,8 +198,6 @@ class _Run:
             self._train_slates()
         self._restore_best()
         self.modules.eval().to("cpu")
-        if self.checkpoint:
-            self.checkpoint.unlink(missing_ok=True)
         scale, offset = self.calibration.detach().cpu().tolist()
         return TrainedRanker(
             self.ranker,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from inference import artifacts
+from orchestration.compute import learning_steps
 from orchestration.compute.evaluate import Split, leave_one_out
-from orchestration.compute.interactions import Interactions, load_interactions
+from orchestration.compute.interactions import Interactions, load_interactions, newest_known
 from orchestration.compute.lake import Lake
 from orchestration.compute.mining import recent_rows
 from orchestration.compute.point_in_time import PointInTime
@@ -42,7 +44,13 @@ class TrainingSetReport:
 
 @dataclass(frozen=True, slots=True)
 class TrainingSet:
-    """Labels as rows of `split.train`, ascending, with context values and mask `(l, f) float32`."""
+    """Labels as rows of `split.train`, ascending, with context values and mask `(l, f) float32`.
+
+    `known_until` is when the store had learned of the last of its events; later ones are not part of it.
+    """
+
+    version: str
+    known_until: datetime | None
 
     split: Split
     rows: NDArray[np.int64]
@@ -56,22 +64,32 @@ def load_categories(connection: psycopg.Connection[Any], interactions: Interacti
     return [found.get(item_id, []) for item_id in interactions.item_ids.tolist()]
 
 
-def learning_split(lake: Lake, connection: psycopg.Connection[Any]) -> Split:
-    """Leave-one-out over all events of the lake. Raises DefinitionError if there is too little to learn from."""
-    interactions = load_interactions(lake, connection)
-    people = len(np.unique(interactions.user))
-    if len(interactions) < LEAST_EVENTS or people < LEAST_PEOPLE:
-        raise DefinitionError(
-            f"{len(interactions)} events of {people} people are too few to train on: {LEAST_EVENTS} events of "
-            f"{LEAST_PEOPLE} people are needed. Until then the floor (co-visitation and trending) serves"
-        )
+def too_few(events: int, people: int) -> str | None:
+    """Why nothing can be learned from so few; None if it can."""
+    if events >= LEAST_EVENTS and people >= LEAST_PEOPLE:
+        return None
+    return (
+        f"{events} events of {people} people are too few to train on: {LEAST_EVENTS} events of {LEAST_PEOPLE} people "
+        "are needed. Until then the floor (co-visitation and trending) serves"
+    )
+
+
+def learning_split(lake: Lake, connection: psycopg.Connection[Any], known_until: datetime | None = None) -> Split:
+    """Leave-one-out over the events of the lake that the store knew of at `known_until` (None: all).
+
+    Raises DefinitionError if there is too little to learn from.
+    """
+    interactions = load_interactions(lake, connection, known_until)
+    if words := too_few(len(interactions), len(np.unique(interactions.user))):
+        raise DefinitionError(words)
     return leave_one_out(interactions)
 
 
 def build_training_set(lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str) -> TrainingSetReport:
     """Write the training set of the lake as it stands. Raises Overtaken if somebody is forgotten meanwhile."""
     seen = count_erasures(connection)
-    split = learning_split(lake, connection)
+    known_until = newest_known(lake, connection)
+    split = learning_split(lake, connection, known_until)
     rows = recent_rows(split.train)
     with PointInTime(lake, connection) as ask:
         values, mask = Slates(ask, split.train, load_categories(connection, split.train)).context(rows)
@@ -84,21 +102,34 @@ def build_training_set(lake: Lake, connection: psycopg.Connection[Any], artifact
             "context": pa.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1]),
             "context_mask": pa.FixedSizeListArray.from_arrays(mask.ravel(), mask.shape[1]),
         }
-    ).replace_schema_metadata({"version": _version(split.train), "features": ",".join(context_features())})
+    ).replace_schema_metadata(
+        {
+            "version": _version(split.train),
+            "known_until": "" if known_until is None else known_until.isoformat(),
+            "features": ",".join(context_features()),
+        }
+    )
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     with no_erasure_since(connection, seen):
         artifacts.put(artifacts_url, PATH, buffer.getvalue())
+        learning_steps.done(artifacts_url, _version(split.train), "training_set")
     people = len(np.unique(split.train.user[rows]))
     return TrainingSetReport(len(rows), people, float(1 - mask.mean()), buffer.tell(), _version(split.train))
 
 
 def load_training_set(lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str) -> TrainingSet:
-    """The training set last written. Raises DefinitionError if events or definitions have changed since."""
-    split = learning_split(lake, connection)
+    """The training set last written, with the events it was made of: what became known later is not among them.
+
+    Raises ArtifactError without one, DefinitionError if definitions have changed since, or events that it was made of.
+    """
     table = pq.read_table(io.BytesIO(artifacts.get(artifacts_url, PATH)))
-    found = (table.schema.metadata or {}).get(b"version", b"").decode()
-    if found != _version(split.train):
+    about = table.schema.metadata or {}
+    until = about.get(b"known_until", b"").decode()
+    known_until = datetime.fromisoformat(until) if until else None
+    split = learning_split(lake, connection, known_until)
+    version = about.get(b"version", b"").decode()
+    if version != _version(split.train):
         raise DefinitionError(
             "the training set was built from other events or definitions; materialise training_set again"
         )
@@ -107,7 +138,9 @@ def load_training_set(lake: Lake, connection: psycopg.Connection[Any], artifacts
         column = table[name].combine_chunks()
         return np.asarray(column.flatten(), np.float32).reshape(len(table), -1)
 
-    return TrainingSet(split, np.asarray(table["label_row"]), block("context"), block("context_mask"))
+    return TrainingSet(
+        version, known_until, split, np.asarray(table["label_row"]), block("context"), block("context_mask")
+    )
 
 
 def _version(interactions: Interactions) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
 import psycopg
 import pytest
 from conftest import TODAY
 
+from inference import store as store_module
 from inference.candidates import Filters
+from inference.sql_files import vector_literal
 from inference.store import Store
 from schemas.errors import Unavailable
 
@@ -74,6 +77,62 @@ def test_a_slow_statement_ends_at_its_timeout(store: Store, database: str) -> No
         with pytest.raises(Unavailable, match="did not answer in time"):
             store.ping(50)
     assert store.ping(1000) is None  # the connection is still good
+
+
+def test_settings_of_one_question_end_with_it_and_the_server_has_nothing_to_warn_of(store: Store) -> None:
+    warned: list[str] = []
+    with store.connection() as connection:
+        connection.add_notice_handler(lambda notice: warned.append(notice.message_primary or ""))
+
+        def shown(settings: Mapping[str, str] | None) -> tuple[str, ...]:
+            with connection.pipeline():
+                if settings is not None:
+                    store_module._set_locally(connection, 1234, settings)
+                names = ("statement_timeout", "plan_cache_mode", "hnsw.ef_search")
+                cursors = [connection.execute("SELECT current_setting(%s, true)", [name]) for name in names]
+            return tuple(cursor.fetchone()[0] for cursor in cursors)  # type: ignore[index]  # each has one row
+
+        before = shown(None)
+        during = shown(store_module._SEARCH | store_module._PLAN_ONCE)
+        after = shown(None)
+    assert during == ("1234ms", "force_generic_plan", "200")
+    assert after[:2] == before[:2]
+    assert after[2] != "200"
+    assert warned == []
+
+
+def test_a_filter_that_leaves_few_items_still_finds_the_nearest_of_them(
+    database: str, connection: psycopg.Connection
+) -> None:
+    """An index that filters what it found would find nothing: the wanted items are the farthest of all."""
+    connection.execute(
+        "INSERT INTO items (item_id, title, categories) "
+        "SELECT 'i' || n, 'Item ' || n, CASE WHEN n <= 20 THEN '{rare}' ELSE '{common}' END::text[] FROM generate_series(1, 2000) AS n"
+    )
+    generator = np.random.default_rng(0)
+    vectors = generator.standard_normal((2000, 384)).astype(np.float32) * 0.1
+    vectors[:, 0] = 1
+    vectors[:20, 0] = -1
+    with connection.cursor().copy("COPY text_vectors (item_id, vector, text_hash) FROM STDIN") as copy:
+        for number, vector in enumerate(vectors, start=1):
+            copy.write_row((f"i{number}", vector_literal(vector), "h"))
+    connection.commit()
+    # The planner reads so few rows one by one, unless it may not.
+    for setting in ("enable_seqscan", "enable_sort", "enable_bitmapscan"):
+        connection.execute(f"ALTER DATABASE {connection.info.dbname} SET {setting} = off")
+    connection.commit()
+    wanted = np.zeros(384, np.float32)
+    wanted[0] = 1
+    store = Store(database)
+    try:
+        found = store.similar(
+            at=TODAY, k=10, filters=Filters(categories=["rare"]), item_id=None, text=wanted, timeout_ms=5000
+        )
+    finally:
+        store.close()
+    assert found is not None
+    cosine = vectors[:20] @ wanted / np.linalg.norm(vectors[:20], axis=1)
+    assert [item_id for item_id, _, _ in found] == [f"i{n + 1}" for n in np.argsort(-cosine)[:10]]
 
 
 def test_a_connection_that_died_is_replaced(store: Store, database: str) -> None:

@@ -43,8 +43,8 @@ def test_data_that_cannot_be_read_is_refused(tmp_path: Path, files: dict[str, st
     data = tmp_path / "data" if files is None else folder(tmp_path, **files)
     done = run(tmp_path / "home", "--data", str(data))
     assert done.returncode == 1
-    assert "error (source)" in done.stdout
-    assert words in done.stdout
+    assert "error (source)" in done.stderr
+    assert words in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "home").exists()
 
@@ -52,7 +52,7 @@ def test_data_that_cannot_be_read_is_refused(tmp_path: Path, files: dict[str, st
 def test_an_unreachable_database_is_named(tmp_path: Path) -> None:
     done = run(tmp_path / "home", DATABASE_URL="postgresql://me:secret@127.0.0.1:1/x")
     assert done.returncode == 1
-    assert "cannot reach the database postgresql://me:***@127.0.0.1:1/x" in done.stdout
+    assert "cannot reach the database postgresql://me:***@127.0.0.1:1/x" in done.stderr
     assert "secret" not in done.stdout + done.stderr
 
 

@@ -123,7 +123,12 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     )
     assert len(again) < len(uninterrupted.progress)
     assert_same(resumed, uninterrupted)
-    assert not checkpoint.exists()
+    again.clear()
+    repeated = train(
+        world(), texts(), QUICK, features=Features(), wishes=wishes(), checkpoint=checkpoint, on_progress=again.append
+    )
+    assert not again
+    assert_same(repeated, uninterrupted)
 
 
 def test_a_run_interrupted_among_slates_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
