@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from datetime import date, datetime, timedelta
 
@@ -23,7 +24,14 @@ from orchestration.compute.ingest import drain, ingest
 from orchestration.compute.lake import Lake
 from orchestration.compute.materialise import materialise
 from orchestration.compute.point_in_time import PointInTime
-from orchestration.compute.stale import mark_stale, overtaken_days, rebuild_parts, staleness, to_rebuild
+from orchestration.compute.stale import (
+    LEDGER_LOCK,
+    mark_stale,
+    overtaken_days,
+    rebuild_parts,
+    staleness,
+    to_rebuild,
+)
 from schemas.events import Event, Item
 from schemas.online_sql import rows_table
 from schemas.views import ITEM_ACTIVITY, USER_ACTIVITY, VIEWS
@@ -240,11 +248,15 @@ def test_a_mark_and_a_build_wait_for_each_other(database: str, lake: Lake, conne
         target=materialise, args=(USER_ACTIVITY, day(3), YESTERDAY), kwargs={"url": database, "lake": lake}
     )
     thread.start()
-    thread.join(3)
-    assert thread.is_alive()
+    waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = %s AND NOT granted"
+    end = time.monotonic() + 60
+    while connection.execute(waiting, (LEDGER_LOCK,)).fetchone() == (0,):
+        assert thread.is_alive(), "the build did not wait"
+        assert time.monotonic() < end, "the build does not come to the lock"
+        time.sleep(0.05)
     connection.execute("UPDATE lake_files SET generation = generation + 1 WHERE day = %s", (day(2),))
     connection.commit()
-    thread.join(20)
+    thread.join(60)
     assert stale(connection, USER_ACTIVITY.name) == [day(2), day(1)]
 
 
