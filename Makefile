@@ -7,7 +7,7 @@ PORT ?= 8080
 DATA ?=
 USER_ID ?=
 .DEFAULT_GOAL := help
-.PHONY: help install run ui backfill serve forget explain test prove check bench-gpu format pictures clean
+.PHONY: help install run ui backfill serve forget explain vacuum test prove check bench-gpu format pictures clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,7 +29,7 @@ ui: install ## the Dagster UI with its daemon on the current deployment [UI_PORT
 	@$(BIN)/python -m infra.ui --port $(or $(UI_PORT),3000)
 
 # RESUME=1 and CANCEL=1 mean the last backfill; their value may also be the id that a backfill prints.
-backfill: install ## materialise days again in the instance of `make ui`: VIEW=a,b FROM=day TO=day [ONLY=missing|failed] [DRY_RUN=1], or RESUME=1, CANCEL=1
+backfill: install ## materialise days again in the instance of `make ui`: VIEW=a,b FROM=day TO=day [ONLY=missing|failed|stale] [DRY_RUN=1], or RESUME=1, CANCEL=1
 	@$(BIN)/python -m orchestration.backfill $(if $(VIEW),--view '$(VIEW)') $(if $(FROM),--from '$(FROM)') $(if $(TO),--to '$(TO)') $(if $(ONLY),--only '$(ONLY)') $(if $(DRY_RUN),--dry-run) $(if $(RESUME),--resume '$(RESUME)') $(if $(CANCEL),--cancel '$(CANCEL)') $(if $(URL),--url '$(URL)')
 
 serve: install ## answer over HTTP on this machine [PORT=8080]
@@ -40,6 +40,9 @@ forget: install ## erase a person: USER_ID=… [YES=1: do not ask] [REQUEST=1: o
 
 explain: install ## which rows made a person's or an item's features: VIEW=… KEY=… [AT=instant]
 	@$(BIN)/python -m orchestration.explain $(if $(VIEW),--view '$(VIEW)') $(if $(KEY),--key '$(KEY)') $(if $(AT),--at '$(AT)')
+
+vacuum: install ## delete the files that killed runs left in the lake: [HOURS=24] [DRY_RUN=1]
+	@$(BIN)/python -m orchestration.vacuum $(if $(HOURS),--hours '$(HOURS)') $(if $(DRY_RUN),--dry-run)
 
 test: install ## everything CI runs
 	@$(BIN)/python -m pytest

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -36,6 +36,9 @@ from schemas.serving import (
 )
 
 logger = logging.getLogger(__name__)
+
+CLOCK_SKEW = timedelta(minutes=5)
+"""How far a sender's clock may be ahead of ours: an event further in the future is refused."""
 
 
 @dataclass(slots=True)
@@ -165,10 +168,12 @@ class LarderApplication:
         refused: dict[int, str] = {}
         for place, event in enumerate(request.events):
             occurred_at = event.occurred_at or arrived
-            if (occurred_at - arrived).total_seconds() > 300:
-                refused[place] = f"occurred_at {occurred_at.isoformat()} lies in the future; check the sender's clock"
+            if occurred_at - arrived > CLOCK_SKEW:
+                refused[place] = _from_the_future(occurred_at, arrived)
                 continue
-            rows.append(event.model_dump() | {"occurred_at": occurred_at.isoformat()})
+            # Nothing happens after it arrived: a clock that runs a little ahead must not put an event into a window
+            # that has not begun, nor a read count what is yet to come.
+            rows.append(event.model_dump() | {"occurred_at": min(occurred_at, arrived).isoformat()})
         new = self.store.accept_events(rows, _timeout_ms(self.settings.timeout_ms, deadline)) if rows else set()
         outcomes: list[EventOutcome] = []
         for place, event in enumerate(request.events):
@@ -219,6 +224,14 @@ class LarderApplication:
             database_round_trip_ms=round_trip,
             degraded=tuple(degraded),
         )
+
+
+def _from_the_future(occurred_at: datetime, arrived: datetime) -> str:
+    ahead = occurred_at - arrived
+    return (
+        f"occurred_at {occurred_at.isoformat()} is {ahead.total_seconds():,.0f} s ahead of this server's clock, at most "
+        f"{CLOCK_SKEW.total_seconds():.0f} s are allowed; set the sender's clock, or leave occurred_at out to mean now"
+    )
 
 
 def create_application() -> LarderApplication:

@@ -11,13 +11,17 @@ import difflib
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 
+import psycopg
+
 from infra import deployment as deployments
+from infra import postgres
 from infra.ui import running_at
 from orchestration.compute.settle import shown, stretches
+from orchestration.compute.stale import rebuild_parts, to_rebuild
 from orchestration.instance_api import BACKFILL_TAG, FINISHED, PART_TAG, DailyAsset, InstanceApi, Run
 from schemas.errors import InstanceError, LarderError, SettingsError
 from schemas.views import VIEWS
@@ -60,7 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--view", help=f"what to build, comma separated: {', '.join(DAILY)}")
     parser.add_argument("--from", dest="first", help="first day, YYYY-MM-DD (UTC)")
     parser.add_argument("--to", dest="last", help="last day, included")
-    parser.add_argument("--only", choices=["missing", "failed"], help="of these, by the state that Dagster shows")
+    parser.add_argument(
+        "--only",
+        choices=["missing", "failed", "stale"],
+        help="of these: missing or failed by the state that Dagster shows; stale by the ledger: built before late events "
+        "came or somebody was forgotten. Name events too, so that what was posted late is drained first",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print which partitions would run, and launch nothing")
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="ID", help="watch a backfill again (default: the last)"
@@ -86,7 +95,8 @@ def _main(options: argparse.Namespace) -> int:
     assets = api.daily_assets(views)
     if unknown := [name for name in views if name not in assets]:
         raise InstanceError(f"the instance at {api.url} has no asset {unknown[0]!r}; reload its definitions")
-    parts = plan([assets[name] for name in views], first, last, options.only)
+    stale = _stale(first, last) if options.only == "stale" else {}
+    parts = plan([assets[name] for name in views], first, last, options.only, stale)
     _print_plan(parts, options.only)
     if options.dry_run or not parts:
         return 0
@@ -99,6 +109,13 @@ def _main(options: argparse.Namespace) -> int:
         tags = {BACKFILL_TAG: backfill, PART_TAG: str(number)}
         api.launch(part.assets, part.first, part.last, location, tags)
     return watch(api, api.runs(backfill))
+
+
+def _stale(first: date, last: date) -> dict[str, set[date]]:
+    """The daily partitions to build again, by asset, as the ledger of the current deployment knows them."""
+    record = deployments.current()
+    with psycopg.connect(postgres.prepare(record), options="-c TimeZone=UTC") as connection:
+        return to_rebuild(connection, max(first, record.start_date), last)
 
 
 def _recorded_url() -> str:
@@ -132,11 +149,17 @@ def read_day(name: str, text: str | None) -> date:
         raise SettingsError(f"{name}={text or ''} is not a day; write it as YYYY-MM-DD, e.g. 2026-01-31") from None
 
 
-def plan(assets: Sequence[DailyAsset], first: date, last: date, only: str | None) -> list[Part]:
+def plan(
+    assets: Sequence[DailyAsset],
+    first: date,
+    last: date,
+    only: str | None,
+    stale: Mapping[str, Collection[date]] | None = None,
+) -> list[Part]:
     """The runs to launch: one for the whole range, or with `only` one for every stretch of days that needs the same assets.
 
-    Dagster gives a run one range without gaps; a run over the gaps as well would build what nobody asked for.
-    Raises SettingsError for days outside the partitions.
+    Dagster gives a run one range without gaps; a run over the gaps as well would build what nobody asked for. Days that
+    are `stale`, by asset, go as `rebuild_parts` says. Raises SettingsError for days outside the partitions.
     """
     for asset in assets:
         if first < asset.first or last > asset.last:
@@ -144,6 +167,9 @@ def plan(assets: Sequence[DailyAsset], first: date, last: date, only: str | None
             raise SettingsError(
                 f"{bad} is outside the partitions of {asset.name!r}: {asset.first} to {asset.last} (today is not a partition)"
             )
+    if only == "stale":
+        chosen = {asset.name: (stale or {}).get(asset.name, ()) for asset in assets}
+        return [Part(*part) for part in rebuild_parts(chosen)]
     days = [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
     wanted: dict[tuple[str, ...], list[date]] = {}
     for day in days:

@@ -6,6 +6,8 @@ from typing import Any
 import dagster as dg
 
 from orchestration.compute.forget import EVENTS_REMOVED
+from orchestration.compute.stale import staleness
+from orchestration.metadata import STALE
 from orchestration.resources import Larder
 from schemas.features import FeatureView
 from schemas.views import VIEWS
@@ -31,6 +33,32 @@ def settled_check(view: FeatureView) -> dg.AssetChecksDefinition:
         return dg.AssetCheckResult(passed=not off, metadata=metadata)
 
     return ledger_agrees
+
+
+def stale_check(view: FeatureView) -> dg.AssetChecksDefinition:
+    """No partition of `view` waits to be rebuilt because its events changed after it was built."""
+
+    @dg.asset_check(
+        asset=view.name,
+        name="none_stale",
+        description="No partition was built before late events came or somebody was forgotten. Stale ones are still served.",
+    )
+    def none_stale(larder: Larder) -> dg.AssetCheckResult:
+        with larder.connect() as connection:
+            found = staleness(connection, view.name)
+        numbers: dict[str, Any] = {STALE: found.partitions}
+        words = None
+        if found.partitions:
+            numbers |= {"stale_since": str(found.since), "first": str(found.first), "last": str(found.last)}
+            words = (
+                f"{found.partitions} partitions from {found.first} to {found.last} are stale since {found.since:%Y-%m-%d %H:%M} "
+                f"UTC; `make run` rebuilds them, or `make backfill VIEW={view.name} FROM={found.first} TO={found.last} ONLY=stale`"
+            )
+        return dg.AssetCheckResult(
+            passed=not found.partitions, severity=dg.AssetCheckSeverity.WARN, metadata=numbers, description=words
+        )
+
+    return none_stale
 
 
 @dg.asset_check(asset="text_vectors", description="The HNSW index finds at least 95 % of what exact search finds.")
@@ -95,6 +123,7 @@ with warnings.catch_warnings():
 
 CHECKS = [
     *(settled_check(view) for view in VIEWS),
+    *(stale_check(view) for view in VIEWS),
     *FRESHNESS_CHECKS,
     index_recall_is_high,
     counts_add_up,

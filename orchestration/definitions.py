@@ -10,6 +10,7 @@ from orchestration.checks import CHECKS, FRESHNESS_SENSOR
 from orchestration.erasure import forget_person
 from orchestration.reconcile import settle_dead_runs
 from orchestration.resources import Larder
+from orchestration.upkeep import VACUUM_SCHEDULE, rebuild_stale_partitions, vacuum_lake
 
 ASSETS: list[dg.AssetsDefinition] = [
     events.load_source,
@@ -32,9 +33,9 @@ def build_definitions(larder: Larder | None = None) -> dg.Definitions:
     return dg.Definitions(
         assets=ASSETS,
         asset_checks=CHECKS,
-        jobs=[*JOBS, forget_person],
-        schedules=schedules(),
-        sensors=[FRESHNESS_SENSOR, settle_dead_runs],
+        jobs=[*JOBS, forget_person, vacuum_lake],
+        schedules=[*schedules(), VACUUM_SCHEDULE],
+        sensors=[FRESHNESS_SENSOR, settle_dead_runs, rebuild_stale_partitions],
         resources={"larder": larder or Larder()},
         # One process per run: the multiprocess executor would import everything again for every step.
         executor=dg.in_process_executor,

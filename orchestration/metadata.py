@@ -21,6 +21,7 @@ SECONDS = "seconds"
 NULL_RATE = "null_rate"
 FAILED_CHECKS = "failed_checks"
 LATE_RATE = "late_rate"
+STALE = "stale_partitions"
 ROWS_OVER_DAY_BEFORE = "rows_over_day_before"
 OWNER = "team:recommendations"
 

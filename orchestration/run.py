@@ -28,6 +28,7 @@ from infra import postgres
 from infra.deployment import Deployment
 from infra.ui import prepare_dagster
 from orchestration.compute import learning_steps
+from orchestration.compute.stale import WIDEST_WINDOW_DAYS, undrained_days
 from orchestration.progress import terminal
 from orchestration.sources.open import is_simulated, open_source, simulated_world
 from schemas.errors import LarderError, SettingsError
@@ -57,7 +58,7 @@ class Todo:
     days: tuple[date, date] | None
     learning: tuple[str, ...]
     served_since: date | None = None
-    """First of the days that requests read, if an erasure made one of those stale: they go ahead of the others."""
+    """First of the days that requests read, if one of those is stale: they go ahead of the others."""
     too_few: str | None = None
     """Why there is nothing to learn from yet."""
     has_model: bool = False
@@ -196,12 +197,7 @@ def _what_is_new(larder: Any, retrain: bool) -> Todo:
         (newest_marked,) = connection.execute(
             "SELECT max(partition_date) FROM feature_ledger WHERE stale_at IS NOT NULL"
         ).fetchone() or (None,)
-        undrained = [
-            day
-            for (day,) in connection.execute(
-                "SELECT DISTINCT (occurred_at AT TIME ZONE 'UTC')::date FROM recent_events WHERE NOT drained"
-            )
-        ]
+        undrained = undrained_days(connection, yesterday + timedelta(days=1))
         latest = connection.execute(
             "SELECT manifest->>'trained_until', manifest->>'feature_fingerprint' FROM model_versions "
             "ORDER BY created_at DESC LIMIT 1"
@@ -211,7 +207,11 @@ def _what_is_new(larder: Any, retrain: bool) -> Todo:
             larder.lake, connection, larder.artifacts_url, newest=timedelta(days=RETRAIN_AFTER_DAYS)
         )
         too_few = learning_steps.too_few(connection)
-    stale = [day for day in undrained if record.start_date <= day <= yesterday]
+    # What was posted late makes the days after it stale once it is drained, in this very run.
+    stale = []
+    for day in undrained:
+        last = min(day + timedelta(days=WIDEST_WINDOW_DAYS - 1), yesterday)
+        stale += [max(day, record.start_date), max(last, record.start_date)]
     day = record.start_date
     while day <= yesterday:
         if any(built.get((view.name, day)) != (view.definition_hash, lake.get(day, 0)) for view in VIEWS):
@@ -224,6 +224,9 @@ def _what_is_new(larder: Any, retrain: bool) -> Todo:
     )
     served = yesterday - timedelta(days=max(view.ttl_days for view in VIEWS) - 1)
     ahead = served if newest_marked is not None and newest_marked >= served else None
+    if undrained and undrained[0] < served:
+        # Days that requests read must come after what is drained into their windows.
+        ahead = None
     learning = () if too_few else left if retrain or due or left != learning_steps.STEPS else ()
     return Todo((min(stale), max(stale)) if stale else None, learning, ahead, too_few, latest is not None)
 

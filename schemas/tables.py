@@ -92,7 +92,7 @@ event_keys = Table(
     metadata,
     Column("event_id", Text, primary_key=True),
     Column("occurred_at", Instant, nullable=False),
-    comment="Ids of recent events: what makes a repeated event change nothing.",
+    comment="Ids of all events, in the lake or on their way to it: what makes a repeated event change nothing.",
 )
 
 recent_events = Table(
@@ -134,6 +134,14 @@ lake_files = Table(
     Column("rows", BigInteger, nullable=False),
     Column("generation", Integer, nullable=False),
     _now("written_at"),
+    Column(
+        "keyed",
+        Boolean,
+        nullable=False,
+        server_default=text("false"),
+        comment="whether event_keys has the id of every event of the file",
+    ),
+    Column("previous", Text, comment="the file before, kept for readers that began earlier"),
     comment="The current Parquet file of each day: swapping this row is what makes a rewrite of a day atomic.",
 )
 

@@ -11,6 +11,7 @@ from orchestration import metadata
 from orchestration.compute.ingest import drain, ingest
 from orchestration.compute.measures import failed, measure_events
 from orchestration.compute.settle import Built
+from orchestration.compute.stale import staleness
 from orchestration.metadata import OWNER, column_schema
 from orchestration.partitions import daily
 from orchestration.progress import progress
@@ -19,6 +20,7 @@ from orchestration.resources import Larder
 from orchestration.sources.open import open_source
 from schemas import tables
 from schemas.checks import EVENT_CHECKS
+from schemas.views import VIEWS
 
 GROUP = "events"
 
@@ -79,6 +81,7 @@ def load_source(context: dg.AssetExecutionContext, larder: Larder) -> Iterator[d
             "people": report.people,
             "days_written": len(report.days),
             "already_loaded": report.skipped,
+            "partitions_made_stale": sum(report.stale.values()),
             metadata.SECONDS: time.monotonic() - start,
             "source": source.description,
             "quarantine": metadata.markdown_table(
@@ -105,13 +108,17 @@ def events_stage(context: dg.AssetExecutionContext, larder: Larder) -> Stage:
 
     def build(first: date, last: date) -> dict[date, Built]:
         with larder.connect() as connection:
-            drained = drain(connection, larder.lake, first, last, progress=progress(context))
+            # Posted for a day before the first partition: no other partition will ever take it.
+            since = None if first <= larder.record.start_date else first
+            drained = drain(connection, larder.lake, since, last, progress=progress(context))
             measured = measure_events(connection, larder.lake, first, last)
+            stale = sum(staleness(connection, view.name).partitions for view in VIEWS)
         return {
             day: Built(
                 {
                     metadata.ROWS: int(measures["rows"]),
                     "drained_in_run": drained,
+                    metadata.STALE: stale,
                     metadata.LATE_RATE: measures["late_rate"],
                     **metadata.over_day_before(measures),
                 },

@@ -24,15 +24,13 @@ from psycopg import sql
 
 from orchestration.compute.lake import Lake, duck, list_files, open_root
 from orchestration.compute.online import rebuild_tiles
+from orchestration.compute.stale import mark_stale
 from orchestration.compute.tombstones import erase_alone, names
 from schemas.errors import LarderError, UnknownPerson
-from schemas.views import VIEWS
 
 TRAINING_FOLDER = "training"
 EVENTS_REMOVED, FILES_DELETED = "events in the lake", "files deleted"
 _REQUESTS = ("public", "erasure_requests")
-_LONGEST_WINDOW_DAYS = 3650
-"""For the snapshots of a view that is no longer declared."""
 _PARQUET = b"PAR1"
 
 Table = tuple[str, str]
@@ -146,10 +144,10 @@ def erase(user_id: str, *, url: str, lake: Lake, artifacts_url: str, receipt_id:
         for table in tables:
             if table[0] == "features":
                 removed[_name(table)] = _delete_snapshots(connection, table, user_id)
-        stale = _mark_stale(
-            connection, sorted(erased.events), {name for schema, name in tables if schema == "features"}
-        )
-        _settle_ledger(connection, erased.events, [name for schema, name in tables if schema == "features"])
+        # People's own views are put right here; those that counted the person for others, items say, are to be rebuilt.
+        own = [name for schema, name in tables if schema == "features"]
+        stale = mark_stale(connection, erased.events, except_views=own)
+        _settle_ledger(connection, erased.events, own)
         bad = _quarantined(connection, user_id)
         removed["public.quarantine"] = connection.execute(
             "DELETE FROM quarantine WHERE quarantine_id = ANY(%s)", (bad,)
@@ -297,20 +295,6 @@ def _settle_ledger(connection: psycopg.Connection[Any], events: dict[date, int],
             "UPDATE feature_ledger SET events = events - %s WHERE view = ANY(%s) AND partition_date = %s",
             [(rows, views, day) for day, rows in events.items()],
         )
-
-
-def _mark_stale(connection: psycopg.Connection[Any], days: list[date], own: set[str]) -> dict[str, int]:
-    """Mark the partitions that counted events of `days` for others than the person: those of items, say."""
-    windows = {view.name: view.max_window_days for view in VIEWS}
-    found = connection.execute("SELECT DISTINCT view FROM feature_ledger ORDER BY view").fetchall()
-    marked: dict[str, int] = {}
-    for view in [view for (view,) in found if view not in own]:
-        marked[view] = connection.execute(
-            "UPDATE feature_ledger SET stale_at = now() WHERE view = %s AND EXISTS (SELECT FROM unnest(%s::date[]) AS t (day) "
-            "WHERE partition_date >= t.day AND partition_date < t.day + %s)",
-            (view, days, windows.get(view, _LONGEST_WINDOW_DAYS)),
-        ).rowcount
-    return {view: partitions for view, partitions in marked.items() if partitions}
 
 
 def _collect_event_ids(connection: psycopg.Connection[Any], db: duckdb.DuckDBPyConnection, user_id: str) -> None:

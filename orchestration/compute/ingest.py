@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
@@ -46,6 +46,8 @@ class IngestReport:
     """True if this very state of the source had been loaded before."""
     forgotten: int = 0
     """Rows that were not taken because their people were forgotten since."""
+    stale: Mapping[str, int] = field(default_factory=dict)
+    """Partitions that had been built before these events came, by view: they are marked, the next run rebuilds them."""
 
 
 def ingest(
@@ -60,8 +62,9 @@ def ingest(
 ) -> IngestReport:
     """Load everything new that `source` has, in one transaction.
 
-    `shift_days` is added to every time. Repeating a load stores nothing twice. If anything fails, the database is
-    as before, and files already written to the lake are named by nobody.
+    `shift_days` is added to every time. Repeating a load stores nothing twice; of two events with one id the first
+    stays. An event of a day that has been built is late: unless its source says when it was known, that is now. If
+    anything fails, the database is as before, and files already written to the lake are named by nobody.
     """
     now = now or datetime.now(UTC)
     fingerprint = f"{source.fingerprint()}+{shift_days}"
@@ -85,7 +88,8 @@ def ingest(
         people = _load_people(connection, source, bad, tombstones)
         bad_catalogue, forgotten_catalogue = bad.count, bad.forgotten
         staged = Path(folder) / "staged.parquet"
-        read = _stage(source, staged, shift, since, bad, progress)
+        settled = {day for (day,) in connection.execute("SELECT DISTINCT partition_date FROM feature_ledger")}
+        read = _stage(source, staged, _Clock(shift, settled, now), since, bad, progress)
         progress(f"{read:,} rows read; sorting them into days")
         appended = lake.append(connection, [staged], db)
         keep_recent(connection, db, now)
@@ -99,6 +103,7 @@ def ingest(
             people,
             appended.days,
             forgotten=appended.forgotten + bad.forgotten - forgotten_catalogue,
+            stale=appended.stale,
         )
         counts = (read, report.stored, report.duplicates, report.quarantined)
         connection.execute(
@@ -113,7 +118,7 @@ def ingest(
     progress(
         f"{report.read:,} rows = {report.stored:,} stored + {report.duplicates:,} duplicates + "
         f"{report.quarantined:,} quarantined{f' + {report.forgotten:,} of forgotten people' if report.forgotten else ''}; "
-        f"{items:,} items, {people:,} people"
+        f"{items:,} items, {people:,} people{told_stale(report.stale)}"
     )
     return report
 
@@ -129,11 +134,10 @@ def keep_recent(connection: psycopg.Connection, db: duckdb.DuckDBPyConnection, n
     connection.execute("CREATE TEMP TABLE incoming (LIKE recent_events INCLUDING DEFAULTS) ON COMMIT DROP")
     _copy(connection, "incoming (event_id, occurred_at, user_id, item_id, kind, value, known_at)", recent)
     connection.execute(
-        "WITH fresh AS (INSERT INTO event_keys (event_id, occurred_at) SELECT event_id, occurred_at FROM incoming "
-        "ON CONFLICT DO NOTHING RETURNING event_id), "
-        "stored AS (INSERT INTO recent_events (event_id, occurred_at, user_id, item_id, kind, value, known_at, drained) "
-        "SELECT event_id, occurred_at, user_id, item_id, kind, value, known_at, true FROM incoming "
-        "JOIN fresh USING (event_id) RETURNING *), "
+        # One that was posted before is there, and counted.
+        "WITH stored AS (INSERT INTO recent_events (event_id, occurred_at, user_id, item_id, kind, value, known_at, drained) "
+        "SELECT event_id, occurred_at, user_id, item_id, kind, value, known_at, true FROM incoming AS i "
+        "WHERE NOT EXISTS (SELECT FROM recent_events AS p WHERE p.event_id = i.event_id) RETURNING *), "
         f"{online_sql.tile_steps_sql('stored', '%(since)s')} SELECT",
         {"since": online.tiles_since(now)},
     )
@@ -157,16 +161,19 @@ def keep_recent(connection: psycopg.Connection, db: duckdb.DuckDBPyConnection, n
 
 
 def drain(
-    connection: psycopg.Connection, lake: Lake, first: date, last: date, *, progress: Progress = lambda _: None
+    connection: psycopg.Connection, lake: Lake, first: date | None, last: date, *, progress: Progress = lambda _: None
 ) -> int:
-    """Move posted events that happened from day `first` to `last` (included) into the lake, exactly once.
+    """Move posted events that happened from day `first` (None: ever) to `last`, included, into the lake, exactly once.
 
-    The lake's pointer and the `drained` mark change in one transaction. Returns how many were moved.
+    The lake's pointer, the `drained` mark and the marks of partitions that are stale now change in one transaction.
+    Of the lake only the days that these events belong to are read. Returns how many were moved.
     """
     with tempfile.TemporaryDirectory(prefix="larder-drain-") as folder, duck() as db, connection.transaction():
         hold_off_erasures(connection)
+        # Before our rows are chosen and locked: who holds the lake may mark one of them drained.
+        lake.begin_append(connection)
         _drop_forgotten(connection)
-        start = datetime(first.year, first.month, first.day, tzinfo=UTC)
+        start = datetime(first.year, first.month, first.day, tzinfo=UTC) if first else datetime.min.replace(tzinfo=UTC)
         end = datetime(last.year, last.month, last.day, tzinfo=UTC) + timedelta(days=1)
         rows = connection.execute(
             "SELECT event_id, user_id, item_id, kind, value, occurred_at, known_at FROM recent_events "
@@ -178,15 +185,21 @@ def drain(
         staged = Path(folder) / "drained.parquet"
         columns = [list(column) for column in zip(*rows, strict=True)]
         pq.write_table(pa.table(columns, schema=EVENT_SCHEMA), staged)
-        lake.append(connection, [staged], db)
+        appended = lake.append(connection, [staged], db, posted=True)
         connection.execute(
             "UPDATE recent_events SET drained = true WHERE NOT drained AND occurred_at >= %s AND occurred_at < %s "
             "AND event_id = ANY(%s)",
             (start, end, columns[0]),
         )
         online.trim_tiles(connection, datetime.now(UTC))
-    progress(f"{len(rows):,} posted events drained into the lake")
+    progress(f"{len(rows):,} posted events drained into the lake{told_stale(appended.stale)}")
     return len(rows)
+
+
+def told_stale(stale: Mapping[str, int]) -> str:
+    """For a line of progress: what these events made stale, by view; empty if nothing."""
+    listed = ", ".join(f"{view} {partitions:,}" for view, partitions in stale.items())
+    return f"; late for partitions that were built before, now stale: {listed}" if listed else ""
 
 
 def _drop_forgotten(connection: psycopg.Connection) -> None:
@@ -264,7 +277,7 @@ def _storable(text: str) -> str:
 
 
 def _stage(
-    source: Source, staged: Path, shift: timedelta, since: date | None, bad: _Quarantine, progress: Progress
+    source: Source, staged: Path, clock: _Clock, since: date | None, bad: _Quarantine, progress: Progress
 ) -> int:
     expected = source.event_count()
     read = 0
@@ -280,7 +293,7 @@ def _stage(
                 except InvalidRow as reason:
                     bad.add(BadRow(f"event:{row.event_id[:100]}", 0, str(reason), repr(row)))
             read += len(batch)
-            out.write_batch(_record_batch(good, shift))
+            out.write_batch(_record_batch(good, clock))
             if read >= BATCH_ROWS:
                 progress(f"{read:,}{f' of {expected:,}' if expected else ''} rows read")
     return read
@@ -297,7 +310,24 @@ def _batches(rows: Iterator[Event | BadRow]) -> Iterator[list[Event | BadRow]]:
         yield batch
 
 
-def _record_batch(events: list[Event], shift: timedelta) -> pa.RecordBatch:
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """When a source's events happened, and when the store learned of them."""
+
+    shift: timedelta
+    settled: Collection[date]
+    """Days of which a partition has been built, and read, without these events."""
+    now: datetime
+
+    def known_at(self, event: Event) -> datetime:
+        if event.known_at is not None:
+            return event.known_at + self.shift
+        occurred_at = event.occurred_at + self.shift
+        late = occurred_at.astimezone(UTC).date() in self.settled
+        return max(occurred_at, self.now) if late else occurred_at
+
+
+def _record_batch(events: list[Event], clock: _Clock) -> pa.RecordBatch:
     return pa.record_batch(
         [
             [event.event_id for event in events],
@@ -305,8 +335,8 @@ def _record_batch(events: list[Event], shift: timedelta) -> pa.RecordBatch:
             [event.item_id for event in events],
             [event.kind for event in events],
             [event.value for event in events],
-            [event.occurred_at + shift for event in events],
-            [(event.known_at or event.occurred_at) + shift for event in events],
+            [event.occurred_at + clock.shift for event in events],
+            [clock.known_at(event) for event in events],
         ],
         schema=EVENT_SCHEMA,
     )

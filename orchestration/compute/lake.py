@@ -3,16 +3,18 @@
 `lake_files` in Postgres names each day's current file. A day is rewritten by writing a new file of the next
 generation and swapping that row, so a reader sees the old day or the new one, and a crash leaves only a file
 that nobody names. The file before the current one is kept for readers that began earlier; older ones are removed.
+A day never has more than one current file, so there is nothing to compact; `remove_orphans` deletes what crashes left.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import date
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
 from itertools import groupby
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -25,6 +27,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from orchestration.compute.event_keys import take_keys
+from orchestration.compute.stale import mark_stale
 from orchestration.compute.tombstones import leave_out_forgotten, read_tombstones
 from schemas.errors import LarderError, SettingsError
 from schemas.urls import local_folder
@@ -43,7 +47,7 @@ EVENT_SCHEMA = pa.schema(
 _COLUMNS = ", ".join(EVENT_SCHEMA.names)
 _MEMORY_LIMIT = "2GB"
 _WRITE_LOCK = 7_205_392
-_FILE_NAME = re.compile(r"/day=(?P<day>\d{4}-\d{2}-\d{2})/(?P<generation>\d{6})\.parquet$")
+_FILE_NAME = re.compile(r"/day=(?P<day>\d{4}-\d{2}-\d{2})/(?P<generation>\d{6})(-[0-9a-f]{8})?\.parquet$")
 
 
 @contextmanager
@@ -66,6 +70,8 @@ class Appended:
     days: tuple[date, ...]
     forgotten: int = 0
     """Events left out because their people were forgotten since."""
+    stale: Mapping[str, int] = field(default_factory=dict)
+    """Partitions that had been built without these events and are marked for it, by view."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,15 @@ class Erased:
     """What an erasure took out: events by day. Their ids are in DuckDB's table `erased_events`."""
 
     events: dict[date, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A file of the lake that nobody reads any more."""
+
+    path: str
+    size_bytes: int
+    written_at: datetime
 
 
 class Lake:
@@ -100,25 +115,60 @@ class Lake:
         ).fetchall()
         return self._dataset([path for (path,) in rows])
 
+    def generations(self, connection: psycopg.Connection, first: date, last: date) -> dict[date, int]:
+        """The generation of every day from `first` to `last` that has a file: it grows when the day is rewritten."""
+        rows = connection.execute(
+            "SELECT day, generation FROM lake_files WHERE day BETWEEN %s AND %s", (first, last)
+        ).fetchall()
+        return dict(rows)
+
+    def hold_writes(self, connection: psycopg.Connection) -> None:
+        """Nobody else writes to the lake until the transaction ends; waits for who does."""
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (_WRITE_LOCK,))
+
+    def begin_append(self, connection: psycopg.Connection) -> None:
+        """`hold_writes`, and see to it that `event_keys` has the ids of days that were written before it had all."""
+        self.hold_writes(connection)
+        rows = connection.execute("SELECT path FROM lake_files WHERE NOT keyed ORDER BY day").fetchall()
+        if rows:
+            events = self._dataset([path for (path,) in rows])
+            take_keys(connection, events.to_batches(columns=["event_id", "occurred_at"], batch_size=65_536))
+            connection.execute("UPDATE lake_files SET keyed = true WHERE NOT keyed")
+
     def append(
-        self, connection: psycopg.Connection, staged: Sequence[Path], duck: duckdb.DuckDBPyConnection
+        self,
+        connection: psycopg.Connection,
+        staged: Sequence[Path],
+        duck: duckdb.DuckDBPyConnection,
+        *,
+        posted: bool = False,
     ) -> Appended:
         """Add the events in the `staged` Parquet files, each event id once, inside the caller's transaction.
 
-        Memory is bounded: DuckDB sorts with spilling, days are written one row group at a time. Leaves in `duck`
-        a table `new_events` of what was stored. Concurrent appends wait for each other. Events from before their
-        person was forgotten are left out.
+        `posted` says that `event_keys` has had their ids since they arrived: only the days that they belong to are
+        read then, otherwise all. Memory is bounded: DuckDB sorts with spilling, days are written one row group at a
+        time. Leaves in `duck` a table `new_events` of what was stored. Concurrent appends wait for each other. Events
+        from before their person was forgotten are left out. Partitions that were built from these days become stale.
         """
-        connection.execute("SELECT pg_advisory_xact_lock(%s)", (_WRITE_LOCK,))
-        duck.register("lake_events", self.events(connection))
+        self.begin_append(connection)
         duck.from_parquet([str(path) for path in staged]).create_view("offered_events", replace=True)
         [(offered,)] = duck.execute("SELECT count(*) FROM offered_events").fetchall()
+        if posted:
+            touched = duck.execute("SELECT DISTINCT CAST(occurred_at AS DATE) FROM offered_events").fetchall()
+            duck.register("lake_events", self._dataset(self._paths(connection, [day for (day,) in touched])))
+        else:
+            duck.register("lake_events", self.events(connection))
         read = leave_out_forgotten(read_tombstones(connection), duck, "offered_events", "staged_events")
+        # In this direction only the offered ids are held in memory; the lake's stream past them.
+        duck.execute(
+            "CREATE OR REPLACE TEMP TABLE held_ids AS SELECT event_id FROM lake_events "
+            "WHERE event_id IN (SELECT event_id FROM staged_events)"
+        )
         duck.execute(
             f"""
             CREATE OR REPLACE TEMP TABLE new_events AS
             SELECT {_COLUMNS} FROM staged_events
-            WHERE event_id NOT IN (SELECT event_id FROM lake_events)
+            WHERE event_id NOT IN (SELECT event_id FROM held_ids)
             QUALIFY row_number() OVER (PARTITION BY event_id ORDER BY known_at, occurred_at, user_id, item_id) = 1
             """
         )
@@ -126,17 +176,22 @@ class Lake:
             "SELECT CAST(occurred_at AS DATE) AS day, count(*) FROM new_events GROUP BY day ORDER BY day"
         ).fetchall()
         days = tuple(day for day, _ in counts)
+        stale: Mapping[str, int] = {}
         if days:
             self._rewrite(connection, duck, days)
+            if not posted:
+                ids = duck.sql("SELECT event_id, occurred_at FROM new_events").to_arrow_reader(65_536)
+                take_keys(connection, ids)
+            stale = mark_stale(connection, days)
         stored = sum(rows for _, rows in counts)
-        return Appended(stored, read - stored, days, offered - read)
+        return Appended(stored, read - stored, days, offered - read, stale)
 
     def erase(self, connection: psycopg.Connection, user_id: str, duck: duckdb.DuckDBPyConnection) -> Erased:
         """Rewrite every day that holds events of `user_id` without them, inside the caller's transaction.
 
         The files before stay, named by nobody once the transaction is committed: `remove_superseded` deletes them.
         """
-        connection.execute("SELECT pg_advisory_xact_lock(%s)", (_WRITE_LOCK,))
+        self.hold_writes(connection)
         duck.register("lake_events", self.events(connection))
         duck.execute(
             "CREATE OR REPLACE TEMP TABLE erased_events AS "
@@ -160,41 +215,77 @@ class Lake:
                 # Raised inside the transaction: no pointer moves.
                 raise LarderError(f"{rows - events[day]} events of {day} had to be kept in the lake, {written} were")
             connection.execute(
-                "UPDATE lake_files SET path = %s, rows = %s, generation = %s, written_at = now() WHERE day = %s",
+                "UPDATE lake_files SET path = %s, rows = %s, generation = %s, written_at = now(), previous = NULL "
+                "WHERE day = %s",
                 (after, written, generation + 1, day),
             )
         return Erased(events)
 
     def remove_superseded(self, connection: psycopg.Connection, days: Collection[date]) -> int:
-        """Delete the files of `days` that no row names, and of all days what a crash left; returns how many.
+        """Delete the files of `days` that are not current, and of all days what a crash left; returns how many.
 
         Appends wait until the caller's transaction ends, so that no file is on its way to being named.
         """
-        connection.execute("SELECT pg_advisory_xact_lock(%s)", (_WRITE_LOCK,))
-        current: dict[date, tuple[str, int]] = {
-            day: (path, generation)
-            for day, path, generation in connection.execute("SELECT day, path, generation FROM lake_files")
-        }
-        removed = 0
-        for path in list_files(self._fs, f"{self._root}/events"):
-            found = _FILE_NAME.search(path)
-            if found is None:
-                continue
-            day, generation = date.fromisoformat(found["day"]), int(found["generation"])
-            kept, newest = current.get(day, ("", 0))
-            if f"{self._root}/{kept}" != path and (day in days or generation > newest):
-                self._fs.delete_file(path)
-                removed += 1
-        return removed
+        self.hold_writes(connection)
+        gone = [info for day, info, previous in self._unnamed(connection) if not previous or day in days]
+        for info in gone:
+            self._fs.delete_file(info.path)
+        return len(gone)
+
+    def orphans(self, connection: psycopg.Connection, older_than: timedelta) -> list[Orphan]:
+        """The files that nobody has read for `older_than`: left by crashes, or replaced that long ago.
+
+        Raises LarderError where the database names no file at all: then this is not its lake.
+        """
+        before = datetime.now(UTC) - older_than
+        unnamed = self._unnamed(connection)
+        replaced: dict[date, datetime] = dict(connection.execute("SELECT day, written_at FROM lake_files").fetchall())
+        if unnamed and not replaced:
+            raise LarderError(
+                f"{len(unnamed)} files lie below {self.url}, and the database names none of them; "
+                "check that LAKE_URL and DATABASE_URL belong to one deployment"
+            )
+        return [
+            Orphan(info.path.removeprefix(f"{self._root}/"), info.size, info.mtime)
+            for day, info, previous in unnamed
+            if info.mtime < before and (not previous or replaced[day] < before)
+        ]
+
+    def remove_orphans(self, connection: psycopg.Connection, older_than: timedelta) -> list[Orphan]:
+        """Delete the `orphans`, inside the caller's transaction, and return them. Writers wait meanwhile."""
+        self.hold_writes(connection)
+        gone = self.orphans(connection, older_than)
+        for orphan in gone:
+            self._fs.delete_file(f"{self._root}/{orphan.path}")
+        return gone
+
+    def _unnamed(self, connection: psycopg.Connection) -> list[tuple[date, pafs.FileInfo, bool]]:
+        """`(day, file, whether it is the one before the current)` of every file of events that is not current.
+
+        A file whose name is not one that a lake gives is somebody else's.
+        """
+        named: dict[str, bool] = {}
+        for path, previous in connection.execute("SELECT path, previous FROM lake_files"):
+            named |= {f"{self._root}/{path}": True} | ({f"{self._root}/{previous}": False} if previous else {})
+        found = []
+        for info in list_infos(self._fs, f"{self._root}/events"):
+            name = _FILE_NAME.search(info.path)
+            if name is not None and not named.get(info.path, False):
+                found.append((date.fromisoformat(name["day"]), info, info.path in named))
+        return found
+
+    def _paths(self, connection: psycopg.Connection, days: Sequence[date]) -> list[str]:
+        rows = connection.execute("SELECT path FROM lake_files WHERE day = ANY(%s) ORDER BY day", (list(days),))
+        return [path for (path,) in rows.fetchall()]
 
     def _rewrite(self, connection: psycopg.Connection, duck: duckdb.DuckDBPyConnection, days: Sequence[date]) -> None:
-        known: dict[date, tuple[str, int]] = {
-            day: (path, generation)
-            for day, path, generation in connection.execute(
-                "SELECT day, path, generation FROM lake_files WHERE day = ANY(%s)", (list(days),)
+        known: dict[date, tuple[str, int, str | None]] = {
+            day: (path, generation, previous)
+            for day, path, generation, previous in connection.execute(
+                "SELECT day, path, generation, previous FROM lake_files WHERE day = ANY(%s)", (list(days),)
             )
         }
-        duck.register("kept_events", self._dataset([path for path, _ in known.values()]))
+        duck.register("kept_events", self._dataset([path for path, _, _ in known.values()]))
         reader = duck.sql(
             f"""
             SELECT {_COLUMNS} FROM (SELECT {_COLUMNS} FROM new_events UNION ALL SELECT {_COLUMNS} FROM kept_events)
@@ -203,24 +294,22 @@ class Lake:
         ).to_arrow_reader(65_536)
         written = 0
         for day, tables in groupby(_split_days(reader), key=lambda pair: pair[0]):
-            generation = known[day][1] + 1 if day in known else 1
-            path = _file_name(day, generation)
+            current, generation, before = known.get(day, (None, 0, None))
+            path = _file_name(day, generation + 1)
             rows = self._write(path, (table for _, table in tables))
             written += rows
             connection.execute(
-                "INSERT INTO lake_files (day, path, rows, generation) VALUES (%s, %s, %s, %s) ON CONFLICT (day) "
-                "DO UPDATE SET path = excluded.path, rows = excluded.rows, generation = excluded.generation, "
-                "written_at = now()",
-                (day, path, rows, generation),
+                "INSERT INTO lake_files (day, path, rows, generation, keyed) VALUES (%s, %s, %s, %s, true) "
+                "ON CONFLICT (day) DO UPDATE SET path = excluded.path, rows = excluded.rows, "
+                "generation = excluded.generation, previous = %s, written_at = now()",
+                (day, path, rows, generation + 1, current),
             )
-            if generation > 2:
-                stale = f"{self._root}/{_file_name(day, generation - 2)}"
-                if self._fs.get_file_info(stale).type == pafs.FileType.File:
-                    self._fs.delete_file(stale)
+            if before is not None and self._fs.get_file_info(f"{self._root}/{before}").is_file:
+                self._fs.delete_file(f"{self._root}/{before}")
 
-        (wanted,) = duck.execute(
+        [(wanted,)] = duck.execute(
             "SELECT (SELECT count(*) FROM new_events) + (SELECT count(*) FROM kept_events)"
-        ).fetchone() or (0,)
+        ).fetchall()
         (kept,) = connection.execute(
             "SELECT sum(rows) FROM lake_files WHERE day = ANY(%s)", (list(days),)
         ).fetchone() or (0,)
@@ -232,7 +321,7 @@ class Lake:
         full = f"{self._root}/{path}"
         self._fs.create_dir(full.rsplit("/", 1)[0], recursive=True)
         rows = 0
-        # A crash in the middle leaves a file that no row names; the next attempt overwrites it.
+        # A crash in the middle leaves a file that no row names.
         with (
             self._fs.open_output_stream(full) as stream,
             pq.ParquetWriter(stream, EVENT_SCHEMA, compression="zstd") as out,
@@ -263,7 +352,8 @@ def _split_days(reader: pa.RecordBatchReader) -> Iterator[tuple[date, pa.Table]]
 
 
 def _file_name(day: date, generation: int) -> str:
-    return f"events/day={day.isoformat()}/{generation:06d}.parquet"
+    # Never the same name twice: a writer that lost its database but still lives must not write into another's file.
+    return f"events/day={day.isoformat()}/{generation:06d}-{secrets.token_hex(4)}.parquet"
 
 
 def open_root(url: str) -> tuple[str, pafs.FileSystem]:
@@ -274,8 +364,13 @@ def open_root(url: str) -> tuple[str, pafs.FileSystem]:
 
 def list_files(files: pafs.FileSystem, folder: str) -> list[str]:
     """The paths of all files below `folder`, in order; none if it is not there."""
+    return [info.path for info in list_infos(files, folder)]
+
+
+def list_infos(files: pafs.FileSystem, folder: str) -> list[pafs.FileInfo]:
+    """Path, size and time of all files below `folder`, in order of their paths; none if it is not there."""
     found = files.get_file_info(pafs.FileSelector(folder, allow_not_found=True, recursive=True))
-    return sorted(info.path for info in found if info.type == pafs.FileType.File)
+    return sorted((info for info in found if info.type == pafs.FileType.File), key=lambda info: info.path)
 
 
 def _s3(url: str) -> tuple[str, pafs.FileSystem]:

@@ -16,6 +16,7 @@ from infra.postgres import engine_for
 from orchestration.compute.lake import Lake, duck
 from orchestration.compute.measures import against_day_before, measure_snapshot
 from orchestration.compute.online import ensure_online_tables
+from orchestration.compute.stale import LEDGER_LOCK, overtaken_days
 from orchestration.compute.tombstones import COUNT_ERASURES, ERASURE_LOCK, Overtaken, count_erasures
 from orchestration.compute.windows import snapshot_sql, tile_sql
 from schemas.checks import Measures
@@ -69,8 +70,9 @@ def ensure_view_tables(url: str) -> None:
 def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: Lake) -> list[PartitionReport]:
     """Build the partitions `first` to `last` of `view` from the lake and replace them in Postgres.
 
-    One transaction: all of these partitions and their ledger rows, or none. Repeating it gives the same rows. If
-    somebody is forgotten meanwhile, it begins again from the lake without them.
+    One transaction: all of these partitions and their ledger rows, or none. Repeating it gives the same rows and
+    clears their marks, except where a day that was read changed meanwhile. If somebody is forgotten meanwhile, it
+    begins again from the lake without them.
     """
     while True:
         with psycopg.connect(url) as connection:
@@ -86,9 +88,13 @@ def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: L
 
 def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, seen: int) -> list[PartitionReport]:
     """`materialise`, as long as there have been no more than `seen` erasures; else it raises."""
+    # The earliest day that the first partition's longest window covers: a file before it must not matter.
+    oldest = first - timedelta(days=view.max_window_days - 1)
     with psycopg.connect(url) as connection:
-        # The earliest day that the first partition's longest window covers: a file before it must not matter.
-        events = lake.events(connection, first - timedelta(days=view.max_window_days - 1), last)
+        # One state of the lake: files, their generations and their counts belong together.
+        connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        events = lake.events(connection, oldest, last)
+        read = lake.generations(connection, oldest, last)
         counted: dict[date, int] = dict(
             connection.execute("SELECT day, rows FROM lake_files WHERE day BETWEEN %s AND %s", (first, last))
         )
@@ -120,14 +126,20 @@ def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, see
                 f"DELETE FROM features.{view.name} WHERE partition_date >= $1 AND partition_date <= $2", (first, last)
             )
             cursor.adbc_ingest(view.name, reader, mode="append", db_schema_name="features")
+            # Until the commit no event is stored that would have to mark what is written here.
+            cursor.execute(f"SELECT pg_advisory_xact_lock_shared({LEDGER_LOCK})")
+            cursor.execute("SELECT day, generation FROM lake_files WHERE day >= $1 AND day <= $2", (oldest, last))
+            stale = overtaken_days(days, view.max_window_days, read, dict(cursor.fetchall()))
             cursor.executemany(
-                "INSERT INTO feature_ledger (view, partition_date, definition_hash, engine, rows, events) "
-                "VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (view, partition_date) DO UPDATE SET "
+                "INSERT INTO feature_ledger (view, partition_date, definition_hash, engine, rows, events, stale_at) "
+                "VALUES ($1, $2, $3, $4, $5, $6, CASE WHEN $7 THEN now() END) "
+                "ON CONFLICT (view, partition_date) DO UPDATE SET "
                 "definition_hash = excluded.definition_hash, engine = excluded.engine, rows = excluded.rows, "
-                "events = excluded.events, built_at = now(), stale_at = NULL",
+                "events = excluded.events, built_at = now(), stale_at = excluded.stale_at",
                 [
-                    (view.name, report.partition_date, view.definition_hash, ENGINE, report.rows, report.events)
+                    (view.name, day, view.definition_hash, ENGINE, report.rows, report.events, day in stale)
                     for report in reports
+                    for day in [report.partition_date]
                 ],
             )
             # The newest partition is what is read online; an older one changes nothing there.

@@ -134,7 +134,8 @@ def test_nothing_names_the_person_after_it_nor_after_a_repeated_load_and_a_backf
     for place, rows in held.items():
         assert receipt.removed[place] == rows, place
     assert receipt.removed["later.letters"] == receipt.removed["online.user_rows"] == 1
-    assert receipt.removed["later.seen"] == receipt.removed["public.event_keys"] > 0
+    assert receipt.removed["later.seen"] == receipt.removed["public.recent_events"] > 0
+    assert receipt.removed["public.event_keys"] == receipt.removed["events in the lake"]
     assert sorted(path.name for path in (Path(artifacts.removeprefix("file://")) / "training").iterdir()) == [
         "other.parquet",
         "ranker.pt",
