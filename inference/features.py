@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import IntEnum
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def read_features(
         found = _read_past(store, wanted, instant, timeout_ms)
     nothing = Columns([], {}, np.zeros(0), False)
     return {
-        view.name: _block(view, asked, instant, *found.get(view.name, (nothing, {})), encoded=encoded)
+        view.name: block_of(view, asked, instant, *found.get(view.name, (nothing, {})), encoded=encoded)
         for view, asked in keys.items()
     }
 
@@ -163,9 +164,16 @@ def _read_past(
     return found
 
 
-def _block(
-    view: FeatureView, asked: Sequence[Key], at: datetime, columns: Columns, ends: dict[Key, float], *, encoded: bool
+def block_of(
+    view: FeatureView,
+    asked: Sequence[Key],
+    at: datetime,
+    columns: Columns,
+    ends: Mapping[Key, float] = MappingProxyType({}),
+    *,
+    encoded: bool,
 ) -> FeatureBlock:
+    """The rows of `asked` from the `columns` that a read gave; `ends` says when the partitions of expired rows ended."""
     n, seconds = len(asked), at.timestamp()
     place = {key: row for row, key in enumerate(columns.keys)}
     rows = np.array([place.get(key, -1) for key in asked], np.int64)

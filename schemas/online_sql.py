@@ -18,6 +18,10 @@ from schemas.views import VIEWS
 
 KEPT_DAYS = max(view.ttl_days for view in VIEWS) + 1
 """Days of tiles: no read reaches further back than a snapshot may be old."""
+ERASURE_LOCK = 7_205_394
+"""The advisory lock that an erasure holds alone, and whoever writes about people shares until the end of the transaction."""
+SEEN = "pg_current_snapshot()::text"
+"""Which transactions a statement sees: tells later what a read could know."""
 UTC_DAY = "CAST(occurred_at AT TIME ZONE 'UTC' AS DATE)"
 _DAY_END = f"(CAST({UTC_DAY} + 1 AS TIMESTAMP) AT TIME ZONE 'UTC')"
 

@@ -16,11 +16,11 @@ from infra.postgres import engine_for
 from orchestration.compute.lake import Lake, duck
 from orchestration.compute.measures import against_day_before, measure_snapshot
 from orchestration.compute.online import ensure_online_tables
-from orchestration.compute.tombstones import COUNT_ERASURES, ERASURE_LOCK, Overtaken, count_erasures
+from orchestration.compute.tombstones import COUNT_ERASURES, Overtaken, count_erasures
 from orchestration.compute.windows import snapshot_sql, tile_sql
 from schemas.checks import Measures
 from schemas.features import FeatureView
-from schemas.online_sql import put_rows_sql
+from schemas.online_sql import ERASURE_LOCK, SEEN, put_rows_sql
 from schemas.tables import view_table
 from schemas.views import VIEWS
 
@@ -87,6 +87,8 @@ def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: L
 def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, seen: int) -> list[PartitionReport]:
     """`materialise`, as long as there have been no more than `seen` erasures; else it raises."""
     with psycopg.connect(url) as connection:
+        # Asked before the files are named: what it does not show may be in them, what it shows of a load is.
+        (shown,) = connection.execute(f"SELECT {SEEN}").fetchone() or (None,)
         # The earliest day that the first partition's longest window covers: a file before it must not matter.
         events = lake.events(connection, first - timedelta(days=view.max_window_days - 1), last)
         counted: dict[date, int] = dict(
@@ -121,12 +123,12 @@ def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, see
             )
             cursor.adbc_ingest(view.name, reader, mode="append", db_schema_name="features")
             cursor.executemany(
-                "INSERT INTO feature_ledger (view, partition_date, definition_hash, engine, rows, events) "
-                "VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (view, partition_date) DO UPDATE SET "
+                "INSERT INTO feature_ledger (view, partition_date, definition_hash, engine, rows, events, seen) "
+                "VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (view, partition_date) DO UPDATE SET "
                 "definition_hash = excluded.definition_hash, engine = excluded.engine, rows = excluded.rows, "
-                "events = excluded.events, built_at = now(), stale_at = NULL",
+                "events = excluded.events, seen = excluded.seen, built_at = now(), stale_at = NULL",
                 [
-                    (view.name, report.partition_date, view.definition_hash, ENGINE, report.rows, report.events)
+                    (view.name, report.partition_date, view.definition_hash, ENGINE, report.rows, report.events, shown)
                     for report in reports
                 ],
             )
