@@ -134,7 +134,7 @@ def _run(options: argparse.Namespace) -> int:
                 f"learned from events of the last {2 * RETRAIN_AFTER_DAYS} days (make run RETRAIN=1 trains anyway)",
             )
         with _step("item vectors, release"):
-            launch("item_vectors", "ranker_release", "recommend_function")
+            launch("item_vectors", "skew_audit", "ranker_release", "recommend_function")
     _show(url, record, options.user)
     console.print(
         f"\ndone in {time.monotonic() - began:.0f} s · next: `make ui` shows how it was made, `make serve` answers over HTTP"
@@ -331,7 +331,7 @@ def _show(url: str, record: Deployment, user_id: str | None) -> None:
         start = time.perf_counter()
         answer = application.recommender.recommend(request, steps=steps)
         total = (time.perf_counter() - start) * 1000
-    application.store.close()
+    application.close()
     table = Table(title=f"ten recommendations for person {chosen} (model {answer.model_version})")
     for name in ("item", "title", "score", "why"):
         table.add_column(name, justify="right" if name == "score" else "left", overflow="fold")
