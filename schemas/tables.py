@@ -323,6 +323,7 @@ served_features = Table(
     Column("partition_date", Date, comment="the newest partition fit to be read then; NULL: none"),
     Column("built_at", Instant, comment="when that partition had been built"),
     Column("built_seen", Text, comment="the ledger's `seen` of that build"),
+    Column("built_by", BigInteger, comment="xmin of the ledger's row: tells whether the read saw that build"),
     Column("features", ARRAY(Text), nullable=False),
     Column("keys", ARRAY(Text), nullable=False, comment="one key after the other, all their columns"),
     Column("numbers", ARRAY(REAL), nullable=False, comment="a row per key as the ranker got it; NULL: missing"),

@@ -47,7 +47,7 @@ class Audit(dg.Config):
     code_version="1",
 )
 def skew_audit(context: dg.AssetExecutionContext, config: Audit, larder: Larder) -> dg.MaterializeResult[Any]:
-    from orchestration.compute.skew import CAUSES, audit, table
+    from orchestration.compute.skew import CAUSES, audit, table, why_not_released
 
     with asset_span(context):
         report = audit(larder.url, larder.lake, config.first())
@@ -56,6 +56,8 @@ def skew_audit(context: dg.AssetExecutionContext, config: Audit, larder: Larder)
         progress(context)(f"{report.compared:,} values of {report.reads:,} reads recomputed; differing: {found}")
     else:
         progress(context)("nothing to audit yet: no read was logged")
+    if report.bugs:
+        progress(context)(why_not_released(report.outcome()))
     header = ["view", "feature", "cause", "values", "example"]
     return dg.MaterializeResult(
         metadata={

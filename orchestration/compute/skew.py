@@ -10,7 +10,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ class Served:
     partition_date: date | None
     built_at: datetime | None
     built_seen: str | None
+    built_by: int | None
     features: tuple[str, ...]
     numbers: Floats
 
@@ -72,6 +73,16 @@ class Mismatch:
     partition_date: date | None
 
 
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """The outcome of one audit: values compared, and how many of them differ without a cause, by `view.feature`."""
+
+    audited_at: datetime
+    compared: int
+    bugs: int
+    where: dict[str, int]
+
+
 @dataclass(slots=True)
 class SkewReport:
     """What an audit found: reads, values compared, mismatches by `(view, feature, cause)`, an example of each."""
@@ -91,6 +102,11 @@ class SkewReport:
     @property
     def bugs(self) -> int:
         return self.cause(BUG)
+
+    def outcome(self) -> Audited:
+        """What is kept of it, as of now."""
+        where = {f"{view}.{name}": count for (view, name, cause), count in self.counts.items() if cause == BUG}
+        return Audited(datetime.now(UTC), self.compared, self.bugs, where)
 
     def add(self, mismatch: Mismatch) -> None:
         place = (mismatch.view, mismatch.feature, mismatch.cause)
@@ -135,16 +151,6 @@ def audit(url: str, lake: Lake, since: datetime) -> SkewReport:
             (since, report.reads, report.compared, report.bugs, json.dumps(_listed(report))),
         )
     return report
-
-
-@dataclass(frozen=True, slots=True)
-class Audited:
-    """The outcome of one audit: values compared, and how many of them differ without a cause, by `view.feature`."""
-
-    audited_at: datetime
-    compared: int
-    bugs: int
-    where: dict[str, int]
 
 
 def newest_audit(connection: psycopg.Connection[Any]) -> Audited | None:
@@ -254,7 +260,7 @@ def _read_log(connection: psycopg.Connection[Any], since: datetime, report: Skew
     report.left_out = max(0, logged - MOST_ROWS)
     found: list[Served] = []
     for view, keys, numbers, features, *told in connection.execute(
-        "SELECT view, keys, numbers, features, read_at, seen, definition_hash, partition_date, built_at, built_seen "
+        "SELECT view, keys, numbers, features, read_at, seen, definition_hash, partition_date, built_at, built_seen, built_by "
         f"FROM served_features WHERE read_at >= %s ORDER BY read_at DESC, read_id, view LIMIT {MOST_ROWS}",
         (since,),
     ):
@@ -262,10 +268,9 @@ def _read_log(connection: psycopg.Connection[Any], since: datetime, report: Skew
         width = len(keys) // len(block)
         for row, values in enumerate(block):
             key = tuple(keys[row * width : (row + 1) * width])
-            read_at, seen, definition_hash, partition_date, built_at, built_seen = told
-            served = Served(
-                view, key, read_at, seen, definition_hash, partition_date, built_at, built_seen, tuple(features), values
-            )
+            read_at, seen, definition_hash, partition_date, built_at, built_seen, built_by = told
+            build = (partition_date, built_at, built_seen, built_by)
+            served = Served(view, key, read_at, seen, definition_hash, *build, tuple(features), values)
             if view in _VIEWS:
                 found.append(served)
                 continue

@@ -66,6 +66,13 @@ class Snapshot:
     def sees(self, transaction: int) -> bool:
         return transaction < self.until and transaction not in self.running
 
+    def sees_row(self, xmin: int) -> bool:
+        """Whether it saw a row of that xmin, which is a transaction's number modulo 2^32."""
+        transaction = (self.until & ~0xFFFFFFFF) | xmin
+        # Of the numbers that share these bits, the one within half a round of the snapshot.
+        transaction += 2**32 * ((transaction < self.until - 2**31) - (transaction > self.until + 2**31))
+        return self.sees(transaction)
+
 
 @dataclass(frozen=True, slots=True)
 class _World:
@@ -188,6 +195,9 @@ class Causes:
     def _told_by_others(self, found: Difference, events: list[Row], stored: dict[str, int]) -> str:
         """The cause where the past itself was changed since, so that no recomputation can show it; else a bug."""
         served = found.served
+        if served.built_by and served.seen and not Snapshot.parse(served.seen).sees_row(served.built_by):
+            # Built again, or marked stale, between the read and the writing of its log: the build it used is not known.
+            return STALE_SNAPSHOT
         if "user_id" not in found.view.entity.keys and self._any(
             "SELECT FROM erasure_receipts WHERE forgotten_at >= %s", (served.read_at,)
         ):

@@ -72,7 +72,7 @@ def test_a_bug_blocks_the_release_until_it_is_mended(small: Ingested) -> None:
             assert page["rows"].value > 100
 
             connection.execute(
-                "UPDATE online.user_rows SET user_activity = overlay(user_activity PLACING '\\x40' FROM 9)"
+                "UPDATE online.user_rows SET user_activity = overlay(user_activity PLACING '\\x41' FROM 9)"
             )
             connection.commit()
             application.recommend(RecommendationRequest(user_id=people[0]))

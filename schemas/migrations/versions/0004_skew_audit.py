@@ -27,6 +27,7 @@ def upgrade() -> None:
     sa.Column('partition_date', sa.Date(), nullable=True, comment='the newest partition fit to be read then; NULL: none'),
     sa.Column('built_at', sa.DateTime(timezone=True), nullable=True, comment='when that partition had been built'),
     sa.Column('built_seen', sa.Text(), nullable=True, comment="the ledger's `seen` of that build"),
+    sa.Column('built_by', sa.BigInteger(), nullable=True, comment="xmin of the ledger's row: tells whether the read saw that build"),
     sa.Column('features', sa.ARRAY(sa.Text()), nullable=False),
     sa.Column('keys', sa.ARRAY(sa.Text()), nullable=False, comment='one key after the other, all their columns'),
     sa.Column('numbers', sa.ARRAY(sa.REAL()), nullable=False, comment='a row per key as the ranker got it; NULL: missing'),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psycopg
 import pytest
@@ -18,7 +18,7 @@ from worlds import ListSource
 
 from inference.recommend import Recommender
 from inference.runtime import LoadedModels
-from inference.served import ServedLog
+from inference.served import ServedLog, ServedRead
 from inference.store import Store
 from orchestration.compute.forget import forget
 from orchestration.compute.ingest import drain, ingest
@@ -41,6 +41,15 @@ from schemas.serving import RecommendationRequest
 from schemas.views import VIEWS
 
 LONG_AGO = days_ago(400)
+
+
+class Held(ServedLog):
+    """A log that keeps reads to itself."""
+
+    reads: ClassVar[list[ServedRead]] = []
+
+    def offer(self, read: ServedRead) -> None:
+        self.reads.append(read)
 
 
 @dataclass
@@ -264,6 +273,20 @@ def test_a_partition_out_of_its_ttl_is_a_stale_snapshot(world: World) -> None:
     assert {example.served for example in report.examples.values()} == {None}
 
 
+def test_a_partition_that_was_built_again_before_the_read_was_logged_is_stale(world: World) -> None:
+    """The row that was served is gone, and the log names the new build: nothing is left to recompute."""
+    world.load(history())
+    world.build(1)
+    world.execute("UPDATE online.user_rows SET user_activity = overlay(user_activity PLACING '\\x41' FROM 9)")
+    held = Held(world.served.store, 1_000)
+    replace(world.recommender, served=held).recommend(RecommendationRequest(user_id="1", candidates=tuple(CATEGORIES)))
+    world.build(1)
+    [read] = held.reads
+    world.served.offer(read)
+    assert world.served.flush(10_000)
+    assert causes(world.audit()) == {STALE_SNAPSHOT}
+
+
 def test_what_was_counted_of_somebody_who_is_forgotten_since_is_stale(world: World, tmp_path: Path) -> None:
     world.load(history())
     world.build(1)
@@ -368,3 +391,5 @@ def test_a_snapshot_is_read_as_postgres_writes_it() -> None:
         True, True, False, False, True, False, False
     ]  # fmt: skip
     assert Snapshot.parse("5:5:").sees(4)
+    second_round = Snapshot.parse(f"{2**32 + 10}:{2**32 + 20}:")
+    assert [second_round.sees_row(xmin) for xmin in (15, 25, 2**32 - 5)] == [True, False, True]
