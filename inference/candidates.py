@@ -84,6 +84,7 @@ def candidates_sql(
     recent: list[str],
     given: list[str] | None,
     live: bool,
+    audited: bool = False,
 ) -> tuple[str, dict[str, Any]]:
     """The statement of `Store.pick_candidates` and its parameters; arguments as there."""
     sources, parameters = _sources(filters, limit, champion, dim, user_vector, wish_text, recent, given)
@@ -95,7 +96,7 @@ def candidates_sql(
             f"LEFT JOIN {online_sql.rows_table(ITEM)} AS r ON r.item_id = m.item_id "
             "LEFT JOIN t ON t.item_id = m.item_id CROSS JOIN edge"
         )
-        columns = online_sql.outputs_sql(ITEM)
+        columns = online_sql.outputs_sql(ITEM) + (f", {online_sql.SEEN}" if audited else "")
         parameters["today"] = utc_day(at)
     else:
         features = f"features AS ({read_sql(view, picked)})"

@@ -7,7 +7,7 @@ where one packed value per key carries all views of its entity. Both give the sa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -39,17 +39,27 @@ class Columns:
     as_of: Floats
     settled: bool
     settled_at: float | None = None
+    seen: str | None = None
+    """Which transactions the read saw (a `pg_snapshot`), where that was asked for."""
 
 
 def live_columns(entity: Entity, rows: Sequence[tuple[Any, ...]], today: date, keys: int) -> dict[str, Columns]:
-    """Columns of every view of `entity` from rows of `keys` key columns followed by `schemas.online_sql.outputs_sql`."""
+    """Columns of every view of `entity` from rows of `keys` key columns followed by `schemas.online_sql.outputs_sql`.
+
+    One column more is what the read saw; see `Columns.seen`.
+    """
     views = views_of(entity)
+    width = keys + 2 * len(views) + 1
+    seen = rows[0][width] if rows and len(rows[0]) > width else None
     edges = rows[0][keys : keys + len(views)] if rows else (None,) * len(views)
     found = [row for row in rows if row[0] is not None]
     tiles = _Tiles(entity, [row[keys + 2 * len(views)] for row in found])
     named = [row[:keys] for row in found]
     return {
-        view.name: _columns(view, named, [row[keys + len(views) + place] for row in found], tiles, edges[place], today)
+        view.name: replace(
+            _columns(view, named, [row[keys + len(views) + place] for row in found], tiles, edges[place], today),
+            seen=seen,
+        )
         for place, view in enumerate(views)
     }
 
@@ -138,14 +148,15 @@ def snapshot_columns(view: FeatureView, rows: Sequence[tuple[Any, ...]]) -> Colu
     """Rows of `schemas.feature_sql.read_sql`: keys, as_of, settled_at, then the states; NULL becomes NaN."""
     width = 1 if view in CANDIDATE_VIEWS else len(view.entity.keys)
     names = [name for name, _, _ in view.columns]
-    settled = any(row[width + 1] is not None for row in rows)
+    settled_at = next((row[width + 1] for row in rows if row[width + 1] is not None), None)
     rows = [row for row in rows if row[0] is not None]
     block = np.array([row[width:] for row in rows], np.float64).reshape(len(rows), 2 + len(names))
     return Columns(
         [row[:width] for row in rows],
         {name: block[:, 2 + index] for index, name in enumerate(names)},
         block[:, 0],
-        settled,
+        settled_at is not None,
+        settled_at,
     )
 
 

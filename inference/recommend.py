@@ -25,6 +25,7 @@ from inference.candidates import Candidates, Filters
 from inference.encoder import TextEncoder
 from inference.live import Columns
 from inference.ranker import Ranker
+from inference.served import ServedLog, ServedRead
 from inference.store import Champion, History, PersonRow, Store
 from inference.telemetry import span
 from schemas import prompts
@@ -76,6 +77,7 @@ class Recommender:
     candidates: int = 500
     timeout_ms: int = 2_000
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    served: ServedLog | None = None
 
     def recommend(
         self, request: RecommendationRequest, deadline: float | None = None, steps: Steps | None = None
@@ -100,11 +102,15 @@ class Recommender:
     ) -> RecommendationResponse:
         at = request.at or self.now()
         degraded: list[str] = []
+        # A read at an instant that the caller names knows of later events what training does not: it is not audited.
+        audited = request.at is None and self.served is not None and self.served.samples(request.user_id)
         with steps.step("read"):
-            person = self.store.read_person(request.user_id, at, _left_ms(end), live=request.at is None)
+            person = self.store.read_person(
+                request.user_id, at, _left_ms(end), live=request.at is None, audited=audited
+            )
         wish_text = self._encode_wish(request.prompt, degraded, steps)
         ranker = self._ranker(person.champion, degraded)
-        asked = _Asked(request, at, person, wish_text)
+        asked = _Asked(request, at, person, wish_text, audited)
         if ranker is None:
             candidates, scores = self._by_floor(asked, end, steps)
         else:
@@ -116,6 +122,8 @@ class Recommender:
                 order = rerank.best(scores, request.k)
         with steps.step("explain"):
             items = self._items(order, candidates, scores, person.history, request.explain)
+        if audited and self.served is not None:
+            self.served.offer(_served(asked, request_id, candidates, order))
         return RecommendationResponse(
             request_id=request_id,
             items=items,
@@ -155,6 +163,7 @@ class Recommender:
                 recent=asked.recent(),
                 given=asked.request.candidates,
                 live=asked.request.at is None,
+                audited=asked.audited,
             )
         place = np.arange(len(candidates), 0, -1, dtype=np.float32) / max(len(candidates), 1)
         return candidates, (candidates.evidence + place * 1e-3 + candidates.wish * WISH_WEIGHT).astype(np.float32)
@@ -184,6 +193,7 @@ class Recommender:
                 recent=asked.recent(),
                 given=asked.request.candidates,
                 live=asked.request.at is None,
+                audited=asked.audited,
             )
         if not len(candidates):
             return candidates, np.zeros(0, np.float32)
@@ -253,6 +263,7 @@ class _Asked:
     at: datetime
     person: PersonRow
     wish_text: NDArray[np.float32] | None
+    audited: bool = False
 
     def filters(self) -> Filters:
         # Candidates that the caller names are ranked even if the person had them.
@@ -365,6 +376,19 @@ def _crossed(
 def _speaks_for(kind: str, value: float | None) -> bool:
     """Whether an event is a reason to be shown something alike: nothing hidden, nothing rated low."""
     return kind not in NEGATIVE_KINDS and (kind != "rating" or value is None or value >= LIKED_VALUE)
+
+
+def _served(asked: _Asked, request_id: str, candidates: Candidates, order: NDArray[np.int64]) -> ServedRead:
+    shown = order.tolist()
+    return ServedRead(
+        request_id,
+        asked.request.user_id,
+        asked.at,
+        asked.person.views,
+        candidates.features,
+        [candidates.item_ids[index] for index in shown],
+        [candidates.categories[index] for index in shown],
+    )
 
 
 def _row(history: History, row: int) -> NDArray[np.float32]:

@@ -18,6 +18,7 @@ from inference.candidates import Filters
 from inference.encoder import TextEncoder
 from inference.ranker import Ranker
 from inference.recommend import FLOOR_VERSION, Recommender
+from inference.served import ServedLog
 from inference.settings import Settings, read_settings
 from inference.store import Champion, Store
 from schemas import prompts
@@ -106,13 +107,16 @@ class LarderApplication:
     store: Store
     models: LoadedModels
     recommender: Recommender
+    served: ServedLog
 
     @classmethod
     def from_settings(cls, settings: Settings) -> LarderApplication:
         store = Store(settings.database_url, size=settings.concurrency)
         models = LoadedModels(settings.artifacts_url, settings.threads)
-        recommender = Recommender(store, models, settings.candidates, settings.timeout_ms)
-        return cls(settings, store, models, recommender)
+        # Its own connection: what is written after an answer must not keep the next request waiting.
+        served = ServedLog(Store(settings.database_url, size=1), settings.audit_per_mille)
+        recommender = Recommender(store, models, settings.candidates, settings.timeout_ms, served=served)
+        return cls(settings, store, models, recommender, served)
 
     def warm(self) -> None:
         """Open a connection and load what is released, so that the first request finds it there."""
@@ -124,6 +128,15 @@ class LarderApplication:
         except LarderError as error:
             # Not fatal: requests will answer from a lower rung and name it.
             logger.warning("not fully warm: %s", error)
+
+    def flush(self, timeout_ms: int) -> bool:
+        """Write what was left for after the answers, within `timeout_ms`; False if it took longer."""
+        return self.served.flush(timeout_ms)
+
+    def close(self) -> None:
+        """Write what waits and close every connection."""
+        self.served.close()
+        self.store.close()
 
     def recommend(
         self, request: RecommendationRequest, deadline: float | None = None, carrier: Mapping[str, str] | None = None

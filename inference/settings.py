@@ -23,6 +23,8 @@ class Settings:
     second thread takes longer to wake than it saves."""
     concurrency: int = 4
     """Requests answered at the same time by one process."""
+    audit_per_mille: int = 10
+    """Of how many people in a thousand the features served are logged for the skew audit."""
 
 
 _LIMITS: dict[str, tuple[str, int, int]] = {
@@ -30,6 +32,7 @@ _LIMITS: dict[str, tuple[str, int, int]] = {
     "candidates": ("LARDER_CANDIDATES", 10, 1_000),
     "threads": ("LARDER_THREADS", 0, 256),
     "concurrency": ("LARDER_CONCURRENCY", 1, 256),
+    "audit_per_mille": ("LARDER_AUDIT_PER_MILLE", 0, 1_000),
 }
 
 

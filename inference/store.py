@@ -10,7 +10,7 @@ import queue
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +33,8 @@ from schemas.views import CONTEXT_VIEWS, CROSS_VIEWS
 _NEVER = 1 << 30
 """Executions before psycopg prepares a statement by itself."""
 _CONNECT_SECONDS = 2
+SERVED_KEPT = timedelta(days=7)
+"""How long vectors as served are kept for the skew audit."""
 _SHOWN_PERSON = "user_id = %(user_id)s AND NOT EXISTS (SELECT FROM erasure_requests AS q WHERE q.user_id = %(user_id)s)"
 """Who asked to be forgotten reads as unknown from that moment on."""
 _SEARCH = {"hnsw.ef_search": "200", "hnsw.iterative_scan": "strict_order"}
@@ -126,18 +128,21 @@ class Store:
 
     # --- one round trip each -------------------------------------------------------------------------------------
 
-    def read_person(self, user_id: str, at: datetime, timeout_ms: int, *, live: bool = False) -> PersonRow:
+    def read_person(
+        self, user_id: str, at: datetime, timeout_ms: int, *, live: bool = False, audited: bool = False
+    ) -> PersonRow:
         """Champion, newest events with their item vectors, and the person's feature views, as of `at`.
 
         `live` says that `at` is the present: features then come packed, with all that happened until now. Without it
-        they come from daily snapshots and single events, which know what was before any instant.
+        they come from daily snapshots and single events, which know what was before any instant. `audited`: also which
+        transactions a live read saw.
         """
         today = utc_day(at)
         parameters = {"user_id": user_id, "at": at, "limit": MAX_HISTORY}
         parameters |= {"today": today} if live else {"head_since": at - HEAD_MOST}
         views = (*CONTEXT_VIEWS, *CROSS_VIEWS)
         entities = online_sql.entities(views)
-        reads = [_entity_sql(entity) for entity in entities] if live else [_person_sql(view) for view in views]
+        reads = [_entity_sql(entity, audited) for entity in entities] if live else [_person_sql(view) for view in views]
         with self.connection() as connection, span("db read_person", kind="client", attributes=_db(3 + len(reads))):
             with connection.pipeline():
                 _set_locally(connection, timeout_ms, _PLAN_ONCE)
@@ -182,10 +187,11 @@ class Store:
         recent: Sequence[str] = (),
         given: Sequence[str] | None = None,
         live: bool = False,
+        audited: bool = False,
     ) -> Candidates:
         """Candidates with titles, vectors and features, at most `limit`, from the sources that apply.
 
-        `user_vector (d,)` searches the champion's item vectors, `wish_text (384,)` the text vectors; `recent` are the person's last items, newest first; `given` replaces all sources; `live` as in `read_person`.
+        `user_vector (d,)` searches the champion's item vectors, `wish_text (384,)` the text vectors; `recent` are the person's last items, newest first; `given` replaces all sources; `live` and `audited` as in `read_person`.
         """
         sql, parameters = candidates_sql(
             at=at,
@@ -198,6 +204,7 @@ class Store:
             recent=list(recent),
             given=None if given is None else list(given),
             live=live,
+            audited=audited,
         )
         with self.connection() as connection, span("db pick_candidates", kind="client", attributes=_db(2)):
             with connection.pipeline():
@@ -246,6 +253,19 @@ class Store:
                 _execute(connection, statement("trim_history"), {"user_ids": people, "keep": MAX_HISTORY})
             return {row[0] for row in stored.fetchall()}
 
+    def log_served(self, rows: Sequence[dict[str, object]], timeout_ms: int) -> int:
+        """Keep feature vectors as they were served, of people who are not forgotten; drop old ones. Gives how many."""
+        with self.connection() as connection, span("db log_served", kind="client", attributes=_db(4)):
+            with connection.pipeline():
+                _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
+                # An erasure that is under way ends first, and its tombstone is seen by the next statement.
+                _execute(connection, f"SELECT pg_advisory_xact_lock_shared({online_sql.ERASURE_LOCK})", None)
+                stored = _execute(connection, statement("log_served"), {"rows": json.dumps(rows)})
+                _execute(
+                    connection, "DELETE FROM served_features WHERE read_at < now() - %(kept)s", {"kept": SERVED_KEPT}
+                )
+            return stored.rowcount
+
     def ping(self, timeout_ms: int) -> Champion | None:
         """The champion, in one round trip: what `/health` measures."""
         with self.connection() as connection, connection.pipeline():
@@ -288,8 +308,9 @@ def _accept_events_sql() -> str:
 
 
 @cache
-def _entity_sql(entity: Entity) -> str:
-    return online_sql.read_entity_sql(entity, _SHOWN_PERSON)
+def _entity_sql(entity: Entity, audited: bool) -> str:
+    sql = online_sql.read_entity_sql(entity, _SHOWN_PERSON)
+    return f"SELECT r.*, {online_sql.SEEN} FROM ({sql}) AS r" if audited else sql
 
 
 @cache

@@ -31,13 +31,20 @@ training_job = dg.define_asset_job(
         "ranker_evaluation",
         "ranker_onnx",
         "item_vectors",
+        "skew_audit",
         "ranker_release",
         "recommend_function",
     ),
     description="Train, judge, export, gate and release a ranker.",
 )
 
-JOBS = [daily_job, catalogue_job, training_job]
+audit_job = dg.define_asset_job(
+    "daily_skew_audit",
+    dg.AssetSelection.assets("skew_audit"),
+    description="What was served in the last two days against what training would see.",
+)
+
+JOBS = [daily_job, catalogue_job, training_job, audit_job]
 
 
 def schedules() -> list[dg.ScheduleDefinition | dg.UnresolvedPartitionedAssetScheduleDefinition]:
@@ -47,5 +54,6 @@ def schedules() -> list[dg.ScheduleDefinition | dg.UnresolvedPartitionedAssetSch
             daily_job, name="daily_features_at_01_15", hour_of_day=1, minute_of_hour=15
         ),
         dg.ScheduleDefinition(name="catalogue_at_01_00", job=catalogue_job, cron_schedule="0 1 * * *"),
+        dg.ScheduleDefinition(name="skew_audit_at_02_15", job=audit_job, cron_schedule="15 2 * * *"),
         dg.ScheduleDefinition(name="training_on_mondays", job=training_job, cron_schedule="0 3 * * 1"),
     ]

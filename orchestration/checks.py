@@ -104,6 +104,26 @@ def ranker_passed_its_gate(larder: Larder) -> dg.AssetCheckResult:
     )
 
 
+@dg.asset_check(
+    asset="skew_audit",
+    blocking=True,
+    description="No served value differs from training without a cause. Blocks a release.",
+)
+def no_skew_without_a_cause(larder: Larder) -> dg.AssetCheckResult:
+    from orchestration.compute.skew import newest_audit, why_not_released
+
+    with larder.connect() as connection:
+        found = newest_audit(connection)
+    if found is None or not found.compared:
+        return dg.AssetCheckResult(passed=True, description="nothing to audit yet")
+    passed = not found.bugs
+    return dg.AssetCheckResult(
+        passed=passed,
+        metadata={"bugs": found.bugs, "compared": found.compared},
+        description=f"{found.compared:,} values compared" if passed else why_not_released(found),
+    )
+
+
 FRESH_BY_CRON = "0 4 * * *"
 """When yesterday's partitions must be there (UTC); the schedule starts at 01:15 and leaves time to repair."""
 
@@ -128,4 +148,5 @@ CHECKS = [
     index_recall_is_high,
     counts_add_up,
     ranker_passed_its_gate,
+    no_skew_without_a_cause,
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dagster as dg
 
-from orchestration.assets import daily, embeddings, events, ranker, release
+from orchestration.assets import daily, embeddings, events, ranker, release, skew
 from orchestration.automation import JOBS, schedules
 from orchestration.checks import CHECKS, FRESHNESS_SENSOR
 from orchestration.erasure import forget_person
@@ -23,6 +23,7 @@ ASSETS: list[dg.AssetsDefinition] = [
     ranker.ranker_evaluation,
     ranker.ranker_onnx,
     embeddings.item_vectors,
+    skew.skew_audit,
     release.ranker_release,
     release.recommend_function,
 ]

@@ -147,9 +147,8 @@ def _run(options: argparse.Namespace) -> int:
             )
         with _step("item vectors, release"):
             # Without any model there is nothing to release, and the function answers from the floor.
-            launch(
-                *(("item_vectors", "ranker_release") if todo.learning or todo.has_model else ()), "recommend_function"
-            )
+            models = ("item_vectors", "skew_audit", "ranker_release") if todo.learning or todo.has_model else ()
+            launch(*models, "recommend_function")
     _show(settings, options.user)
     console.print(
         f"\ndone in {time.monotonic() - began:.0f} s · next: `make ui` shows how it was made, `make serve` answers over HTTP"
@@ -359,7 +358,7 @@ def _show(settings: Settings, user_id: str | None) -> None:
         start = time.perf_counter()
         answer = application.recommender.recommend(request, steps=steps)
         total = (time.perf_counter() - start) * 1000
-    application.store.close()
+    application.close()
     table = Table(title=f"ten recommendations for person {chosen} (model {answer.model_version})")
     for name in ("item", "title", "score", "why"):
         table.add_column(name, justify="right" if name == "score" else "left", overflow="fold")

@@ -11,6 +11,7 @@ from typing import Any
 from pgvector.sqlalchemy import HALFVEC, VECTOR
 from sqlalchemy import (
     ARRAY,
+    REAL,
     BigInteger,
     Boolean,
     CheckConstraint,
@@ -107,6 +108,12 @@ recent_events = Table(
     Column("known_at", Instant, nullable=False, server_default=func.now()),
     Column("request_id", Text, comment="the recommendation that led to the event, if one did"),
     Column("drained", Boolean, nullable=False, server_default=text("false"), comment="true once the lake has it"),
+    Column(
+        "stored_by",
+        BigInteger,
+        server_default=text("((pg_current_xact_id())::text)::bigint"),
+        comment="the transaction that stored it: tells which reads saw it; NULL: stored before this was kept",
+    ),
     Index(None, "user_id", "occurred_at"),
     Index(None, "item_id", "occurred_at"),
     Index("ix_recent_events_undrained", "occurred_at", postgresql_where=text("NOT drained")),
@@ -202,6 +209,7 @@ feature_ledger = Table(
         Instant,
         comment="since when it holds what it should not; NULL: it does not. Still served until rebuilt",
     ),
+    Column("seen", Text, comment="pg_snapshot from before the lake was read: events of which transactions it may hold"),
     comment="Which partition of which view was built, from which definition; written with the data.",
 )
 
@@ -306,6 +314,43 @@ model_aliases = Table(
     # An alias can point only at a version with a gate record that says passed: the database itself refuses others.
     ForeignKeyConstraint(["version", "passed"], ["gate_records.version", "gate_records.passed"]),
     comment="Which version serves; moved by compare-and-set on `revision`.",
+)
+
+# --- skew audit ---------------------------------------------------------------------------------------------------
+
+served_features = Table(
+    "served_features",
+    metadata,
+    Column("read_id", Text, primary_key=True),
+    Column("view", Text, primary_key=True),
+    Column("request_id", Text, nullable=False),
+    Column("user_id", Text, nullable=False, comment="whom the request was for"),
+    Column("read_at", Instant, nullable=False, comment="the instant of the read: what ages are counted to"),
+    Column("seen", Text, comment="pg_snapshot of the statement that read: which transactions it saw"),
+    Column("definition_hash", Text, nullable=False, comment="of the view's states and of what is made from them"),
+    Column("partition_date", Date, comment="the newest partition fit to be read then; NULL: none"),
+    Column("built_at", Instant, comment="when that partition had been built"),
+    Column("built_seen", Text, comment="the ledger's `seen` of that build"),
+    Column("built_by", BigInteger, comment="xmin of the ledger's row: tells whether the read saw that build"),
+    Column("features", ARRAY(Text), nullable=False),
+    Column("keys", ARRAY(Text), nullable=False, comment="one key after the other, all their columns"),
+    Column("numbers", ARRAY(REAL), nullable=False, comment="a row per key as the ranker got it; NULL: missing"),
+    Index(None, "read_at"),
+    Index(None, "user_id"),
+    comment="Feature vectors as they were served to a sample of people, for the skew audit; kept a few days.",
+)
+
+skew_audits = Table(
+    "skew_audits",
+    metadata,
+    Column("audit_id", BigInteger, Identity(always=True), primary_key=True),
+    _now("audited_at"),
+    Column("since", Instant, nullable=False, comment="reads before it were not looked at"),
+    Column("reads", BigInteger, nullable=False),
+    Column("compared", BigInteger, nullable=False, comment="values that were recomputed"),
+    Column("bugs", BigInteger, nullable=False, comment="values that nothing explains; above zero blocks a release"),
+    Column("mismatches", JSONB, nullable=False, comment="by view, feature and cause; names nobody"),
+    comment="What each skew audit found.",
 )
 
 # --- erasure -----------------------------------------------------------------------------------------------------

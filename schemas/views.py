@@ -93,9 +93,8 @@ def candidate_features() -> tuple[str, ...]:
     )
 
 
-def fingerprint() -> str:
-    """Changes when the order, the number or the meaning of the ranker's features changes."""
-    views = (*CONTEXT_VIEWS, *CANDIDATE_VIEWS, *CROSS_VIEWS)
+def fingerprint(views: tuple[FeatureView, ...] = (*CONTEXT_VIEWS, *CANDIDATE_VIEWS, *CROSS_VIEWS)) -> str:
+    """Changes when the order, the number or the meaning of the features of `views`, the ranker's by default, changes."""
     meaning = [
         f"{view.name}.{feature.name}:{feature.finish}:{feature.transform}:{feature.window_days}"
         for view in views

@@ -22,7 +22,7 @@ from schemas.errors import RequestError
 RESERVE_MS = 50
 """Kept back from the platform's deadline to render, send and flush."""
 FLUSH_MS = 200
-"""Spans get so long to leave before the platform freezes the process."""
+"""Spans, and what the application writes after an answer, get so long to leave before the platform freezes the process."""
 
 
 class LambdaContext(Protocol):
@@ -59,10 +59,21 @@ def create_handler(app_factory: Callable[[], Application]) -> Handler:
         try:
             response = _answer(application, event, context, deadline, over_http)
         finally:
-            telemetry.flush(max(0, min(FLUSH_MS, context.get_remaining_time_in_millis() - RESERVE_MS)))
+            flush_by = (
+                time.monotonic() + max(0, min(FLUSH_MS, context.get_remaining_time_in_millis() - RESERVE_MS)) / 1000
+            )
+            # An application that writes after its answers may say how to wait for that.
+            flush = getattr(built[0], "flush", None) if built else None
+            telemetry.flush(_left_ms(flush_by))
+            if callable(flush):
+                flush(_left_ms(flush_by))
         return _gateway(response) if over_http else response.body
 
     return handler
+
+
+def _left_ms(until: float) -> int:
+    return max(0, int((until - time.monotonic()) * 1000))
 
 
 def _answer(

@@ -22,12 +22,18 @@ GROUP = "release"
     group_name=GROUP,
     owners=[OWNER],
     kinds={"postgres"},
-    deps=["item_vectors", "ranker_onnx"],
-    description="The champion: the newest version that passed its gate. If none did, the floor keeps serving.",
-    code_version="1",
+    deps=["item_vectors", "ranker_onnx", "skew_audit"],
+    description="The champion: the newest version that passed its gate, while no served value differs from training for no "
+    "known cause. If there is none, the floor keeps serving.",
+    code_version="2",
 )
 def ranker_release(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
+    from orchestration.compute.skew import newest_audit, why_not_released
+
     with asset_span(context), larder.connect() as connection:
+        audited = newest_audit(connection)
+        if audited is not None and audited.bugs:
+            raise dg.Failure(f"not released: {why_not_released(audited)}", allow_retries=False)
         # The gate record is read again here: a check that failed stops only its own run.
         newest = connection.execute(
             "SELECT m.version, m.path, g.passed, g.record->'words' FROM model_versions AS m JOIN gate_records AS g USING (version) "
@@ -78,7 +84,7 @@ def recommend_function(context: dg.AssetExecutionContext, larder: Larder) -> dg.
             start = time.perf_counter()
             answer = application.recommend(request)
             took.append((time.perf_counter() - start) * 1000)
-        application.store.close()
+        application.close()
     if not answer.items:
         raise dg.Failure("the smoke request was answered with an empty list; look at popular_items and items")
     return dg.MaterializeResult(

@@ -17,11 +17,11 @@ from orchestration.compute.lake import Lake, duck
 from orchestration.compute.measures import against_day_before, measure_snapshot
 from orchestration.compute.online import ensure_online_tables
 from orchestration.compute.stale import LEDGER_LOCK, overtaken_days
-from orchestration.compute.tombstones import COUNT_ERASURES, ERASURE_LOCK, Overtaken, count_erasures
+from orchestration.compute.tombstones import COUNT_ERASURES, Overtaken, count_erasures
 from orchestration.compute.windows import snapshot_sql, tile_sql
 from schemas.checks import Measures
 from schemas.features import FeatureView
-from schemas.online_sql import put_rows_sql
+from schemas.online_sql import ERASURE_LOCK, SEEN, put_rows_sql
 from schemas.tables import view_table
 from schemas.views import VIEWS
 
@@ -93,6 +93,8 @@ def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, see
     with psycopg.connect(url) as connection:
         # One state of the lake: files, their generations and their counts belong together.
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        # What this snapshot does not show may yet be in the files; what it shows of a load is.
+        (shown,) = connection.execute(f"SELECT {SEEN}").fetchone() or (None,)
         events = lake.events(connection, oldest, last)
         read = lake.generations(connection, oldest, last)
         counted: dict[date, int] = dict(
@@ -131,13 +133,13 @@ def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, see
             cursor.execute("SELECT day, generation FROM lake_files WHERE day >= $1 AND day <= $2", (oldest, last))
             stale = overtaken_days(days, view.max_window_days, read, dict(cursor.fetchall()))
             cursor.executemany(
-                "INSERT INTO feature_ledger (view, partition_date, definition_hash, engine, rows, events, stale_at) "
-                "VALUES ($1, $2, $3, $4, $5, $6, CASE WHEN $7 THEN now() END) "
+                "INSERT INTO feature_ledger (view, partition_date, definition_hash, engine, rows, events, seen, stale_at) "
+                "VALUES ($1, $2, $3, $4, $5, $6, $7, CASE WHEN $8 THEN now() END) "
                 "ON CONFLICT (view, partition_date) DO UPDATE SET "
                 "definition_hash = excluded.definition_hash, engine = excluded.engine, rows = excluded.rows, "
-                "events = excluded.events, built_at = now(), stale_at = excluded.stale_at",
+                "events = excluded.events, seen = excluded.seen, built_at = now(), stale_at = excluded.stale_at",
                 [
-                    (view.name, day, view.definition_hash, ENGINE, report.rows, report.events, day in stale)
+                    (view.name, day, view.definition_hash, ENGINE, report.rows, report.events, shown, day in stale)
                     for report in reports
                     for day in [report.partition_date]
                 ],

@@ -19,8 +19,8 @@ import psycopg
 import pyarrow as pa
 
 from schemas.errors import LarderError
+from schemas.online_sql import ERASURE_LOCK
 
-ERASURE_LOCK = 7_205_394
 COUNT_ERASURES = "SELECT count(*) FROM erasure_receipts"
 _ESCAPE = re.compile(r'\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|([\\/"\']))')
 

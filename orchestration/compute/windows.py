@@ -63,6 +63,13 @@ def _left_edge(window_days: int) -> str:
     return f"{_MIDNIGHT} - INTERVAL '{window_days} days'"
 
 
+def _of_single_events(state: State, window_days: int) -> str:
+    """The state over single events, to be merged with that over tiles."""
+    sql = events_sql(state, _left_edge(window_days), _MIDNIGHT)
+    # A late event of a day that has a tile is of a day that is counted already.
+    return f"{sql.removesuffix(')')} AND NOT in_tile)" if state.merge is Merge.DAYS else sql
+
+
 def point_in_time_sql(view: FeatureView, labels: str = "labels", tiles: str = "tiles") -> str:
     """States of `view` as they were known at each row of `labels (label_id, <keys>, read_at)`; one row per label.
 
@@ -76,9 +83,7 @@ def point_in_time_sql(view: FeatureView, labels: str = "labels", tiles: str = "t
     snap = ", ".join(
         f"{merge_sql(state, f't.day >= l.day - {window}', 'l.day')} AS {name}" for name, state, window in view.columns
     )
-    single = ", ".join(
-        f"{events_sql(state, _left_edge(window), _MIDNIGHT)} AS {name}" for name, state, window in view.columns
-    )
+    single = ", ".join(f"{_of_single_events(state, window)} AS {name}" for name, state, window in view.columns)
     merged = ", ".join(f"{merged_sql(state, f's.{name}', f'h.{name}')} AS {name}" for name, state, _ in view.columns)
     return f"""
         WITH l AS (SELECT label_id, {listed}, read_at, CAST(read_at AS DATE) AS day FROM {labels}),
@@ -90,12 +95,14 @@ def point_in_time_sql(view: FeatureView, labels: str = "labels", tiles: str = "t
         ),
         base AS (SELECT *, CAST(occurred_at AS DATE) AS day FROM ({base_sql(view.entity)})),
         single AS (
-            SELECT l.label_id, l.day, e.* EXCLUDE (day) FROM l JOIN base AS e ON {matches.format(left="e", right="l")}
+            SELECT l.label_id, l.day, e.* EXCLUDE (day), false AS in_tile FROM l
+            JOIN base AS e ON {matches.format(left="e", right="l")}
             AND e.day = l.day AND e.occurred_at < l.read_at AND e.known_at <= l.read_at
             UNION ALL
-            SELECT l.label_id, l.day, e.* EXCLUDE (day) FROM l
+            SELECT l.label_id, l.day, e.* EXCLUDE (day), t.day IS NOT NULL AS in_tile FROM l
             JOIN (SELECT * FROM base WHERE CAST(known_at AS DATE) > day) AS e ON {matches.format(left="e", right="l")}
             AND e.day < l.day AND e.day >= l.day - {view.max_window_days} AND e.known_at <= l.read_at
+            LEFT JOIN {tiles} AS t ON {matches.format(left="t", right="e")} AND t.day = e.day
         ),
         loose AS (SELECT label_id, {single} FROM single AS l GROUP BY label_id, day)
         SELECT l.label_id, {merged} FROM l

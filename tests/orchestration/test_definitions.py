@@ -20,7 +20,7 @@ def specs() -> dict[str, dg.AssetSpec]:
 def test_the_road_has_these_assets_and_no_others(specs: dict[str, dg.AssetSpec]) -> None:
     assert set(specs) == DAILY | {
         "items", "source_events", "text_vectors", "popular_items", "co_visitation", "training_set", "ranker",
-        "ranker_evaluation", "ranker_onnx", "item_vectors", "ranker_release", "recommend_function",
+        "ranker_evaluation", "ranker_onnx", "item_vectors", "skew_audit", "ranker_release", "recommend_function",
     }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_every_view_has_an_asset_with_its_columns() -> None:
 
 def test_a_release_lies_behind_gate_and_vectors(specs: dict[str, dg.AssetSpec]) -> None:
     upstream = {dep.asset_key.to_user_string() for dep in specs["ranker_release"].deps}
-    assert {"item_vectors", "ranker_onnx"} <= upstream
+    assert {"item_vectors", "ranker_onnx", "skew_audit"} <= upstream
 
 
 def test_the_location_resolves_with_its_jobs_and_schedules() -> None:

@@ -72,6 +72,10 @@ def filled(database: str, lake: Lake, connection: psycopg.Connection) -> str:
         "CREATE TABLE later.seen (event_id text PRIMARY KEY, place int)"
     )
     connection.execute("INSERT INTO later.letters SELECT DISTINCT user_id, 'dear ' || user_id FROM user_history")
+    connection.execute(
+        "INSERT INTO served_features (read_id, view, request_id, user_id, read_at, definition_hash, features, keys, numbers) "
+        "SELECT user_id, 'user_affinity', 'r', user_id, now(), 'h', '{n}', ARRAY[user_id, 'a'], '{1}' FROM people"
+    )
     connection.execute("INSERT INTO later.seen SELECT event_id, 1 FROM recent_events")
     connection.commit()
     for view in VIEWS:

@@ -222,6 +222,24 @@ def test_snapshot_plus_head_online_equals_the_oracle(
         store.close()
 
 
+def test_a_late_event_of_a_day_that_had_others_makes_no_second_day(lake: Lake, connection: psycopg.Connection) -> None:
+    noon = timedelta(hours=12)
+    events = [
+        Event("on-time", "1", "1", "view", None, days_ago(3) + noon),
+        Event("late", "1", "1", "view", None, days_ago(3), days_ago(1)),
+        Event("late-alone", "1", "1", "view", None, days_ago(5), days_ago(1)),
+        Event("late-too", "1", "1", "view", None, days_ago(5) + noon, days_ago(1)),
+    ]
+    ingest(ListSource(events, list(ITEMS)), lake, connection, now=TODAY)
+    with PointInTime(lake, connection) as ask:
+        at = np.array([int(instant.timestamp() * 1e6) for instant in (days_ago(2), days_ago(0))])
+        found = ask.features(USER_ACTIVITY, {"user_id": np.array(["1", "1"])}, at)
+    names = [feature.name for feature in USER_ACTIVITY.features]
+    shown = {name: np.expm1(found.values[:, names.index(name)]).round().tolist() for name in names[:4]}
+    assert shown["active_days_30d"] == [1, 2]
+    assert shown["events_30d"] == [1, 4]
+
+
 def merge_columns(seen: dict[str, Columns], name: str, columns: Columns) -> None:
     """Add the keys of `columns` to those seen of view `name`."""
     if name not in seen:
