@@ -90,6 +90,12 @@ class Store:
             yield connection
         except psycopg.errors.QueryCanceled as error:
             raise Unavailable("the database did not answer in time") from error
+        except (psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedTable) as error:
+            # This code was deployed before the database was: a feature was added and its tables are not made yet.
+            raise Unavailable(
+                f"the database does not have the tables of this version's features yet ({error.diag.message_primary}); "
+                "`make run` or `make serve` with this version makes them"
+            ) from error
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             connection.close()
             raise Unavailable("the database cannot be reached") from error
