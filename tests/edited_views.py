@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from hypothesis import Phase, settings
+
 EVERY_AGGREGATION = """
         active_days("active_days_7d", 7),
         count("shown_7d", 7, where="kind = 'view' OR kind = 'like'", state="shown"),
@@ -69,3 +71,6 @@ def every_aggregation(source: str) -> str:
 
 if "LARDER_TEST_WORLDS" in os.environ:
     install(every_aggregation)
+    # A world that fails is told as it is: making it smaller takes many minutes with a database behind it.
+    settings.register_profile("as found", phases=[Phase.explicit, Phase.reuse, Phase.generate])
+    settings.load_profile("as found")

@@ -29,7 +29,6 @@ def check_worlds(url: str, folder: Path, worlds: int, *files: str) -> None:
             "LARDER_TEST_WORLDS": str(worlds),
             "PYTHONPATH": str(HERE.parents[1]),
             "TZ": "America/New_York",
-            "PGTZ": "America/New_York",
         },
         capture_output=True,
         text=True,
