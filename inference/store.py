@@ -6,6 +6,7 @@ A recommendation takes two round trips: `read_person` and `pick_candidates`. Eac
 from __future__ import annotations
 
 import json
+import logging
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from schemas.feature_sql import read_sql
 from schemas.features import Entity, FeatureView
 from schemas.ranker import MAX_HISTORY
 from schemas.views import CONTEXT_VIEWS, CROSS_VIEWS
+
+logger = logging.getLogger(__name__)
 
 _NEVER = 1 << 30
 """Executions before psycopg prepares a statement by itself."""
@@ -92,10 +95,13 @@ class Store:
             raise Unavailable("the database did not answer in time") from error
         except (psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedTable) as error:
             # This code was deployed before the database was: a feature was added and its tables are not made yet.
-            raise Unavailable(
+            message = (
                 f"the database does not have the tables of this version's features yet ({error.diag.message_primary}); "
                 "`make run` or `make serve` with this version makes them"
-            ) from error
+            )
+            # A recommendation goes down a rung, and its answer names the rung alone.
+            logger.error(message)
+            raise Unavailable(message) from error
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             connection.close()
             raise Unavailable("the database cannot be reached") from error
