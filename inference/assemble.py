@@ -45,8 +45,9 @@ def _value(view: FeatureView, index: int, columns: Mapping[str, Floats], at: Flo
     match feature.finish:
         case "ratio":
             with np.errstate(divide="ignore", invalid="ignore"):
-                # No events to divide by is no value, not infinity.
-                return np.where(states[1] > 0, states[0] / states[1], np.nan)
+                # Nothing to divide by is no value, not infinity. Sums are multiples of 1e-6: less is what is left of
+                # parts that cancel out.
+                return np.where(np.abs(states[1]) > 5e-7, states[0] / states[1], np.nan)
         case "age":
             return at - states[0]
         case _:

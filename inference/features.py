@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from inference.assemble import finish
 from inference.live import HEAD_MOST, Columns, live_columns, snapshot_columns, utc_day
-from inference.store import Store
+from inference.store import Store, set_locally
 from inference.telemetry import span
 from schemas import batch_sql, online_sql
 from schemas.errors import DefinitionError
@@ -203,7 +203,7 @@ def block_of(
 def _ask(store: Store, sql: str, parameters: dict[str, Any], timeout_ms: int) -> Rows:
     with store.connection() as connection, span("db read_features", kind="client", attributes=_ATTRIBUTES):
         with connection.pipeline():
-            connection.execute(f"SET LOCAL statement_timeout = {timeout_ms}")
+            set_locally(connection, timeout_ms)
             cursor = connection.cursor(binary=True).execute(sql, parameters)
         return cursor.fetchall()
 

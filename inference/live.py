@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.features import Entity, FeatureView, Merge
+from schemas.features import column as column_name
 from schemas.online_sql import tile_states, views_of
 from schemas.views import CANDIDATE_VIEWS, VIEWS
 
@@ -87,6 +88,7 @@ def _columns(
 ) -> Columns:
     """Merge `packed` states of the partition `edge` (days before today) with the days after it."""
     n, names = len(keys), view.columns
+    place = {name: column for column, (name, _, _) in enumerate(names)}
     midnight = float((today - _EPOCH).days * _DAY_SECONDS)
     width = 8 * (1 + len(names))
     version = bytes.fromhex(view.definition_hash)
@@ -109,13 +111,18 @@ def _columns(
         if day <= since:
             continue
         present[owner] = True
+        held_states = block[owner]  # a copy: a state may be merged by another, as that was before this day
         for column, (_, state, window_days) in enumerate(names):
             if day < -window_days:
                 continue
             value = values[:, tiles.place[state.name]].astype(np.float64)
             if state.merge is Merge.DECAY:  # weighed at its day's end
                 value = value * _weight(state.half_life_days, -(day + 1))
-            block[owner, column] = _merged(state.merge, block[owner, column], value)
+            if state.by is not None:
+                at = held_states[:, place[column_name(state.by, window_days)]]
+                block[owner, column] = _later(at, held_states[:, column], values[:, tiles.place[state.by.name]], value)
+            else:
+                block[owner, column] = _merged(state.merge, held_states[:, column], value)
     for column, (_, state, _) in enumerate(names):
         if state.is_count or state.merge is Merge.DECAY:
             block[present & np.isnan(block[:, column]), column] = 0.0
@@ -142,6 +149,13 @@ def _merged(merge: Merge, held: Floats, added: Floats) -> Floats:
         case _:
             both = np.nan_to_num(held) + np.nan_to_num(added)
             return np.where(np.isnan(held) & np.isnan(added), np.nan, both)
+
+
+def _later(held_at: Floats, held: Floats, added_at: Floats, added: Floats) -> Floats:
+    """Of each two values the one with the later instant, the larger one of a single instant; NaN is none."""
+    none = -np.inf
+    one, other = (np.where(np.isnan(at), none, at) for at in (held_at, added_at))
+    return np.where(one > other, held, np.where(other > one, added, np.fmax(held, added)))
 
 
 def snapshot_columns(view: FeatureView, rows: Sequence[tuple[Any, ...]]) -> Columns:

@@ -6,6 +6,7 @@ A recommendation takes two round trips: `read_person` and `pick_candidates`. Eac
 from __future__ import annotations
 
 import json
+import logging
 import queue
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from schemas.feature_sql import read_sql
 from schemas.features import Entity, FeatureView
 from schemas.ranker import MAX_HISTORY
 from schemas.views import CONTEXT_VIEWS, CROSS_VIEWS
+
+logger = logging.getLogger(__name__)
 
 _NEVER = 1 << 30
 """Executions before psycopg prepares a statement by itself."""
@@ -93,6 +96,15 @@ class Store:
             yield connection
         except psycopg.errors.QueryCanceled as error:
             raise Unavailable("the database did not answer in time") from error
+        except (psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedTable) as error:
+            # This code was deployed before the database was: a feature was added and its tables are not made yet.
+            message = (
+                f"the database does not have the tables of this version's features yet ({error.diag.message_primary}); "
+                "`make run` or `make serve` with this version makes them"
+            )
+            # A recommendation goes down a rung, and its answer names the rung alone.
+            logger.error(message)
+            raise Unavailable(message) from error
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             connection.close()
             raise Unavailable("the database cannot be reached") from error
@@ -145,7 +157,7 @@ class Store:
         reads = [_entity_sql(entity, audited) for entity in entities] if live else [_person_sql(view) for view in views]
         with self.connection() as connection, span("db read_person", kind="client", attributes=_db(3 + len(reads))):
             with connection.pipeline():
-                _set_locally(connection, timeout_ms, _PLAN_ONCE)
+                set_locally(connection, timeout_ms, _PLAN_ONCE)
                 cursors = [
                     _execute(connection, sql, parameters, prepare=True)
                     for sql in (
@@ -208,7 +220,7 @@ class Store:
         )
         with self.connection() as connection, span("db pick_candidates", kind="client", attributes=_db(2)):
             with connection.pipeline():
-                _set_locally(connection, timeout_ms, _SEARCH | _PLAN_ONCE)
+                set_locally(connection, timeout_ms, _SEARCH | _PLAN_ONCE)
                 cursor = _execute(connection, sql, parameters, prepare=True)
             rows = cursor.fetchall()
         return candidates_of(rows, dim, utc_day(at) if live else None)
@@ -234,7 +246,7 @@ class Store:
             parameters["text"] = vector_literal(text)
         with self.connection() as connection, span("db similar", kind="client", attributes=_db(3)):
             with connection.pipeline():
-                _set_locally(connection, timeout_ms, _SEARCH)
+                set_locally(connection, timeout_ms, _SEARCH)
                 known = _execute(connection, "SELECT 1 FROM text_vectors WHERE item_id = %(item_id)s", parameters)
                 found = _execute(
                     connection, statement("similar_items").format(query=query, allowed=filters.allowed("i")), parameters
@@ -248,7 +260,7 @@ class Store:
         people = sorted({str(event["user_id"]) for event in events})
         with self.connection() as connection, span("db accept_events", kind="client", attributes=_db(3)):
             with connection.pipeline():
-                _set_locally(connection, timeout_ms)
+                set_locally(connection, timeout_ms)
                 stored = _execute(connection, _accept_events_sql(), {"events": json.dumps(events)})
                 _execute(connection, statement("trim_history"), {"user_ids": people, "keep": MAX_HISTORY})
             return {row[0] for row in stored.fetchall()}
@@ -257,7 +269,7 @@ class Store:
         """Keep feature vectors as they were served, of people who are not forgotten; drop old ones. Gives how many."""
         with self.connection() as connection, span("db log_served", kind="client", attributes=_db(4)):
             with connection.pipeline():
-                _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
+                set_locally(connection, timeout_ms)
                 # An erasure that is under way ends first, and its tombstone is seen by the next statement.
                 _execute(connection, f"SELECT pg_advisory_xact_lock_shared({online_sql.ERASURE_LOCK})", None)
                 stored = _execute(connection, statement("log_served"), {"rows": json.dumps(rows)})
@@ -269,13 +281,13 @@ class Store:
     def ping(self, timeout_ms: int) -> Champion | None:
         """The champion, in one round trip: what `/health` measures."""
         with self.connection() as connection, connection.pipeline():
-            _set_locally(connection, timeout_ms)
+            set_locally(connection, timeout_ms)
             cursor = _execute(connection, statement("read_champion"))
         row = cursor.fetchone()
         return Champion(*row) if row else None
 
 
-def _set_locally(
+def set_locally(
     connection: psycopg.Connection[Any], timeout_ms: int, settings: Mapping[str, str] = MappingProxyType({})
 ) -> None:
     """Settings for the rest of this pipeline, which is one transaction to the server."""

@@ -8,7 +8,7 @@ import signal
 import sys
 
 from infra import deployment as deployments
-from infra import postgres
+from infra import feature_tables, postgres
 from infra.ports import free_port
 from schemas.errors import LarderError, SettingsError
 
@@ -24,6 +24,8 @@ def main() -> int:
         if deployments.load(record.name) is None:
             raise SettingsError(f"nothing to serve in {deployments.home()}: run `make run` first")
         os.environ["DATABASE_URL"] = postgres.prepare(record)
+        # A feature that was added since the last run has no columns yet; reads ask for them from the first request on.
+        feature_tables.ensure_view_tables(os.environ["DATABASE_URL"])
         os.environ.setdefault("ARTIFACTS_URL", record.artifacts_url)
     except LarderError as error:
         print(f"error ({error.type}): {error}", file=sys.stderr)

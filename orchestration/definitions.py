@@ -7,10 +7,15 @@ import dagster as dg
 from orchestration.assets import daily, embeddings, events, ranker, release, skew
 from orchestration.automation import JOBS, schedules
 from orchestration.checks import CHECKS, FRESHNESS_SENSOR
+from orchestration.compute.bind import bind_views
 from orchestration.erasure import forget_person
 from orchestration.reconcile import settle_dead_runs
 from orchestration.resources import Larder
 from orchestration.upkeep import VACUUM_SCHEDULE, rebuild_stale_partitions, vacuum_lake
+from schemas.views import VIEWS
+
+# A condition that does not fit the events is an error when the definitions load, not in the middle of a backfill.
+bind_views(VIEWS)
 
 ASSETS: list[dg.AssetsDefinition] = [
     events.load_source,

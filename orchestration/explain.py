@@ -17,9 +17,9 @@ from rich.table import Table
 
 from infra import deployment as deployments
 from infra import postgres
+from infra.feature_tables import ensure_view_tables
 from orchestration.compute.explain import EventRow, Explanation, explain
 from orchestration.compute.lake import Lake
-from orchestration.compute.materialise import ensure_view_tables
 from schemas.errors import DefinitionError, LarderError, RequestError, SettingsError
 from schemas.features import FeatureView
 from schemas.views import VIEWS

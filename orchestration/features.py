@@ -15,7 +15,7 @@ from inference.features import FeatureBlock, Status, read_features
 from inference.store import Store
 from infra import deployment as deployments
 from infra import postgres
-from orchestration.compute.materialise import ensure_view_tables
+from infra.feature_tables import ensure_view_tables
 from orchestration.explain import instant_of, key_of, view_named
 from schemas.errors import LarderError, SettingsError
 from schemas.views import VIEWS

@@ -14,10 +14,10 @@ from rich.table import Table
 from infra import deployment as deployments
 from infra import postgres
 from infra.deployment import Deployment
+from infra.feature_tables import ensure_view_tables
 from orchestration.compute import forget as erasure
 from orchestration.compute.forget import Receipt
 from orchestration.compute.lake import Lake
-from orchestration.compute.materialise import ensure_view_tables
 from schemas.errors import LarderError, RequestError, SettingsError, UnknownPerson
 from schemas.events import InvalidRow, check_id
 

@@ -11,8 +11,8 @@ from inference import artifacts
 from infra import deployment as deployments
 from infra import postgres
 from infra.deployment import Deployment
+from infra.feature_tables import ensure_view_tables
 from orchestration.compute.lake import Lake
-from orchestration.compute.materialise import ensure_view_tables
 from schemas.errors import SettingsError
 
 

@@ -6,7 +6,10 @@ which decayed states are weighed: the midnight (UTC) that began the read's day.
 
 from __future__ import annotations
 
-from schemas.features import Entity, FeatureView, Merge, State
+from collections.abc import Callable
+from dataclasses import replace
+
+from schemas.features import Entity, FeatureView, Merge, State, column
 
 _DAY_SECONDS = 86_400
 
@@ -29,28 +32,43 @@ def decay_sql(state: State, instant: str) -> str:
     return f"CAST(POWER(CAST(2 AS DOUBLE PRECISION), -{age} / {half_life:.1f}) AS DECIMAL(38, 12))"
 
 
+def latest_sql(instant: str, value: str, condition: str) -> str:
+    """The `value` with the latest `instant` among the rows for which `condition` holds; NULL values do not count."""
+    found = f"MAX(ARRAY[EXTRACT(EPOCH FROM {instant}), {value}]) FILTER (WHERE {condition} AND {value} IS NOT NULL)"
+    return f"({found})[2]"
+
+
 def events_sql(state: State, since: str | None, midnight: str) -> str:
     """The state over the single events of `e` from the instant `since` on; None: over all of them."""
-    head, _, where = state.sql.partition(" FILTER (WHERE ")
-    aggregate = f"SUM({decay_sql(state, midnight)})" if state.merge is Merge.DECAY else head
-    conditions = [f"occurred_at >= {since}"] if since else []
-    if where:
-        conditions.append(where.removesuffix(")"))
-    filtered = f"{aggregate} FILTER (WHERE {' AND '.join(conditions)})" if conditions else aggregate
-    return f"CAST({filtered} AS DOUBLE PRECISION)" if "DECIMAL" in aggregate else filtered
+    if state.merge is Merge.DECAY:
+        state = replace(state, aggregate=f"SUM({decay_sql(state, midnight)})")
+    sql = state.sql_over(*([f"occurred_at >= {since}"] if since else []))
+    if state.merge is Merge.DECAY:
+        sql = f"COALESCE({sql}, 0)"  # like a count: an entity whose events all lie before the window has 0
+    return f"CAST({sql} AS DOUBLE PRECISION)" if "DECIMAL" in state.aggregate else sql
 
 
-def merged_sql(state: State, snapshot: str, head: str) -> str:
-    """Two states of one kind, either of which may be NULL, as one."""
+def merged_sql(state: State, one: Callable[[State], str], other: Callable[[State], str]) -> str:
+    """Two states of one kind, either of which may be NULL, as one.
+
+    `one` and `other` give the SQL of a state of either side, as one state may need another beside it.
+    """
+    a, b = one(state), other(state)
     match state.merge:
         case Merge.MIN:
-            return f"LEAST({snapshot}, {head})"
+            return f"LEAST({a}, {b})"
         case Merge.MAX:
-            return f"GREATEST({snapshot}, {head})"
+            return f"GREATEST({a}, {b})"
+        case Merge.LAST:
+            assert state.by is not None
+            a_at, b_at = one(state.by), other(state.by)
+            return (
+                f"CASE WHEN {b_at} IS NULL OR {a_at} > {b_at} THEN {a} "
+                f"WHEN {a_at} IS NULL OR {b_at} > {a_at} THEN {b} ELSE GREATEST({a}, {b}) END"
+            )
         case _:
             # A sum over no values stays NULL; a count is never NULL where its row exists.
-            both = f"COALESCE({snapshot}, 0) + COALESCE({head}, 0)"
-            return f"CASE WHEN {snapshot} IS NULL AND {head} IS NULL THEN NULL ELSE {both} END"
+            return f"CASE WHEN {a} IS NULL AND {b} IS NULL THEN NULL ELSE COALESCE({a}, 0) + COALESCE({b}, 0) END"
 
 
 def read_sql(view: FeatureView, entities: str, at: str = "%(at)s") -> str:
@@ -61,15 +79,15 @@ def read_sql(view: FeatureView, entities: str, at: str = "%(at)s") -> str:
     Gives one row per entity that has anything, or one with NULL keys: keys, `as_of` (seconds; when decayed states were weighed),
     `settled_at` (seconds; the snapshot's midnight, NULL without one), then the snapshot columns (instants in seconds).
     """
-    name, keys = view.name, ", ".join(view.entity.keys)
+    keys = ", ".join(view.entity.keys)
     # A head begins at most `ttl_days` ago, so that it lies in every longer window.
     head = ", ".join(
-        f"{events_sql(state, None if window >= view.ttl_days else _left_edge(window), '(SELECT midnight FROM edge)')} AS {column}"
-        for column, state, window in view.columns
+        f"{events_sql(state, None if window >= view.ttl_days else _left_edge(window), '(SELECT midnight FROM edge)')} AS {name}"
+        for name, state, window in view.columns
     )
     merged = ", ".join(
-        f"CAST({_seconds(state, merged_sql(state, _aged(view, state, column, window), f'h.{column}'))} AS DOUBLE PRECISION) AS {column}"
-        for column, state, window in view.columns
+        f"CAST({_seconds(state, _with_head(view, state, window))} AS DOUBLE PRECISION) AS {name}"
+        for name, state, window in view.columns
     )
     names = ", ".join(name for name, _, _ in view.columns)
     base = base_sql(
@@ -83,13 +101,13 @@ def read_sql(view: FeatureView, entities: str, at: str = "%(at)s") -> str:
     return f"""
         WITH newest AS (
             SELECT max(partition_date) AS p FROM feature_ledger
-            WHERE view = '{name}' AND definition_hash = '{view.definition_hash}'
+            WHERE view = '{view.name}' AND definition_hash = '{view.definition_hash}'
             AND partition_date < CAST({at} AS DATE) AND partition_date >= CAST({at} AS DATE) - {view.ttl_days}
         ), edge AS MATERIALIZED (
             SELECT p, CAST(CAST({at} AS DATE) AS TIMESTAMPTZ) AS midnight,
             CAST(COALESCE(p + 1, CAST({at} AS DATE)) AS TIMESTAMPTZ) AS settled FROM newest
         ), s AS (
-            SELECT * FROM features.{name} WHERE partition_date = (SELECT p FROM edge) AND {entities}
+            SELECT * FROM features.{view.name} WHERE partition_date = (SELECT p FROM edge) AND {entities}
         ), h AS (
             SELECT {keys}, {head} FROM ({base}) AS e GROUP BY {keys}
         )
@@ -108,18 +126,25 @@ def _left_edge(window_days: int) -> str:
     return f"(SELECT midnight - INTERVAL '{window_days} days' FROM edge)"
 
 
-def _aged(view: FeatureView, state: State, column: str, window_days: int) -> str:
+def _with_head(view: FeatureView, state: State, window_days: int) -> str:
+    return merged_sql(
+        state,
+        lambda part: _aged(view, part, window_days),
+        lambda part: f"h.{column(part, window_days)}",
+    )
+
+
+def _aged(view: FeatureView, state: State, window_days: int) -> str:
     """A snapshot's state for a read that comes late, the newest snapshot being days old.
 
     Decayed states are weighed again. A window that began after the snapshot ended has nothing of it; longer ones keep
     what should have left them meanwhile: nobody can take it out of a sum.
     """
+    held = f"s.{column(state, window_days)}"
     if state.merge is Merge.DECAY:
         late = "CAST(EXTRACT(EPOCH FROM (SELECT midnight - settled FROM edge)) AS DOUBLE PRECISION)"
         half_life = (state.half_life_days or 1) * _DAY_SECONDS
-        held = f"(s.{column} * POWER(CAST(2 AS DOUBLE PRECISION), -{late} / {half_life:.1f}))"
-    else:
-        held = f"s.{column}"
+        held = f"({held} * POWER(CAST(2 AS DOUBLE PRECISION), -{late} / {half_life:.1f}))"
     if window_days >= view.ttl_days:
         return held
     nothing = "0" if state.is_count or state.merge is Merge.DECAY else "NULL"
@@ -127,4 +152,4 @@ def _aged(view: FeatureView, state: State, column: str, window_days: int) -> str
 
 
 def _seconds(state: State, sql: str) -> str:
-    return f"EXTRACT(EPOCH FROM {sql})" if state.name.endswith("_at") else sql
+    return f"EXTRACT(EPOCH FROM {sql})" if state.is_instant else sql

@@ -11,16 +11,13 @@ and the head (everything since) give the same value as one pass over all events.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
 from schemas.checks import VIEW_CHECKS, Check
+from schemas.declarations import check_view
 from schemas.errors import DefinitionError
-
-_NAME = re.compile(r"^[a-z][a-z0-9_]{0,50}$")
-MAX_WINDOW_DAYS = 3650
 
 
 class Merge(StrEnum):
@@ -33,25 +30,51 @@ class Merge(StrEnum):
     """A sum of ones, one for each day with an event: two parts of the same day are one day."""
     DECAY = "decay"
     """A sum whose parts lose half their weight every `half_life_days`."""
+    LAST = "last"
+    """The part with the later instant; of two with one instant, the larger."""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """One mergeable column of a tile: SQL over the events of one entity and day.
+    """One mergeable column of a tile: an SQL aggregate over the events of one entity and day.
 
-    `sql` uses the event columns `kind`, `value`, `occurred_at` and is valid in DuckDB and Postgres alike.
-    A DECAY state has no SQL of its own: the engines weigh each event by its age.
+    `aggregate` and the condition `where` use the event columns `kind`, `value`, `occurred_at` and are valid in DuckDB
+    and Postgres alike. A DECAY state has no SQL of its own: the engines weigh each event by its age. A LAST state is
+    the second element of an aggregate whose first one orders it; `by` is the state that holds that instant.
     """
 
     name: str
     merge: Merge
-    sql: str
+    aggregate: str
+    where: str | None = None
     half_life_days: float | None = None
+    by: State | None = None
+
+    @property
+    def sql(self) -> str:
+        """The state over all events of its entity and day."""
+        return self.sql_over()
+
+    def sql_over(self, *conditions: str) -> str:
+        """The state over the events for which all `conditions` hold, besides its own."""
+        own = [f"({self.where})" if conditions else self.where] if self.where else []
+        filtered = " AND ".join([*conditions, *own])
+        sql = f"{self.aggregate} FILTER (WHERE {filtered})" if filtered else self.aggregate
+        return f"({sql})[2]" if self.merge is Merge.LAST else sql
 
     @property
     def is_count(self) -> bool:
         """True if the state is a whole number that is 0, not missing, where there is nothing to count."""
-        return self.merge is Merge.DAYS or (self.merge is Merge.SUM and self.sql.startswith("COUNT"))
+        return self.merge is Merge.DAYS or (self.merge is Merge.SUM and self.aggregate.startswith("COUNT"))
+
+    @property
+    def is_instant(self) -> bool:
+        """True if the state is a moment, not a number."""
+        return self.name.endswith(INSTANT_SUFFIX)
+
+
+INSTANT_SUFFIX = "_at"
+"""Ends the name of every state that holds an instant, and of no other."""
 
 
 class Transform(StrEnum):
@@ -116,29 +139,7 @@ class FeatureView:
     checks: tuple[Check, ...] = VIEW_CHECKS
 
     def __post_init__(self) -> None:
-        if not _NAME.match(self.name):
-            raise DefinitionError(f"view {self.name!r}: a name is lower case letters, digits and _, at most 51 long")
-        if not self.features:
-            raise DefinitionError(f"view {self.name!r} has no features; give it at least one")
-        seen: set[str] = set()
-        for feature in self.features:
-            if not _NAME.match(feature.name):
-                raise DefinitionError(f"feature {feature.name!r} of view {self.name!r}: not a column name")
-            if feature.name in seen:
-                raise DefinitionError(f"view {self.name!r} has two features named {feature.name!r}; rename one")
-            seen.add(feature.name)
-            if not 1 <= feature.window_days <= MAX_WINDOW_DAYS:
-                raise DefinitionError(
-                    f"feature {feature.name!r} of view {self.name!r} has a window of {feature.window_days} days; "
-                    f"a window is 1 to {MAX_WINDOW_DAYS} days"
-                )
-        if self.ttl_days < 1:
-            raise DefinitionError(
-                f"view {self.name!r} has a ttl of {self.ttl_days} days; it must cover its head: 1 or more"
-            )
-        names = [check.name for check in self.checks]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise DefinitionError(f"view {self.name!r} has two checks named {twice[0]!r}; keep one")
+        check_view(self)
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -188,22 +189,38 @@ def _digest(parts: Iterable[str]) -> str:
 # --- the aggregations ---------------------------------------------------------------------------------------------
 
 
-def _filtered(aggregate: str, where: str | None) -> str:
-    return f"{aggregate} FILTER (WHERE {where})" if where else aggregate
-
-
-def _count(name: str = "n", where: str | None = None) -> State:
-    return State(name, Merge.SUM, _filtered("COUNT(*)", where))
-
-
 # Sums are exact decimals: a float sum depends on the order in which an engine meets the rows.
-_VALUE_SUM = State("value_sum", Merge.SUM, "SUM(CAST(value AS DECIMAL(18, 6)))")
+_SUM = "SUM(CAST(value AS DECIMAL(18, 6)))"
+_N = State("n", Merge.SUM, "COUNT(*)")
+_VALUE_SUM = State("value_sum", Merge.SUM, _SUM)
 _VALUE_N = State("value_n", Merge.SUM, "COUNT(value)")
+_VALUE_AT = State("value_at", Merge.MAX, "MAX(occurred_at)", "value IS NOT NULL")
+# Arrays are compared from the left, so the largest one holds the value of the latest instant. Two values of one instant
+# have no order that survives a merge, and no engine keeps that of their arrival: the larger one counts, everywhere.
+# A double tells instants one microsecond apart until the year 2242.
+_VALUE_LAST = State(
+    "value_last",
+    Merge.LAST,
+    "MAX(ARRAY[EXTRACT(EPOCH FROM occurred_at), value])",
+    "value IS NOT NULL",
+    by=_VALUE_AT,
+)
+
+
+def counted(state: str, where: str) -> State:
+    """The number of events for which `where` holds, as a part of a `ratio`; `state` names it in tables."""
+    return State(state, Merge.SUM, "COUNT(*)", where)
+
+
+def summed(state: str, where: str) -> State:
+    """The sum of `value` over the events for which `where` holds, as a part of a `ratio`; `state` names it in tables."""
+    return State(state, Merge.SUM, _SUM, where)
 
 
 def count(name: str, window_days: int, *, where: str | None = None, state: str = "n") -> Feature:
     """Events in the window, or those for which `where` holds (then give the state its own name)."""
-    return Feature(name, window_days, (_count(state, where),), "state", Transform.LOG1P, "events in the window", low=0)
+    held = State(state, Merge.SUM, "COUNT(*)", where)
+    return Feature(name, window_days, (held,), "state", Transform.LOG1P, "events in the window", low=0)
 
 
 def mean_value(name: str, window_days: int, *, low: float | None = None, high: float | None = None) -> Feature:
@@ -229,11 +246,25 @@ def max_value(name: str, window_days: int) -> Feature:
     return Feature(name, window_days, (state,), "state", Transform.IDENTITY, "largest value in the window")
 
 
+def last_value(name: str, window_days: int, *, low: float | None = None, high: float | None = None) -> Feature:
+    """`value` of the latest event that has one; of several at one instant, the largest."""
+    states = (_VALUE_LAST, _VALUE_AT)
+    return Feature(name, window_days, states, "state", Transform.IDENTITY, "latest value in the window", low, high)
+
+
+def ratio(name: str, window_days: int, over: State, under: State, *, description: str = "") -> Feature:
+    """One `counted` or `summed` state over another; missing where the second is 0."""
+    text = description or f"{over.name} over {under.name} in the window"
+    return Feature(name, window_days, (over, under), "ratio", Transform.IDENTITY, text)
+
+
 def rate(name: str, window_days: int, *, where: str, state: str, of: str = "value") -> Feature:
     """Share (0–1) of the events with a `value` (or of all, `of="events"`) for which `where` holds."""
-    whole = _VALUE_N if of == "value" else _count()
+    if of not in ("value", "events"):
+        raise DefinitionError(f"feature {name!r} is a rate of {of!r}; say of='value' or of='events'")
+    states = (counted(state, where), _VALUE_N if of == "value" else _N)
     text = f"share of events where {where}"
-    return Feature(name, window_days, (_count(state, where), whole), "ratio", Transform.IDENTITY, text, low=0, high=1)
+    return Feature(name, window_days, states, "ratio", Transform.IDENTITY, text, low=0, high=1)
 
 
 def active_days(name: str, window_days: int) -> Feature:
@@ -253,6 +284,7 @@ def decayed_count(name: str, window_days: int, *, half_life_days: float) -> Feat
     """Events in the window, each worth half as much for every `half_life_days` of its age."""
     if half_life_days <= 0:
         raise DefinitionError(f"feature {name!r} has a half life of {half_life_days} days; it must be positive")
-    state = State(f"decayed_{half_life_days:g}".replace(".", "_"), Merge.DECAY, "", half_life_days)
+    held = f"decayed_{half_life_days:g}".replace(".", "_")
+    state = State(held, Merge.DECAY, "", half_life_days=half_life_days)
     text = f"events in the window, half weight every {half_life_days:g} days"
     return Feature(name, window_days, (state,), "state", Transform.LOG1P, text, low=0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from schemas.errors import DefinitionError
+from schemas.declarations import check_states
 from schemas.feature_sql import base_sql, decay_sql, merged_sql
 from schemas.features import Entity, FeatureView, Merge, State
 from schemas.views import VIEWS
@@ -41,15 +41,8 @@ def tile_states(entity: Entity, views: Iterable[FeatureView] = VIEWS) -> tuple[S
 
     Raises DefinitionError if two views mean different things by one state's name.
     """
-    found: dict[str, State] = {}
-    for view in views_of(entity, views):
-        for state in view.states:
-            if found.setdefault(state.name, state) != state:
-                raise DefinitionError(
-                    f"view {view.name!r} defines state {state.name!r} otherwise than another view of entity "
-                    f"{entity.name!r}; give it a name of its own"
-                )
-    return tuple(found.values())
+    check_states(views_of(entity, views))
+    return tuple({state.name: state for view in views_of(entity, views) for state in view.states}.values())
 
 
 def rows_table(entity: Entity) -> str:
@@ -90,9 +83,7 @@ def add_to_tiles_sql(entity: Entity, events: str) -> str:
     keys = ", ".join(entity.keys)
     states = tile_states(entity)
     aggregates = ", ".join(f"{_aggregate(state)} AS {state.name}" for state in states)
-    merged = ", ".join(
-        f"{state.name} = {_same_day(state, f't.{state.name}', f'excluded.{state.name}')}" for state in states
-    )
+    merged = ", ".join(f"{state.name} = {_same_day(state)}" for state in states)
     return (
         f"INSERT INTO {tiles_table(entity)} AS t ({keys}, day, {', '.join(state.name for state in states)}) "
         f"SELECT {keys}, {UTC_DAY} AS day, {aggregates} FROM ({base_sql(entity, events)}) AS e "
@@ -176,24 +167,26 @@ def read_entity_sql(entity: Entity, where: str) -> str:
 
 
 def _type(state: State) -> str:
-    if state.name.endswith("_at"):
+    if state.is_instant:
         return "timestamptz"
     if state.merge is Merge.DECAY:
         return "numeric(38, 12)"
     if state.is_count:
         return "bigint"
-    return "numeric(38, 6)" if "DECIMAL" in state.sql else "double precision"
+    return "numeric(38, 6)" if "DECIMAL" in state.aggregate else "double precision"
 
 
 def _aggregate(state: State) -> str:
     return f"SUM({decay_sql(state, _DAY_END)})" if state.merge is Merge.DECAY else state.sql
 
 
-def _same_day(state: State, held: str, added: str) -> str:
-    """Two parts of one day as one. A day is counted once, however many parts its events come in."""
-    return f"GREATEST({held}, {added})" if state.merge is Merge.DAYS else merged_sql(state, held, added)
+def _same_day(state: State) -> str:
+    """What a tile holds and what is added to it as one. A day is counted once, however many parts its events come in."""
+    if state.merge is Merge.DAYS:
+        return f"GREATEST(t.{state.name}, excluded.{state.name})"
+    return merged_sql(state, lambda part: f"t.{part.name}", lambda part: f"excluded.{part.name}")
 
 
 def _packed(column: str, state: State) -> str:
-    value = f"EXTRACT(EPOCH FROM {column})" if state.name.endswith("_at") else column
+    value = f"EXTRACT(EPOCH FROM {column})" if state.is_instant else column
     return f"float8send(COALESCE({value}::float8, 'NaN'))"

@@ -34,7 +34,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from schemas.features import FeatureView, Merge
+from schemas.features import FeatureView
 from schemas.ranker import TEXT_DIM
 
 metadata = MetaData(
@@ -216,14 +216,12 @@ feature_ledger = Table(
 
 def view_table(view: FeatureView) -> Table:
     """The snapshot table of `view`: one row per partition and entity, one column per state and window."""
-    of_merge = {Merge.MAX: Instant}
     columns: list[Column[Any]] = [
         Column("partition_date", Date, primary_key=True),
         *(Column(key, Text, primary_key=True) for key in view.entity.keys),
     ]
     for name, state, _ in view.columns:
-        is_instant = state.merge in of_merge and state.name.endswith("_at")
-        columns.append(Column(name, Instant if is_instant else BigInteger if state.is_count else Double))
+        columns.append(Column(name, Instant if state.is_instant else BigInteger if state.is_count else Double))
     return Table(view.name, MetaData(schema="features"), *columns, comment=view.description)
 
 

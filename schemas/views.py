@@ -5,6 +5,7 @@ Tables, SQL, assets, column schemas and the ranker's input order follow from the
 
 from __future__ import annotations
 
+from schemas.declarations import check_views
 from schemas.events import LIKED_VALUE
 from schemas.features import (
     ITEM,
@@ -72,6 +73,7 @@ USER_AFFINITY = FeatureView(
 )
 
 VIEWS: tuple[FeatureView, ...] = (USER_ACTIVITY, ITEM_ACTIVITY, USER_AFFINITY)
+check_views(VIEWS)
 
 CONTEXT_VIEWS: tuple[FeatureView, ...] = (USER_ACTIVITY,)
 """Views whose features describe the person: the ranker's context."""

@@ -16,9 +16,9 @@ import pytest
 
 from infra import postgres
 from infra.deployment import Deployment
+from infra.feature_tables import ensure_view_tables
 from orchestration.compute.ingest import ingest
 from orchestration.compute.lake import Lake
-from orchestration.compute.materialise import ensure_view_tables
 from orchestration.sources.open import open_source
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"

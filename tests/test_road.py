@@ -22,8 +22,8 @@ from inference.runtime import LarderApplication
 from inference.settings import Settings
 from infra import postgres
 from infra.deployment import Deployment
+from infra.feature_tables import ensure_view_tables
 from orchestration.compute import learn
-from orchestration.compute.materialise import ensure_view_tables
 from orchestration.definitions import build_definitions
 from orchestration.resources import Larder
 from orchestration.sources.open import open_source

@@ -232,9 +232,7 @@ def _states(
     connection: psycopg.Connection[Any], view: FeatureView, where: str, named: dict[str, str], day: date | None
 ) -> dict[str, float | None]:
     """The entity's row of one partition, instants in seconds; empty without one."""
-    names = [
-        f"EXTRACT(EPOCH FROM {name})::float8" if state.name.endswith("_at") else name for name, state, _ in view.columns
-    ]
+    names = [f"EXTRACT(EPOCH FROM {name})::float8" if state.is_instant else name for name, state, _ in view.columns]
     row = connection.execute(
         f"SELECT {', '.join(names)} FROM features.{view.name} WHERE partition_date = %(day)s AND {where}",
         {**named, "day": day},

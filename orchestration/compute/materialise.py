@@ -9,21 +9,15 @@ import adbc_driver_postgresql.dbapi
 import duckdb
 import psycopg
 import pyarrow as pa
-from sqlalchemy import text
-from sqlalchemy.schema import CreateColumn, CreateTable
 
-from infra.postgres import engine_for
 from orchestration.compute.lake import Lake, duck
 from orchestration.compute.measures import against_day_before, measure_snapshot
-from orchestration.compute.online import ensure_online_tables
 from orchestration.compute.stale import LEDGER_LOCK, overtaken_days
 from orchestration.compute.tombstones import COUNT_ERASURES, Overtaken, count_erasures
 from orchestration.compute.windows import snapshot_sql, tile_sql
 from schemas.checks import Measures
 from schemas.features import FeatureView
 from schemas.online_sql import ERASURE_LOCK, SEEN, put_rows_sql
-from schemas.tables import view_table
-from schemas.views import VIEWS
 
 ENGINE = "duckdb"
 
@@ -36,35 +30,6 @@ class PartitionReport:
     rows: int
     events: int
     measures: Measures
-
-
-def ensure_view_tables(url: str) -> None:
-    """Create the table of every declared view, and add the columns that a changed declaration brought.
-
-    Old columns stay: rows of an earlier definition are told apart by the ledger's definition hash.
-    """
-    engine = engine_for(url)
-    with engine.begin() as connection:
-        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7205393)")
-        for view in VIEWS:
-            table = view_table(view)
-            connection.execute(CreateTable(table, if_not_exists=True))
-            have = set(
-                connection.execute(
-                    text(
-                        "SELECT column_name FROM information_schema.columns "
-                        "WHERE table_schema = 'features' AND table_name = :name"
-                    ),
-                    {"name": view.name},
-                ).scalars()
-            )
-            for column in table.columns:
-                if column.name not in have:
-                    definition = CreateColumn(column).compile(engine)
-                    connection.exec_driver_sql(f"ALTER TABLE features.{view.name} ADD COLUMN {definition}")
-        driver = connection.connection.driver_connection
-        assert isinstance(driver, psycopg.Connection)
-        ensure_online_tables(driver)
 
 
 def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: Lake) -> list[PartitionReport]:

@@ -15,7 +15,7 @@ from orchestration.compute.lake import Lake, duck
 from orchestration.compute.materialise import load_item_categories
 from orchestration.compute.windows import point_in_time_sql, tile_sql
 from schemas.errors import DefinitionError
-from schemas.features import FeatureView, Merge
+from schemas.features import FeatureView
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,7 @@ class PointInTime:
             f"FROM all_labels GROUP BY {listed}, read_at"
         )
         sql = point_in_time_sql(view, tiles=f"tiles_{view.name}")
-        names = ", ".join(
-            f"epoch({name}) AS {name}" if state.merge is Merge.MAX and state.name.endswith("_at") else name
-            for name, state, _ in view.columns
-        )
+        names = ", ".join(f"epoch({name}) AS {name}" if state.is_instant else name for name, state, _ in view.columns)
         same = " AND ".join(f"a.{key} = l.{key}" for key in view.entity.keys)
         result = self._db.execute(
             f"SELECT a.label_id AS label_id, {names} FROM ({sql}) AS r JOIN labels AS l ON l.label_id = r.label_id "

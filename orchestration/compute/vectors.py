@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pgvector import HalfVector, Vector
 from pgvector.psycopg import register_vector
 
+from inference.artifacts import verify
 from inference.encoder import TextEncoder
 from inference.ranker import Ranker
 from schemas import prompts
@@ -113,6 +114,11 @@ def load_text_vectors(connection: psycopg.Connection[Any], item_ids: NDArray[np.
             f"{len(missing)} items have no text vector (first: {missing[0]!r}); materialise text_vectors first"
         )
     return np.stack([np.asarray(_plain(found[item_id]), np.float32) for item_id in item_ids.tolist()])
+
+
+def feature_fingerprint_of(folder: Path) -> str:
+    """Of the features that the model in `folder` learned. Raises ArtifactError if its files were changed."""
+    return verify(folder).feature_fingerprint
 
 
 def refresh_item_vectors(connection: psycopg.Connection[Any], folder: Path) -> VectorReport:

@@ -9,8 +9,8 @@ All statements read two relations that the caller registers: `events` (the lake'
 
 from __future__ import annotations
 
-from schemas.feature_sql import base_sql, decay_sql, events_sql, merged_sql
-from schemas.features import FeatureView, Merge, State
+from schemas.feature_sql import base_sql, decay_sql, events_sql, latest_sql, merged_sql
+from schemas.features import FeatureView, Merge, State, column
 
 
 def tile_sql(view: FeatureView, *, on_time: bool = False) -> str:
@@ -28,6 +28,9 @@ def tile_sql(view: FeatureView, *, on_time: bool = False) -> str:
 def merge_sql(state: State, condition: str, as_of_day: str) -> str:
     """Merge the tiles `t` for which `condition` holds into the state as of the midnight before `as_of_day`."""
     name = f"t.{state.name}"
+    if state.merge is Merge.LAST:
+        assert state.by is not None
+        return latest_sql(f"t.{state.by.name}", name, condition)
     if state.merge is Merge.DECAY:
         assert state.half_life_days is not None
         age_days = f"({as_of_day} - t.day - 1)"
@@ -65,9 +68,17 @@ def _left_edge(window_days: int) -> str:
 
 def _of_single_events(state: State, window_days: int) -> str:
     """The state over single events, to be merged with that over tiles."""
-    sql = events_sql(state, _left_edge(window_days), _MIDNIGHT)
-    # A late event of a day that has a tile is of a day that is counted already.
-    return f"{sql.removesuffix(')')} AND NOT in_tile)" if state.merge is Merge.DAYS else sql
+    if state.merge is Merge.DAYS:
+        # A late event of a day that has a tile is of a day that is counted already.
+        return state.sql_over(f"occurred_at >= {_left_edge(window_days)}", "NOT in_tile")
+    return events_sql(state, _left_edge(window_days), _MIDNIGHT)
+
+
+def _merged(state: State, window_days: int) -> str:
+    """The state of the label's snapshot `s` and of its single events `h` as one."""
+    return merged_sql(
+        state, lambda part: f"s.{column(part, window_days)}", lambda part: f"h.{column(part, window_days)}"
+    )
 
 
 def point_in_time_sql(view: FeatureView, labels: str = "labels", tiles: str = "tiles") -> str:
@@ -84,7 +95,7 @@ def point_in_time_sql(view: FeatureView, labels: str = "labels", tiles: str = "t
         f"{merge_sql(state, f't.day >= l.day - {window}', 'l.day')} AS {name}" for name, state, window in view.columns
     )
     single = ", ".join(f"{_of_single_events(state, window)} AS {name}" for name, state, window in view.columns)
-    merged = ", ".join(f"{merged_sql(state, f's.{name}', f'h.{name}')} AS {name}" for name, state, _ in view.columns)
+    merged = ", ".join(f"{_merged(state, window)} AS {name}" for name, state, window in view.columns)
     return f"""
         WITH l AS (SELECT label_id, {listed}, read_at, CAST(read_at AS DATE) AS day FROM {labels}),
         points AS (SELECT DISTINCT {listed}, day FROM l),

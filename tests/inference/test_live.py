@@ -13,9 +13,10 @@ from worlds import ListSource
 
 from inference.candidates import Filters
 from inference.store import Store
+from infra.feature_tables import ensure_view_tables
 from orchestration.compute.ingest import ingest
 from orchestration.compute.lake import Lake
-from orchestration.compute.materialise import ensure_view_tables, materialise
+from orchestration.compute.materialise import materialise
 from schemas.errors import DefinitionError
 from schemas.events import Event, Item
 from schemas.features import ITEM, USER, FeatureView, count

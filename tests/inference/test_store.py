@@ -87,7 +87,7 @@ def test_settings_of_one_question_end_with_it_and_the_server_has_nothing_to_warn
         def shown(settings: Mapping[str, str] | None) -> tuple[str, ...]:
             with connection.pipeline():
                 if settings is not None:
-                    store_module._set_locally(connection, 1234, settings)
+                    store_module.set_locally(connection, 1234, settings)
                 names = ("statement_timeout", "plan_cache_mode", "hnsw.ef_search")
                 cursors = [connection.execute("SELECT current_setting(%s, true)", [name]) for name in names]
             return tuple(cursor.fetchone()[0] for cursor in cursors)  # type: ignore[index]  # each has one row

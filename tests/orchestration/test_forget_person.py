@@ -14,13 +14,14 @@ from conftest import TODAY, days_ago
 from worlds import ListSource
 
 from infra.deployment import Deployment
+from infra.feature_tables import ensure_view_tables
 from infra.ui import prepare_dagster
 from orchestration import forget as command
 from orchestration.checks import counts_add_up, settled_check
 from orchestration.compute.forget import holdings, request_erasure
 from orchestration.compute.ingest import ingest
 from orchestration.compute.lake import Lake
-from orchestration.compute.materialise import ensure_view_tables, materialise
+from orchestration.compute.materialise import materialise
 from orchestration.definitions import build_definitions
 from orchestration.resources import Larder
 from orchestration.run import _what_is_new

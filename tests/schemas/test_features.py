@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from schemas import views
+from schemas.declarations import check_views
 from schemas.errors import DefinitionError
-from schemas.features import ITEM, FeatureView, count, decayed_count, mean_value
+from schemas.features import ITEM, Entity, FeatureView, count, decayed_count, mean_value, rate
 from schemas.tables import view_table
 
 
@@ -30,6 +32,73 @@ def test_two_features_of_one_name_are_refused() -> None:
 def test_a_half_life_of_zero_is_refused() -> None:
     with pytest.raises(DefinitionError, match="half life of 0"):
         decayed_count("n", 7, half_life_days=0)
+
+
+LIKED = {"where": "value > 3", "state": "liked"}
+
+
+@pytest.mark.parametrize(
+    ("declare", "message"),
+    [
+        (lambda: view(count("n", 7.5)), r"feature 'n' of view 'v' has a window of 7\.5 days.*whole number.*1 to 3650"),
+        (
+            lambda: view(count("n", 7), ttl_days=0),
+            r"view 'v' has a ttl of 0 days, shorter than the head.*\(n\).*1 or more",
+        ),
+        (lambda: view(count("n", 7), owner="me"), r"view 'v' has the owner 'me'; say team:"),
+        (lambda: view(count("N", 7)), r"feature 'N' of view 'v' cannot be a column.*rename"),
+        (
+            lambda: view(count("n", 7), entity=Entity("e", ("user",))),
+            r"view 'v': entity 'e' has the key column 'user', which events do not have \(did you mean user_id\?\)",
+        ),
+        (
+            lambda: view(count("n", 7), entity=Entity("e", ("user_id", "value"))),
+            r"view 'v': entity 'e' has the key column 'value', which is a number; keys are text: user_id",
+        ),
+        (
+            lambda: view(count("n", 7), entity=Entity("e", ("kind",))),
+            r"'v'.*key column 'kind'; keys are some of user_id",
+        ),
+        (lambda: view(count("n", 7), entity=Entity("e", ("category",))), r"'v'.*keyed by category; give it user_id or"),
+        (lambda: view(count("n", 7), entity=Entity("e", ("user_id",) * 2)), r"'v'.*a key column twice"),
+        (
+            lambda: view(count("n", 7), count("m", 7, where="value > 3")),
+            r"feature 'm' of view 'v' defines state 'n' as .*value > 3.*feature 'n' of view 'v' as COUNT.*another name",
+        ),
+        (
+            lambda: view(count("n", 7, **LIKED), rate("m", 7, where="value > 4", state="liked")),
+            r"feature 'm' of view 'v' defines state 'liked'",
+        ),
+        (
+            lambda: view(count("n", 7, where="value > 3", state="day")),
+            r"'n' of view 'v' has a state named 'day'.*rename",
+        ),
+        (lambda: view(count("n", 7, where="value > 3", state="liked_at")), r"'n' of view 'v'.*'liked_at'.*end in _at"),
+        (lambda: view(count("n", 7, where="value > 3", state="a b")), r"'n' of view 'v' has a state named 'a b'"),
+        (
+            lambda: view(mean_value("m", 7, low=5, high=1)),
+            r"'m' of view 'v' lies between 5 and 1; turn the limits round",
+        ),
+        (lambda: rate("m", 7, of="rows", **LIKED), r"'m' is a rate of 'rows'; say of='value' or of='events'"),
+        (lambda: check_views([view(count("n", 7)), view(count("n", 8))]), r"two views named 'v'; rename one"),
+        (
+            lambda: check_views(
+                [view(count("n", 7)), view(count("n", 8), name="w", entity=Entity("item", ("user_id",)))]
+            ),
+            r"view 'w' is keyed by user_id and view 'v' by item_id, both under the entity name 'item'",
+        ),
+    ],
+)
+def test_a_declaration_that_cannot_work_is_refused_with_the_way_out(
+    declare: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(DefinitionError, match=message):
+        declare()
+
+
+def test_a_condition_of_alternatives_stays_one_condition_beside_others() -> None:
+    (state,) = count("n", 7, where="kind = 'view' OR kind = 'like'", state="shown").states
+    assert state.sql_over("value > 3") == "COUNT(*) FILTER (WHERE value > 3 AND (kind = 'view' OR kind = 'like'))"
 
 
 def test_features_over_the_same_states_share_columns() -> None:
