@@ -82,7 +82,7 @@ class Lake:
         try:
             if not url.startswith(("file://", "s3://")):
                 raise ValueError("a lake lies under file:// or s3://")
-            self._root, self._fs = open_root(url)
+            self.root, self._fs = open_root(url)
         except (ValueError, OSError) as error:
             raise SettingsError(f"LAKE_URL {url!r} cannot be used: {error}") from error
 
@@ -92,12 +92,24 @@ class Lake:
 
     def events(self, connection: psycopg.Connection, first: date | None = None, last: date | None = None) -> ds.Dataset:
         """The events from day `first` to day `last`, both included, as an Arrow dataset that DuckDB can scan."""
+        return self.dataset(self.paths(connection, first, last))
+
+    def paths(self, connection: psycopg.Connection, first: date | None = None, last: date | None = None) -> list[str]:
+        """The current file of each day from `first` to `last`, both included, relative to the lake."""
         rows = connection.execute(
             "SELECT path FROM lake_files WHERE day >= coalesce(%s::date, '-infinity') AND day <= coalesce(%s::date, 'infinity') "
             "ORDER BY day",
             (first, last),
         ).fetchall()
-        return self._dataset([path for (path,) in rows])
+        return [path for (path,) in rows]
+
+    def dataset(self, paths: Sequence[str]) -> ds.Dataset:
+        """The events in the files at `paths`, as `paths` returns them."""
+        if not paths:
+            return ds.dataset(EVENT_SCHEMA.empty_table())
+        full = [f"{self.root}/{path}" for path in paths]
+        # The schema is ours, not the files': a column added later reads as NULL in older days.
+        return ds.dataset(full, schema=EVENT_SCHEMA, filesystem=self._fs, format="parquet")
 
     def append(
         self, connection: psycopg.Connection, staged: Sequence[Path], duck: duckdb.DuckDBPyConnection
@@ -151,7 +163,7 @@ class Lake:
             "SELECT day, path, generation, rows FROM lake_files WHERE day = ANY(%s)", (list(events),)
         )
         for day, path, generation, rows in named.fetchall():
-            kept = self._dataset([path]).scanner(filter=pc.field("user_id") != user_id, use_threads=False)
+            kept = self.dataset([path]).scanner(filter=pc.field("user_id") != user_id, use_threads=False)
             after = _file_name(day, generation + 1)
             # A day that held nobody else keeps an empty file: generations of a day only ever grow.
             written = self._write(after, (pa.Table.from_batches([batch]) for batch in kept.to_batches()))
@@ -175,13 +187,13 @@ class Lake:
             for day, path, generation in connection.execute("SELECT day, path, generation FROM lake_files")
         }
         removed = 0
-        for path in list_files(self._fs, f"{self._root}/events"):
+        for path in list_files(self._fs, f"{self.root}/events"):
             found = _FILE_NAME.search(path)
             if found is None:
                 continue
             day, generation = date.fromisoformat(found["day"]), int(found["generation"])
             kept, newest = current.get(day, ("", 0))
-            if f"{self._root}/{kept}" != path and (day in days or generation > newest):
+            if f"{self.root}/{kept}" != path and (day in days or generation > newest):
                 self._fs.delete_file(path)
                 removed += 1
         return removed
@@ -193,7 +205,7 @@ class Lake:
                 "SELECT day, path, generation FROM lake_files WHERE day = ANY(%s)", (list(days),)
             )
         }
-        duck.register("kept_events", self._dataset([path for path, _ in known.values()]))
+        duck.register("kept_events", self.dataset([path for path, _ in known.values()]))
         reader = duck.sql(
             f"""
             SELECT {_COLUMNS} FROM (SELECT {_COLUMNS} FROM new_events UNION ALL SELECT {_COLUMNS} FROM kept_events)
@@ -213,7 +225,7 @@ class Lake:
                 (day, path, rows, generation),
             )
             if generation > 2:
-                stale = f"{self._root}/{_file_name(day, generation - 2)}"
+                stale = f"{self.root}/{_file_name(day, generation - 2)}"
                 if self._fs.get_file_info(stale).type == pafs.FileType.File:
                     self._fs.delete_file(stale)
 
@@ -228,7 +240,7 @@ class Lake:
             raise LarderError(f"{wanted} events had to be written to the lake, {written} were, {kept} would be named")
 
     def _write(self, path: str, tables: Iterator[pa.Table]) -> int:
-        full = f"{self._root}/{path}"
+        full = f"{self.root}/{path}"
         self._fs.create_dir(full.rsplit("/", 1)[0], recursive=True)
         rows = 0
         # A crash in the middle leaves a file that no row names; the next attempt overwrites it.
@@ -240,13 +252,6 @@ class Lake:
                 out.write_table(table)
                 rows += table.num_rows
         return rows
-
-    def _dataset(self, paths: Sequence[str]) -> ds.Dataset:
-        if not paths:
-            return ds.dataset(EVENT_SCHEMA.empty_table())
-        full = [f"{self._root}/{path}" for path in paths]
-        # The schema is ours, not the files': a column added later reads as NULL in older days.
-        return ds.dataset(full, schema=EVENT_SCHEMA, filesystem=self._fs, format="parquet")
 
 
 def _split_days(reader: pa.RecordBatchReader) -> Iterator[tuple[date, pa.Table]]:

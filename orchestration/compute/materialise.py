@@ -13,18 +13,18 @@ from sqlalchemy import text
 from sqlalchemy.schema import CreateColumn, CreateTable
 
 from infra.postgres import engine_for
+from orchestration.compute.engines import DuckDB, Engine, SnapshotJob
 from orchestration.compute.lake import Lake, duck
 from orchestration.compute.measures import against_day_before, measure_snapshot
 from orchestration.compute.online import ensure_online_tables
 from orchestration.compute.tombstones import COUNT_ERASURES, ERASURE_LOCK, Overtaken, count_erasures
-from orchestration.compute.windows import snapshot_sql, tile_sql
 from schemas.checks import Measures
 from schemas.features import FeatureView
 from schemas.online_sql import put_rows_sql
 from schemas.tables import view_table
 from schemas.views import VIEWS
 
-ENGINE = "duckdb"
+DUCKDB = DuckDB()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,10 @@ def ensure_view_tables(url: str) -> None:
         ensure_online_tables(driver)
 
 
-def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: Lake) -> list[PartitionReport]:
-    """Build the partitions `first` to `last` of `view` from the lake and replace them in Postgres.
+def materialise(
+    view: FeatureView, first: date, last: date, *, url: str, lake: Lake, engine: Engine = DUCKDB
+) -> list[PartitionReport]:
+    """Build the partitions `first` to `last` of `view` from the lake by `engine` and replace them in Postgres.
 
     One transaction: all of these partitions and their ledger rows, or none. Repeating it gives the same rows. If
     somebody is forgotten meanwhile, it begins again from the lake without them.
@@ -76,7 +78,7 @@ def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: L
         with psycopg.connect(url) as connection:
             seen = count_erasures(connection)
         try:
-            return _build(view, first, last, url, lake, seen)
+            return _build(view, first, last, url, lake, seen, engine)
         except Exception:
             # A file of the lake that was erased under our hands, or Overtaken.
             with psycopg.connect(url) as connection:
@@ -84,11 +86,13 @@ def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: L
                     raise
 
 
-def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, seen: int) -> list[PartitionReport]:
+def _build(
+    view: FeatureView, first: date, last: date, url: str, lake: Lake, seen: int, engine: Engine
+) -> list[PartitionReport]:
     """`materialise`, as long as there have been no more than `seen` erasures; else it raises."""
     with psycopg.connect(url) as connection:
         # The earliest day that the first partition's longest window covers: a file before it must not matter.
-        events = lake.events(connection, first - timedelta(days=view.max_window_days - 1), last)
+        files = lake.paths(connection, first - timedelta(days=view.max_window_days - 1), last)
         counted: dict[date, int] = dict(
             connection.execute("SELECT day, rows FROM lake_files WHERE day BETWEEN %s AND %s", (first, last))
         )
@@ -98,12 +102,8 @@ def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, see
         ).fetchone()
         items = load_item_categories(connection)
     days = [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
-    with duck() as db:
-        db.register("events", events)
-        db.register("items", items)
-        db.execute(f"CREATE TEMP TABLE tiles AS {tile_sql(view)}")
-        db.register("days", pa.table({"partition_date": pa.array(days, pa.date32())}))
-        db.execute(f"CREATE TEMP TABLE snapshot AS {snapshot_sql(view, 'days')}")
+    job = SnapshotJob(view, tuple(days), lake, tuple(files), items, seen)
+    with duck() as db, engine.snapshot(db, job):
         reports = _reports(db, view, days, counted, float(before[0]) if before else None)
         columns = ", ".join(["partition_date", *view.entity.keys, *(name for name, _, _ in view.columns)])
         reader = db.sql(
@@ -126,7 +126,7 @@ def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, see
                 "definition_hash = excluded.definition_hash, engine = excluded.engine, rows = excluded.rows, "
                 "events = excluded.events, built_at = now(), stale_at = NULL",
                 [
-                    (view.name, report.partition_date, view.definition_hash, ENGINE, report.rows, report.events)
+                    (view.name, report.partition_date, view.definition_hash, engine.name, report.rows, report.events)
                     for report in reports
                 ],
             )
