@@ -24,8 +24,7 @@ def main() -> int:
         try:
             _run(pipes, pipes.extras)
         except Exception as error:  # noqa: BLE001  # the one edge of this process: whoever started it gets the reason
-            words = str(error).split("\n\nJVM stacktrace", 1)[0]
-            pipes.report_custom_message({"failed": f"{type(error).__name__}: {words}"[:_REASON_CHARS]})
+            pipes.report_custom_message({"failed": _reason(error)[:_REASON_CHARS]})
             return 1
     return 0
 
@@ -56,6 +55,21 @@ def _run(pipes: PipesContext, job: Any) -> None:
         pipes.log.info(f"{job['name']}: computed, {time.monotonic() - start:.1f} s")
     finally:
         spark.stop()
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, from the outermost error to its cause, without the stack traces that Java writes into messages."""
+    java = getattr(error, "java_exception", None)
+    if java is None:
+        said = [f"{type(error).__name__}: {error}"]
+    else:
+        said = []
+        while java is not None:
+            said.append(f"{java.getClass().getSimpleName()}: {java.getMessage()}")
+            java = java.getCause()
+    lines = (line.strip() for one in said for line in one.split("JVM stacktrace")[0].splitlines())
+    kept = dict.fromkeys(line for line in lines if line and not line.startswith(("at ", "... ", "Driver stacktrace")))
+    return "; ".join(kept)
 
 
 def _end_with_the_parent() -> None:

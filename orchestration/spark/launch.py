@@ -128,13 +128,18 @@ class Spark:
         lines = "\n".join([line for line in said.splitlines() if line.strip()][-_SHOWN_LINES:])
         self._context.log.error(f"{name}: the last that Spark said:\n{lines}")
         reason = messages.get("failed") or f"it ended with status {status}"
+        if "S3AFileSystem not found" in reason:
+            reason = (
+                "Spark has no connector for s3://; name it in spark-defaults.conf (SPARK_CONF_DIR): spark.jars.packages "
+                "org.apache.hadoop:hadoop-aws:<the version of Spark's own hadoop-client-api>"
+            )
         if "up" in messages:
             return LarderError(
-                f"the Spark job {name!r} failed on {self._master}: {reason} Mend the cause and materialise the days again; "
+                f"the Spark job {name!r} failed on {self._master}: {reason}. Mend the cause and materialise the days again; "
                 f"{ENGINE_VARIABLE}=duckdb builds them on this machine"
             )
         return EngineError(
-            f"Spark did not start on {self._master!r}: {reason}; it said last: {lines[-800:]} Check {MASTER_VARIABLE} and "
+            f"Spark did not start on {self._master!r}: {reason}; it said last: {lines[-800:]}. Check {MASTER_VARIABLE} and "
             f"the cluster, or set {ENGINE_VARIABLE}=duckdb"
         )
 

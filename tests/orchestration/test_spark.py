@@ -149,11 +149,13 @@ def compare(world: Ingested, instance: dg.DagsterInstance, master: str) -> list[
     return [event.user_message for event in instance.all_logs(result.run_id)]
 
 
+@pytest.mark.timeout(600)
 def test_spark_fills_the_same_tables_with_the_values_of_duckdb(world: Ingested, instance: dg.DagsterInstance) -> None:
     said = compare(world, instance, "local[2]")
     assert any("Spark 4" in line and "is up on local[2]" in line for line in said)
 
 
+@pytest.mark.timeout(600)
 def test_a_job_that_fails_fails_only_its_days_and_says_why(world: Ingested, instance: dg.DagsterInstance) -> None:
     truncate(world)
     first = world.last - timedelta(days=1)
@@ -192,9 +194,9 @@ def test_a_run_that_is_stopped_ends_its_job(world: Ingested, instance: dg.Dagste
 
     stopper = threading.Thread(target=stop)
     stopper.start()
-    with pytest.raises(dg.DagsterExecutionInterruptedError):
-        run(world, instance, "item_activity")
+    result = run(world, instance, "item_activity")
     stopper.join()
+    assert not result.success
     assert not _jobs()
     assert not stored(world, ITEM_ACTIVITY)
     assert not scratch(world)
