@@ -12,14 +12,21 @@ from infra import deployment as deployments
 from infra import postgres
 from infra.deployment import Deployment
 from infra.feature_tables import ensure_view_tables
+from orchestration.compute.engines import Engine
 from orchestration.compute.lake import Lake
+from orchestration.spark.launch import open_engine
 from schemas.errors import SettingsError
 
 
 class Larder(dg.ConfigurableResource):  # type: ignore[type-arg]  # its parameter is for Dagster's own use
-    """The current deployment, or the one named `deployment`."""
+    """The current deployment, or the one named `deployment`.
+
+    `engine` and `spark_master` say what builds the feature views; empty, LARDER_ENGINE and LARDER_SPARK_MASTER do.
+    """
 
     deployment: str = ""
+    engine: str = ""
+    spark_master: str = ""
 
     _url: str | None = PrivateAttr(default=None)
 
@@ -49,6 +56,10 @@ class Larder(dg.ConfigurableResource):  # type: ignore[type-arg]  # its paramete
     @property
     def lake(self) -> Lake:
         return Lake(self.record.lake_url)
+
+    def open_engine(self, context: dg.AssetExecutionContext) -> Engine:
+        """What builds the feature views in this run. Raises SettingsError if it is set to something unusable."""
+        return open_engine(context, self.engine, self.spark_master)
 
     @property
     def artifacts_url(self) -> str:

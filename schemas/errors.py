@@ -4,6 +4,7 @@ LarderError
 ├── SettingsError          a setting is missing or malformed: fix the environment
 ├── SourceError            the data folder cannot be read as a whole: fix DATA
 ├── DatabaseError          Postgres cannot be used: fix DATABASE_URL or the server
+├── EngineError            Spark cannot be started or reached: fix LARDER_SPARK_MASTER or the cluster
 ├── InstanceError          no Dagster instance runs, or it refuses: start it with `make ui`
 ├── DefinitionError        a declaration is wrong: fix schemas/views.py or a prompt file
 ├── ArtifactError          a model file is missing, changed or of another shape: release again
@@ -34,6 +35,10 @@ class SourceError(LarderError):
 
 class DatabaseError(LarderError):
     type = "database"
+
+
+class EngineError(LarderError):
+    type = "engine"
 
 
 class InstanceError(LarderError):

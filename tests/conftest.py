@@ -125,14 +125,16 @@ class Ingested:
         file.write_bytes(whole)
 
 
-def ingested(home: Path, patch: pytest.MonkeyPatch, days: int, *, events_per_person: int = 20) -> Ingested:
+def ingested(
+    home: Path, patch: pytest.MonkeyPatch, days: int, *, events_per_person: int = 20, people: int = 60, items: int = 100
+) -> Ingested:
     """A small simulated deployment `small` below `home` over the last `days` whole days; it is the current one."""
     for name in ("DATABASE_URL", "LAKE_URL", "ARTIFACTS_URL", "DAGSTER_HOME"):
         patch.delenv(name, raising=False)
     patch.setenv("LARDER_HOME", str(home))
     patch.setenv("DEPLOYMENT", "small")
     first = (TODAY - timedelta(days=days)).date()
-    world = f"simulated?people=60&items=100&days={days}&events_per_person={events_per_person}"
+    world = f"simulated?people={people}&items={items}&days={days}&events_per_person={events_per_person}"
     record = Deployment("small", world, first)
     record.save()
     url = postgres.prepare(record)

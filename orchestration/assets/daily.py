@@ -33,6 +33,7 @@ def _check_spec(asset: str, check: Check) -> dg.AssetCheckSpec:
 def daily_assets(context: dg.AssetExecutionContext, larder: Larder) -> Results:
     """Walk the run's days: events first, then what is made from them."""
     selected = {key.to_user_string() for key in context.selected_asset_keys}
-    stages = [events_stage(context, larder), *(view_stage(view, larder) for view in VIEWS)]
+    engine = larder.open_engine(context)
+    stages = [events_stage(context, larder), *(view_stage(view, larder, engine) for view in VIEWS)]
     with asset_span(context):
         yield from walk(context, [stage for stage in stages if stage.name in selected])

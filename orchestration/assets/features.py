@@ -6,6 +6,7 @@ from datetime import date
 import dagster as dg
 
 from orchestration import metadata
+from orchestration.compute.engines import Engine
 from orchestration.compute.materialise import materialise
 from orchestration.compute.measures import failed
 from orchestration.compute.settle import Built
@@ -35,12 +36,12 @@ def view_spec(view: FeatureView) -> dg.AssetSpec:
     )
 
 
-def view_stage(view: FeatureView, larder: Larder) -> Stage:
-    """How the days of `view` are built from the lake."""
+def view_stage(view: FeatureView, larder: Larder, engine: Engine) -> Stage:
+    """How the days of `view` are built from the lake, by `engine`."""
 
     def build(first: date, last: date) -> dict[date, Built]:
         start = time.monotonic()
-        reports = materialise(view, first, last, url=larder.url, lake=larder.lake)
+        reports = materialise(view, first, last, url=larder.url, lake=larder.lake, engine=engine)
         seconds = (time.monotonic() - start) / max(len(reports), 1)
         return {
             report.partition_date: Built(
@@ -50,6 +51,7 @@ def view_stage(view: FeatureView, larder: Larder) -> Stage:
                     metadata.EVENTS: report.events,
                     metadata.NULL_RATE: report.measures.get("null_rate", 0.0),
                     metadata.SECONDS: seconds,
+                    "engine": engine.name,
                     **metadata.over_day_before(report.measures),
                 },
                 report.measures,

@@ -24,8 +24,9 @@ from psycopg import sql
 
 from orchestration.compute.lake import Lake, duck, list_files, open_root
 from orchestration.compute.online import rebuild_tiles
+from orchestration.compute.scratch import remove_scratch
 from orchestration.compute.stale import mark_stale
-from orchestration.compute.tombstones import erase_alone, names
+from orchestration.compute.tombstones import count_erasures, erase_alone, names
 from schemas.errors import LarderError, UnknownPerson
 
 TRAINING_FOLDER = "training"
@@ -209,6 +210,7 @@ def finish(*, url: str, lake: Lake, artifacts_url: str) -> int:
             for path in sorted(there):
                 files.delete_file(f"{root}/{path}")
             gone = lake.remove_superseded(connection, set(days)) + len(there)
+            gone += remove_scratch(lake.url, count_erasures(connection))
             connection.execute(
                 "UPDATE erasure_receipts SET finished_at = now(), pending_days = '{}', pending_artifacts = '{}', "
                 "removed = removed || jsonb_build_object(%s::text, %s::bigint) WHERE receipt_id = %s",

@@ -98,7 +98,7 @@ class Lake:
         try:
             if not url.startswith(("file://", "s3://")):
                 raise ValueError("a lake lies under file:// or s3://")
-            self._root, self._fs = open_root(url)
+            self.root, self._fs = open_root(url)
         except (ValueError, OSError) as error:
             raise SettingsError(f"LAKE_URL {url!r} cannot be used: {error}") from error
 
@@ -108,12 +108,24 @@ class Lake:
 
     def events(self, connection: psycopg.Connection, first: date | None = None, last: date | None = None) -> ds.Dataset:
         """The events from day `first` to day `last`, both included, as an Arrow dataset that DuckDB can scan."""
+        return self.dataset(self.paths(connection, first, last))
+
+    def paths(self, connection: psycopg.Connection, first: date | None = None, last: date | None = None) -> list[str]:
+        """The current file of each day from `first` to `last`, both included, relative to the lake."""
         rows = connection.execute(
             "SELECT path FROM lake_files WHERE day >= coalesce(%s::date, '-infinity') AND day <= coalesce(%s::date, 'infinity') "
             "ORDER BY day",
             (first, last),
         ).fetchall()
-        return self._dataset([path for (path,) in rows])
+        return [path for (path,) in rows]
+
+    def dataset(self, paths: Sequence[str]) -> ds.Dataset:
+        """The events in the files at `paths`, as `paths` returns them."""
+        if not paths:
+            return ds.dataset(EVENT_SCHEMA.empty_table())
+        full = [f"{self.root}/{path}" for path in paths]
+        # The schema is ours, not the files': a column added later reads as NULL in older days.
+        return ds.dataset(full, schema=EVENT_SCHEMA, filesystem=self._fs, format="parquet")
 
     def generations(self, connection: psycopg.Connection, first: date, last: date) -> dict[date, int]:
         """The generation of every day from `first` to `last` that has a file: it grows when the day is rewritten."""
@@ -131,7 +143,7 @@ class Lake:
         self.hold_writes(connection)
         rows = connection.execute("SELECT path FROM lake_files WHERE NOT keyed ORDER BY day").fetchall()
         if rows:
-            events = self._dataset([path for (path,) in rows])
+            events = self.dataset([path for (path,) in rows])
             take_keys(connection, events.to_batches(columns=["event_id", "occurred_at"], batch_size=65_536))
             connection.execute("UPDATE lake_files SET keyed = true WHERE NOT keyed")
 
@@ -155,7 +167,7 @@ class Lake:
         [(offered,)] = duck.execute("SELECT count(*) FROM offered_events").fetchall()
         if posted:
             touched = duck.execute("SELECT DISTINCT CAST(occurred_at AS DATE) FROM offered_events").fetchall()
-            duck.register("lake_events", self._dataset(self._paths(connection, [day for (day,) in touched])))
+            duck.register("lake_events", self.dataset(self._paths(connection, [day for (day,) in touched])))
         else:
             duck.register("lake_events", self.events(connection))
         read = leave_out_forgotten(read_tombstones(connection), duck, "offered_events", "staged_events")
@@ -207,7 +219,7 @@ class Lake:
             "SELECT day, path, generation, rows FROM lake_files WHERE day = ANY(%s)", (list(events),)
         )
         for day, path, generation, rows in named.fetchall():
-            kept = self._dataset([path]).scanner(filter=pc.field("user_id") != user_id, use_threads=False)
+            kept = self.dataset([path]).scanner(filter=pc.field("user_id") != user_id, use_threads=False)
             after = _file_name(day, generation + 1)
             # A day that held nobody else keeps an empty file: generations of a day only ever grow.
             written = self._write(after, (pa.Table.from_batches([batch]) for batch in kept.to_batches()))
@@ -246,7 +258,7 @@ class Lake:
                 "check that LAKE_URL and DATABASE_URL belong to one deployment"
             )
         return [
-            Orphan(info.path.removeprefix(f"{self._root}/"), info.size, info.mtime)
+            Orphan(info.path.removeprefix(f"{self.root}/"), info.size, info.mtime)
             for day, info, previous in unnamed
             if info.mtime < before and (not previous or replaced[day] < before)
         ]
@@ -256,7 +268,7 @@ class Lake:
         self.hold_writes(connection)
         gone = self.orphans(connection, older_than)
         for orphan in gone:
-            self._fs.delete_file(f"{self._root}/{orphan.path}")
+            self._fs.delete_file(f"{self.root}/{orphan.path}")
         return gone
 
     def _unnamed(self, connection: psycopg.Connection) -> list[tuple[date, pafs.FileInfo, bool]]:
@@ -266,9 +278,9 @@ class Lake:
         """
         named: dict[str, bool] = {}
         for path, previous in connection.execute("SELECT path, previous FROM lake_files"):
-            named |= {f"{self._root}/{path}": True} | ({f"{self._root}/{previous}": False} if previous else {})
+            named |= {f"{self.root}/{path}": True} | ({f"{self.root}/{previous}": False} if previous else {})
         found = []
-        for info in list_infos(self._fs, f"{self._root}/events"):
+        for info in list_infos(self._fs, f"{self.root}/events"):
             name = _FILE_NAME.search(info.path)
             if name is not None and not named.get(info.path, False):
                 found.append((date.fromisoformat(name["day"]), info, info.path in named))
@@ -285,7 +297,7 @@ class Lake:
                 "SELECT day, path, generation, previous FROM lake_files WHERE day = ANY(%s)", (list(days),)
             )
         }
-        duck.register("kept_events", self._dataset([path for path, _, _ in known.values()]))
+        duck.register("kept_events", self.dataset([path for path, _, _ in known.values()]))
         reader = duck.sql(
             f"""
             SELECT {_COLUMNS} FROM (SELECT {_COLUMNS} FROM new_events UNION ALL SELECT {_COLUMNS} FROM kept_events)
@@ -304,8 +316,8 @@ class Lake:
                 "generation = excluded.generation, previous = %s, written_at = now()",
                 (day, path, rows, generation + 1, current),
             )
-            if before is not None and self._fs.get_file_info(f"{self._root}/{before}").is_file:
-                self._fs.delete_file(f"{self._root}/{before}")
+            if before is not None and self._fs.get_file_info(f"{self.root}/{before}").is_file:
+                self._fs.delete_file(f"{self.root}/{before}")
 
         [(wanted,)] = duck.execute(
             "SELECT (SELECT count(*) FROM new_events) + (SELECT count(*) FROM kept_events)"
@@ -318,7 +330,7 @@ class Lake:
             raise LarderError(f"{wanted} events had to be written to the lake, {written} were, {kept} would be named")
 
     def _write(self, path: str, tables: Iterator[pa.Table]) -> int:
-        full = f"{self._root}/{path}"
+        full = f"{self.root}/{path}"
         self._fs.create_dir(full.rsplit("/", 1)[0], recursive=True)
         rows = 0
         # A crash in the middle leaves a file that no row names.
@@ -330,13 +342,6 @@ class Lake:
                 out.write_table(table)
                 rows += table.num_rows
         return rows
-
-    def _dataset(self, paths: Sequence[str]) -> ds.Dataset:
-        if not paths:
-            return ds.dataset(EVENT_SCHEMA.empty_table())
-        full = [f"{self._root}/{path}" for path in paths]
-        # The schema is ours, not the files': a column added later reads as NULL in older days.
-        return ds.dataset(full, schema=EVENT_SCHEMA, filesystem=self._fs, format="parquet")
 
 
 def _split_days(reader: pa.RecordBatchReader) -> Iterator[tuple[date, pa.Table]]:

@@ -10,16 +10,16 @@ import duckdb
 import psycopg
 import pyarrow as pa
 
+from orchestration.compute.engines import DuckDB, Engine, SnapshotJob
 from orchestration.compute.lake import Lake, duck
 from orchestration.compute.measures import against_day_before, measure_snapshot
 from orchestration.compute.stale import LEDGER_LOCK, overtaken_days
 from orchestration.compute.tombstones import COUNT_ERASURES, Overtaken, count_erasures
-from orchestration.compute.windows import snapshot_sql, tile_sql
 from schemas.checks import Measures
 from schemas.features import FeatureView
 from schemas.online_sql import ERASURE_LOCK, SEEN, put_rows_sql
 
-ENGINE = "duckdb"
+DUCKDB = DuckDB()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,10 @@ class PartitionReport:
     measures: Measures
 
 
-def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: Lake) -> list[PartitionReport]:
-    """Build the partitions `first` to `last` of `view` from the lake and replace them in Postgres.
+def materialise(
+    view: FeatureView, first: date, last: date, *, url: str, lake: Lake, engine: Engine = DUCKDB
+) -> list[PartitionReport]:
+    """Build the partitions `first` to `last` of `view` from the lake by `engine` and replace them in Postgres.
 
     One transaction: all of these partitions and their ledger rows, or none. Repeating it gives the same rows and
     clears their marks, except where a day that was read changed meanwhile. If somebody is forgotten meanwhile, it
@@ -43,7 +45,7 @@ def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: L
         with psycopg.connect(url) as connection:
             seen = count_erasures(connection)
         try:
-            return _build(view, first, last, url, lake, seen)
+            return _build(view, first, last, url, lake, seen, engine)
         except Exception:
             # A file of the lake that was erased under our hands, or Overtaken.
             with psycopg.connect(url) as connection:
@@ -51,7 +53,9 @@ def materialise(view: FeatureView, first: date, last: date, *, url: str, lake: L
                     raise
 
 
-def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, seen: int) -> list[PartitionReport]:
+def _build(
+    view: FeatureView, first: date, last: date, url: str, lake: Lake, seen: int, engine: Engine
+) -> list[PartitionReport]:
     """`materialise`, as long as there have been no more than `seen` erasures; else it raises."""
     # The earliest day that the first partition's longest window covers: a file before it must not matter.
     oldest = first - timedelta(days=view.max_window_days - 1)
@@ -60,7 +64,7 @@ def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, see
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         # What this snapshot does not show may yet be in the files; what it shows of a load is.
         (shown,) = connection.execute(f"SELECT {SEEN}").fetchone() or (None,)
-        events = lake.events(connection, oldest, last)
+        files = lake.paths(connection, oldest, last)
         read = lake.generations(connection, oldest, last)
         counted: dict[date, int] = dict(
             connection.execute("SELECT day, rows FROM lake_files WHERE day BETWEEN %s AND %s", (first, last))
@@ -71,12 +75,8 @@ def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, see
         ).fetchone()
         items = load_item_categories(connection)
     days = [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
-    with duck() as db:
-        db.register("events", events)
-        db.register("items", items)
-        db.execute(f"CREATE TEMP TABLE tiles AS {tile_sql(view)}")
-        db.register("days", pa.table({"partition_date": pa.array(days, pa.date32())}))
-        db.execute(f"CREATE TEMP TABLE snapshot AS {snapshot_sql(view, 'days')}")
+    job = SnapshotJob(view, tuple(days), lake, tuple(files), items, seen)
+    with duck() as db, engine.snapshot(db, job):
         reports = _reports(db, view, days, counted, float(before[0]) if before else None)
         columns = ", ".join(["partition_date", *view.entity.keys, *(name for name, _, _ in view.columns)])
         reader = db.sql(
@@ -104,7 +104,7 @@ def _build(view: FeatureView, first: date, last: date, url: str, lake: Lake, see
                 "definition_hash = excluded.definition_hash, engine = excluded.engine, rows = excluded.rows, "
                 "events = excluded.events, seen = excluded.seen, built_at = now(), stale_at = excluded.stale_at",
                 [
-                    (view.name, day, view.definition_hash, ENGINE, report.rows, report.events, shown, day in stale)
+                    (view.name, day, view.definition_hash, engine.name, report.rows, report.events, shown, day in stale)
                     for report in reports
                     for day in [report.partition_date]
                 ],

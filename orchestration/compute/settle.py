@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 
 from schemas.checks import Check, Measures
-from schemas.errors import DatabaseError, DefinitionError
+from schemas.errors import DatabaseError, DefinitionError, EngineError
 
 CHUNK_DAYS = 30
 
@@ -104,8 +104,10 @@ def _settle(first: date, last: date, build: Build, into: Settled, go_on: GoOn) -
 
 
 def _outage(error: Exception) -> bool:
-    """True where no day is to blame: a database that cannot be reached fails every smaller piece as well."""
-    return isinstance(error, DatabaseError) or (isinstance(error, psycopg.OperationalError) and error.sqlstate is None)
+    """True where no day is to blame: a database or cluster that cannot be reached fails every smaller piece as well."""
+    return isinstance(error, DatabaseError | EngineError) or (
+        isinstance(error, psycopg.OperationalError) and error.sqlstate is None
+    )
 
 
 def _days(first: date, last: date) -> list[date]:

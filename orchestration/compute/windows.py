@@ -1,5 +1,7 @@
 """From a view's declaration to SQL: tiles, daily snapshots and point-in-time rows, for DuckDB.
 
+Tiles and snapshots also run on Spark: spark_sql.py carries them over.
+
     events ─▶ base (one row per event and key) ─▶ tile (key, day) ─▶ snapshot (partition, key)
                        └────────── head (events of the label's own day before the label) ──┘ merged at a label
 
@@ -33,7 +35,8 @@ def merge_sql(state: State, condition: str, as_of_day: str) -> str:
         return latest_sql(f"t.{state.by.name}", name, condition)
     if state.merge is Merge.DECAY:
         assert state.half_life_days is not None
-        age_days = f"({as_of_day} - t.day - 1)"
+        # DATE_DIFF and the cast say in both engines what `date - date` and a division by a decimal say in DuckDB alone.
+        age_days = f"CAST(DATE_DIFF('day', t.day, {as_of_day}) - 1 AS DOUBLE)"
         weighed = f"{name} * POWER(CAST(2 AS DOUBLE), -{age_days} / {state.half_life_days:.6f})"
         return f"COALESCE(CAST(SUM(CAST({weighed} AS DECIMAL(38, 12))) FILTER (WHERE {condition}) AS DOUBLE), 0)"
     function = "SUM" if state.merge is Merge.DAYS else state.merge.upper()

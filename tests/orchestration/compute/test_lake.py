@@ -167,7 +167,7 @@ DIE = "lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)"
         # In the middle of a file; between the files and the commit; after the commit.
         (
             "def die(self, path, tables):\n"
-            "    with self._fs.open_output_stream(f'{self._root}/{path}') as stream:\n"
+            "    with self._fs.open_output_stream(f'{self.root}/{path}') as stream:\n"
             "        stream.write(b'PAR1')\n"
             "        stream.flush()\n"
             "        os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -252,7 +252,7 @@ def test_a_day_is_one_file_however_often_something_is_added(
     assert connection.execute("SELECT count(*), sum(rows), max(generation) FROM lake_files").fetchone() == (1, 6, 6)
     connection.commit()
     # The current file, and the one before for who began to read earlier.
-    assert len(list_files(any_lake._fs, f"{any_lake._root}/events")) == 2
+    assert len(list_files(any_lake._fs, f"{any_lake.root}/events")) == 2
     assert stored(any_lake, connection) == [f"e{n}" for n in range(6)]
 
 
@@ -345,7 +345,7 @@ def rewritten(lake: Lake, connection: psycopg.Connection, day: date, table: pa.T
     """Put `table` in place of the day's file, as another release would have written it."""
     path = connection.execute("SELECT path FROM lake_files WHERE day = %s", (day,)).fetchone()
     assert path is not None
-    with lake._fs.open_output_stream(f"{lake._root}/{path[0]}") as stream:
+    with lake._fs.open_output_stream(f"{lake.root}/{path[0]}") as stream:
         pq.write_table(table, stream)
 
 

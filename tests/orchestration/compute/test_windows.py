@@ -397,7 +397,7 @@ def test_a_materialisation_that_dies_leaves_the_old_partitions(
     day = (TODAY - timedelta(days=2)).date()
     materialise(ITEM_ACTIVITY, day, day, url=database, lake=lake)
     monkeypatch.setattr(
-        "orchestration.compute.materialise.ENGINE", None
+        "orchestration.compute.engines.DuckDB.name", None
     )  # the ledger refuses it, after the rows went in
     with pytest.raises(Exception, match="engine"):
         materialise(ITEM_ACTIVITY, day, day, url=database, lake=lake)
