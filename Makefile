@@ -7,7 +7,7 @@ PORT ?= 8080
 DATA ?=
 USER_ID ?=
 .DEFAULT_GOAL := help
-.PHONY: help install run ui backfill serve forget explain training-set test prove check bench-features bench-gpu format pictures clean
+.PHONY: help install run ui backfill serve forget features explain training-set test prove check bench-features bench-gpu format pictures clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ serve: install ## answer over HTTP on this machine [PORT=8080]
 
 forget: install ## erase a person: USER_ID=… [YES=1: do not ask] [REQUEST=1: only ask Dagster to] or RESUME=1
 	@$(BIN)/python -m orchestration.forget $(if $(USER_ID),--user '$(USER_ID)') $(if $(RESUME),--resume) $(if $(YES),--yes) $(if $(REQUEST),--request)
+
+features: install ## features of a person or an item with status and age: VIEW=a,b KEY=… [AT=instant]
+	@$(BIN)/python -m orchestration.features $(if $(VIEW),--view '$(VIEW)') $(if $(KEY),--key '$(KEY)') $(if $(AT),--at '$(AT)')
 
 explain: install ## which rows made a person's or an item's features: VIEW=… KEY=… [AT=instant]
 	@$(BIN)/python -m orchestration.explain $(if $(VIEW),--view '$(VIEW)') $(if $(KEY),--key '$(KEY)') $(if $(AT),--at '$(AT)')

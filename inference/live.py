@@ -138,14 +138,15 @@ def snapshot_columns(view: FeatureView, rows: Sequence[tuple[Any, ...]]) -> Colu
     """Rows of `schemas.feature_sql.read_sql`: keys, as_of, settled_at, then the states; NULL becomes NaN."""
     width = 1 if view in CANDIDATE_VIEWS else len(view.entity.keys)
     names = [name for name, _, _ in view.columns]
-    settled = any(row[width + 1] is not None for row in rows)
+    settled_at = next((row[width + 1] for row in rows if row[width + 1] is not None), None)
     rows = [row for row in rows if row[0] is not None]
     block = np.array([row[width:] for row in rows], np.float64).reshape(len(rows), 2 + len(names))
     return Columns(
         [row[:width] for row in rows],
         {name: block[:, 2 + index] for index, name in enumerate(names)},
         block[:, 0],
-        settled,
+        settled_at is not None,
+        settled_at,
     )
 
 

@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     try:
-        view = _view(options.view)
-        key, at = _key(view, options.key), _instant(options.at)
+        view = view_named(options.view)
+        key, at = key_of(view, options.key), instant_of(options.at)
         record = deployments.current()
         if deployments.load(record.name) is None:
             raise SettingsError(f"there is nothing to explain in {deployments.home()}: run `make run` first")
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _view(name: str) -> FeatureView:
+def view_named(name: str) -> FeatureView:
+    """The view of that name. Raises DefinitionError that says which one may have been meant."""
     known = {view.name: view for view in VIEWS}
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
@@ -65,7 +66,7 @@ def _view(name: str) -> FeatureView:
     return known[name]
 
 
-def _key(view: FeatureView, text: str) -> tuple[str, ...]:
+def key_of(view: FeatureView, text: str) -> tuple[str, ...]:
     """The key's parts as `text` names them. Raises RequestError if they are not as many as the view's key columns."""
     columns = view.entity.keys
     if len(columns) == 1:
@@ -81,7 +82,8 @@ def _key(view: FeatureView, text: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def _instant(text: str | None) -> datetime:
+def instant_of(text: str | None) -> datetime:
+    """The instant that `text` names, now without one. Raises RequestError for anything else."""
     if text is None:
         return datetime.now(UTC)
     try:
@@ -100,7 +102,8 @@ def _show(found: Explanation, limit: int) -> None:
     partition = found.partition
     if partition is None:
         console.print(
-            f"no snapshot is fit to be read (its ttl is {found.view.ttl_days} days): the value is today's head alone"
+            f"no snapshot is fit to be read (its ttl is {found.view.ttl_days} days), so there is no value; "
+            f"materialise {found.view.name} to yesterday: `make run` does"
         )
     else:
         words = f"snapshot of {partition.partition_date}, built {_time(partition.built_at)} from {found.snapshot_events:,} events"

@@ -148,10 +148,17 @@ def tiles_sql(entity: Entity, where: str) -> str:
 
 def outputs_sql(entity: Entity) -> str:
     """What a read selects beside its keys, from `edge`, rows `r` and tiles `t`: see `inference.live.Live`."""
+    edges, rows = output_columns(entity)
+    return f"{', '.join(edges)}, {', '.join(rows)}, t.tiles"
+
+
+def output_columns(entity: Entity) -> tuple[list[str], list[str]]:
+    """Per view of `entity`: its edge in days before today, and the packed row of that partition."""
     views = views_of(entity)
-    edges = ", ".join(f"edge.{view.name} - %(today)s::date" for view in views)
-    rows = ", ".join(f"CASE WHEN r.{view.name}_date = edge.{view.name} THEN r.{view.name} END" for view in views)
-    return f"{edges}, {rows}, t.tiles"
+    return (
+        [f"edge.{view.name} - %(today)s::date" for view in views],
+        [f"CASE WHEN r.{view.name}_date = edge.{view.name} THEN r.{view.name} END" for view in views],
+    )
 
 
 def read_entity_sql(entity: Entity, where: str) -> str:

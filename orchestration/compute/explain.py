@@ -10,6 +10,7 @@ import numpy as np
 import psycopg
 
 from inference.assemble import finish
+from inference.features import Status
 from orchestration.compute.lake import Lake, duck
 from orchestration.compute.materialise import load_item_categories
 from schemas.errors import DefinitionError, LarderError
@@ -17,7 +18,7 @@ from schemas.feature_sql import read_sql
 from schemas.features import FeatureView, Transform, column
 from schemas.views import VIEWS
 
-PRESENT, MISSING, EXPIRED = "PRESENT", "MISSING", "EXPIRED"
+PRESENT, MISSING, EXPIRED = (status.name for status in (Status.PRESENT, Status.MISSING, Status.EXPIRED))
 _EVENT = "e.event_id, e.user_id, e.item_id, e.kind, e.value, e.occurred_at, e.known_at"
 
 
@@ -118,7 +119,9 @@ def explain(
         row = connection.execute(read_sql(view, where), parameters).fetchone()
         assert row is not None
         width = len(view.entity.keys)
-        found, as_of, settled_at = row[0] is not None, row[width], row[width + 1]
+        as_of, settled_at = row[width], row[width + 1]
+        # As every read does: without a partition that is fit to be read, today's events alone are no value.
+        found = row[0] is not None and settled_at is not None
         settled = midnight if settled_at is None else datetime.fromtimestamp(settled_at, UTC)
         partition = None if settled_at is None else _partition(connection, view, settled.date() - timedelta(days=1))
         stored = _states(connection, view, where, named, partition.partition_date if partition else None)
