@@ -36,7 +36,7 @@ _SHOWN_PERSON = "user_id = %(user_id)s AND NOT EXISTS (SELECT FROM erasure_reque
 """Who asked to be forgotten reads as unknown from that moment on."""
 _SEARCH = ("SET LOCAL hnsw.ef_search = 200", "SET LOCAL hnsw.iterative_scan = strict_order")
 """An HNSW index stops at 40 rows by itself and filters only what it found: look wider, and go on until there are enough."""
-_PLAN_ONCE = "SET LOCAL plan_cache_mode = force_generic_plan"
+PLAN_ONCE = "SET LOCAL plan_cache_mode = force_generic_plan"
 """A request's statements have one good plan each, whatever their parameters. Making it for every request, over every
 day's partition of the recent events, takes longer than running it."""
 
@@ -140,7 +140,7 @@ class Store:
         with self.connection() as connection, span("db read_person", kind="client", attributes=_db(4 + len(reads))):
             with connection.pipeline():
                 _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
-                _execute(connection, _PLAN_ONCE, None)
+                _execute(connection, PLAN_ONCE, None)
                 cursors = [
                     _execute(connection, sql, parameters, prepare=True)
                     for sql in (
@@ -204,7 +204,7 @@ class Store:
                 _execute(connection, f"SET LOCAL statement_timeout = {timeout_ms}", None)
                 for setting in _SEARCH:
                     _execute(connection, setting, None)
-                _execute(connection, _PLAN_ONCE, None)
+                _execute(connection, PLAN_ONCE, None)
                 cursor = _execute(connection, sql, parameters, prepare=True)
             rows = cursor.fetchall()
         return candidates_of(rows, dim, utc_day(at) if live else None)
