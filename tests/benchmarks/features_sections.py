@@ -71,9 +71,9 @@ class Online:
             connection.execute("VACUUM ANALYZE")
         self.store = Store(where.url)
         self.count = 0
-        # The hottest items are the last by the power law; the hottest of all leads the candidates.
-        self.items = np.arange(sizes.items - 1, sizes.items - 1 - sizes.candidates, -1)
-        self.users = np.arange(sizes.users - 1, sizes.users - 21, -1)
+        # The power law makes the first ones the hottest; the hottest of all leads the candidates.
+        self.items = np.arange(sizes.candidates)
+        self.users = np.arange(20)
 
     def post(self, items: np.ndarray, seed: int) -> list[dict[str, object]]:
         """Events of now-ish for `items (n,)`, by random people; they are counted as posted."""
