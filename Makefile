@@ -7,10 +7,10 @@ PORT ?= 8080
 DATA ?=
 USER_ID ?=
 .DEFAULT_GOAL := help
-.PHONY: help install run ui backfill serve forget features explain vacuum test prove check bench-gpu format pictures clean
+.PHONY: help install run ui backfill serve forget features explain training-set vacuum test prove check bench-features bench-gpu format pictures clean
 
 help: ## list these commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## create the virtual environment with every dependency at its pinned version
 
@@ -47,6 +47,9 @@ explain: install ## which rows made a person's or an item's features: VIEW=… K
 vacuum: install ## delete the files that killed runs left in the lake: [HOURS=24] [DRY_RUN=1]
 	@$(BIN)/python -m orchestration.vacuum $(if $(HOURS),--hours '$(HOURS)') $(if $(DRY_RUN),--dry-run)
 
+training-set: install ## features for a table of labels, as known at each: LABELS=file.parquet OUT=file.parquet [VIEWS=a,b] [TIME=column] [KNOWN_AT=0]
+	@$(BIN)/python -m orchestration.training_set $(if $(LABELS),--labels '$(LABELS)') $(if $(OUT),--out '$(OUT)') $(if $(VIEWS),--views '$(VIEWS)') $(if $(TIME),--time '$(TIME)') $(if $(filter 0,$(KNOWN_AT)),--no-known-at)
+
 test: install ## everything CI runs
 	@$(BIN)/python -m pytest
 
@@ -59,6 +62,9 @@ check: install ## format, lint, types, import contracts, Dagster definitions
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@VIRTUAL_ENV=$(abspath $(VENV)) LARDER_HOME=$(abspath $(VENV))/no-deployment $(BIN)/dg check defs
+
+bench-features: install ## reads, loads, backfill and training sets, measured; PEERS=1 measures Feast beside; [QUICK=1] [ONLY=section,…]; writes tests/benchmarks/results/
+	@$(BIN)/python -W ignore -m tests.benchmarks.bench_features $(if $(QUICK),--quick) $(if $(ONLY),--only '$(ONLY)') $(if $(filter 1,$(PEERS)),--peers)
 
 bench-gpu: install ## the ranker on an NVIDIA GPU against PyTorch and the card's ceilings; writes tests/benchmarks/results/
 	@$(BIN)/python -W ignore -m tests.benchmarks.bench_gpu

@@ -30,13 +30,27 @@ def finish(
     `(n,)` is False for rows that must read as MISSING. Returns `values (n, f)` and `mask (n, f)` float32; a missing
     value is 0 with mask 0.
     """
-    raw = np.stack([_value(view, index, columns, at, as_of) for index in range(len(view.features))], axis=1)
-    mask = np.isfinite(raw) & present[:, None]
+    raw = natural(view, columns, at=at, as_of=as_of, present=present)
+    mask = np.isfinite(raw)
     raw[~mask] = 0.0
     for index, feature in enumerate(view.features):
         if feature.transform is Transform.LOG1P:
             raw[:, index] = np.log1p(np.maximum(raw[:, index], 0.0))
     return raw.astype(np.float32), mask.astype(np.float32)
+
+
+def natural(
+    view: FeatureView,
+    columns: Mapping[str, Floats],
+    *,
+    at: Floats,
+    as_of: Floats,
+    present: NDArray[np.bool_],
+) -> Floats:
+    """Features in their own units, as people read them: arguments as for `finish`; `(n, f)`, NaN where there is none."""
+    raw = np.stack([_value(view, index, columns, at, as_of) for index in range(len(view.features))], axis=1)
+    raw[~(np.isfinite(raw) & present[:, None])] = np.nan
+    return raw
 
 
 def _value(view: FeatureView, index: int, columns: Mapping[str, Floats], at: Floats, as_of: Floats) -> Floats:

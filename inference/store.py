@@ -42,7 +42,7 @@ _SHOWN_PERSON = "user_id = %(user_id)s AND NOT EXISTS (SELECT FROM erasure_reque
 """Who asked to be forgotten reads as unknown from that moment on."""
 _SEARCH = {"hnsw.ef_search": "200", "hnsw.iterative_scan": "strict_order"}
 """An HNSW index stops at 40 rows by itself and filters only what it found: look wider, and go on until there are enough."""
-_PLAN_ONCE = {"plan_cache_mode": "force_generic_plan"}
+PLAN_ONCE = {"plan_cache_mode": "force_generic_plan"}
 """A request's statements have one good plan each, whatever their parameters. Making it for every request, over every
 day's partition of the recent events, takes longer than running it."""
 
@@ -127,7 +127,6 @@ class Store:
                 # Nothing is prepared by itself: only what every request asks is worth it, and says so below.
                 prepare_threshold=_NEVER,
                 connect_timeout=_CONNECT_SECONDS,
-                options="-c TimeZone=UTC",
                 application_name="larder",
             )
             answering = connection.execute("SELECT pg_backend_pid()").fetchone()
@@ -157,7 +156,7 @@ class Store:
         reads = [_entity_sql(entity, audited) for entity in entities] if live else [_person_sql(view) for view in views]
         with self.connection() as connection, span("db read_person", kind="client", attributes=_db(3 + len(reads))):
             with connection.pipeline():
-                set_locally(connection, timeout_ms, _PLAN_ONCE)
+                set_locally(connection, timeout_ms, PLAN_ONCE)
                 cursors = [
                     _execute(connection, sql, parameters, prepare=True)
                     for sql in (
@@ -220,7 +219,7 @@ class Store:
         )
         with self.connection() as connection, span("db pick_candidates", kind="client", attributes=_db(2)):
             with connection.pipeline():
-                set_locally(connection, timeout_ms, _SEARCH | _PLAN_ONCE)
+                set_locally(connection, timeout_ms, _SEARCH | PLAN_ONCE)
                 cursor = _execute(connection, sql, parameters, prepare=True)
             rows = cursor.fetchall()
         return candidates_of(rows, dim, utc_day(at) if live else None)
@@ -291,8 +290,9 @@ def set_locally(
     connection: psycopg.Connection[Any], timeout_ms: int, settings: Mapping[str, str] = MappingProxyType({})
 ) -> None:
     """Settings for the rest of this pipeline, which is one transaction to the server."""
+    # A zone from the environment (PGTZ) would win over one among the connection's options.
     # SET LOCAL would do the same, and warn in the server's log each time that nobody said BEGIN.
-    settings = {"statement_timeout": str(timeout_ms), **settings}
+    settings = {"statement_timeout": str(timeout_ms), "TimeZone": "UTC", **settings}
     _execute(
         connection, "SELECT " + ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
     )

@@ -37,12 +37,11 @@ def past_sql(views: Sequence[FeatureView]) -> str:
 
 def _live_part(part: int, entity: Entity, widest: int, most: int) -> str:
     views = online_sql.views_of(entity)
-    where = _chosen(part, entity)
-    keys = ", ".join(entity.keys)
+    same = " AND ".join(f"r.{key} = k.{key}" for key in entity.keys)
     edges, rows = online_sql.output_columns(entity)
     expired = [_expired_days(view) for view in views]
     columns = [
-        *_padded(list(entity.keys), widest, "text"),
+        *_padded([f"k.{key}" for key in entity.keys], widest, "text"),
         *_padded(edges, most, "int"),
         *_padded(rows, most, "bytea"),
         "t.tiles",
@@ -50,9 +49,11 @@ def _live_part(part: int, entity: Entity, widest: int, most: int) -> str:
     ]
     return (
         f"(WITH edge AS MATERIALIZED ({online_sql.edge_sql(views)}), "
-        f"r AS (SELECT * FROM {online_sql.rows_table(entity)} WHERE {where}), "
-        f"t AS ({online_sql.tiles_sql(entity, where)}) "
-        f"SELECT {part} AS part, {', '.join(columns)} FROM edge LEFT JOIN (r FULL JOIN t USING ({keys})) ON true)"
+        f"k AS ({_asked(part, entity)}) SELECT {part} AS part, {', '.join(columns)} FROM edge LEFT JOIN "
+        f"(k LEFT JOIN {online_sql.rows_table(entity)} AS r ON {same} "
+        # Key by key: a plan that is made once expects few keys, and would compare each of them with every tile of today.
+        f"LEFT JOIN LATERAL ({online_sql.tiles_sql(entity, ' AND '.join(f'{key} = k.{key}' for key in entity.keys))}) AS t "
+        f"ON true) ON r.{entity.keys[0]} IS NOT NULL OR t.tiles IS NOT NULL)"
     )
 
 
@@ -85,13 +86,17 @@ def _past_part(part: int, view: FeatureView, widest: int, most: int) -> str:
 
 
 def _chosen(part: int, entity: Entity) -> str:
-    """The condition that a row's keys are among those asked for; who asked to be forgotten reads as unknown."""
+    """The condition that a row's keys are among those asked for."""
+    return f"({', '.join(entity.keys)}) IN ({_asked(part, entity)})"
+
+
+def _asked(part: int, entity: Entity) -> str:
+    """The keys asked for, each once; who asked to be forgotten reads as unknown."""
     arrays = ", ".join(f"%(k{part}_{place})s::text[]" for place in range(len(entity.keys)))
     hidden = ""
     if "user_id" in entity.keys:
         hidden = " WHERE NOT EXISTS (SELECT FROM erasure_requests AS h WHERE h.user_id = a.user_id)"
-    chosen = f"SELECT a.* FROM unnest({arrays}) AS a ({', '.join(entity.keys)}){hidden}"
-    return f"({', '.join(entity.keys)}) IN ({chosen})"
+    return f"SELECT DISTINCT a.* FROM unnest({arrays}) AS a ({', '.join(entity.keys)}){hidden}"
 
 
 def _padded(columns: list[str], count: int, type_: str) -> list[str]:

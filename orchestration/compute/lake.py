@@ -51,11 +51,11 @@ _FILE_NAME = re.compile(r"/day=(?P<day>\d{4}-\d{2}-\d{2})/(?P<generation>\d{6})(
 
 
 @contextmanager
-def duck() -> Iterator[duckdb.DuckDBPyConnection]:
-    """An in-process DuckDB in UTC that spills to a temporary folder instead of growing."""
+def duck(memory_limit: str = _MEMORY_LIMIT) -> Iterator[duckdb.DuckDBPyConnection]:
+    """An in-process DuckDB in UTC that spills to a temporary folder instead of growing past `memory_limit`."""
     with (
         tempfile.TemporaryDirectory(prefix="larder-duckdb-") as spill,
-        duckdb.connect(config={"memory_limit": _MEMORY_LIMIT, "temp_directory": spill, "threads": "2"}) as connection,
+        duckdb.connect(config={"memory_limit": memory_limit, "temp_directory": spill, "threads": "2"}) as connection,
     ):
         connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
         yield connection

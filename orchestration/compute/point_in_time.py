@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 
 import duckdb
 import numpy as np
@@ -10,7 +11,7 @@ import psycopg
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from inference.assemble import finish
+from inference.assemble import finish, natural
 from orchestration.compute.lake import Lake, duck
 from orchestration.compute.materialise import load_item_categories
 from orchestration.compute.windows import point_in_time_sql, tile_sql
@@ -26,22 +27,36 @@ class FeatureRows:
     mask: NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Merged states of n labels, as `finish` and `natural` take them."""
+
+    columns: dict[str, NDArray[np.float64]]
+    at: NDArray[np.float64]
+    as_of: NDArray[np.float64]
+    present: NDArray[np.bool_]
+
+
 class PointInTime:
     """Answers point-in-time questions on one state of the lake; open it once, ask many times.
 
-    Use as a context manager. Tiles of a view are built on first use.
+    Use as a context manager. Tiles of a view are built on first use. With `known_at=False` an event counts from when it
+    happened, whenever it was learned of. `memory_limit` is DuckDB's, which spills what is more.
     """
 
-    def __init__(self, lake: Lake, connection: psycopg.Connection) -> None:
+    def __init__(
+        self, lake: Lake, connection: psycopg.Connection, *, known_at: bool = True, memory_limit: str | None = None
+    ) -> None:
         self._events = lake.events(connection)
         self._items = load_item_categories(connection)
+        self._known = "known_at" if known_at else "occurred_at AS known_at"
         self._tiled: set[str] = set()
-        self._duck = duck()
+        self._duck = duck(memory_limit) if memory_limit else duck()
 
     def __enter__(self) -> PointInTime:
         self._db: duckdb.DuckDBPyConnection = self._duck.__enter__()
         self._db.register("lake_events", self._events)
-        self._db.execute("CREATE TEMP TABLE events AS SELECT * FROM lake_events")
+        self._db.execute(f"CREATE TEMP TABLE events AS SELECT * EXCLUDE (known_at), {self._known} FROM lake_events")
         self._db.register("items", self._items)
         return self
 
@@ -53,6 +68,35 @@ class PointInTime:
 
         As many rows come out as labels go in, in their order. The label's own instant is never inside.
         """
+        instants = pa.array(at, pa.timestamp("us", tz="UTC"))
+        read = self._read(
+            view, {name: pa.array(key.astype(object), pa.string()) for name, key in keys.items()}, instants
+        )
+        values, mask = finish(view, read.columns, at=read.at, as_of=read.as_of, present=read.present)
+        return FeatureRows(values, mask)
+
+    def values(self, view: FeatureView, keys: dict[str, pa.Array], at: pa.Array) -> NDArray[np.float64]:
+        """Features of `view` in their own units, `(n, f)`, NaN where there is none.
+
+        `keys` holds one text array `(n,)` per key column, in which NULL matches nothing; `at (n,)` is
+        `timestamp("us", tz="UTC")`.
+        """
+        read = self._read(view, keys, at)
+        return natural(view, read.columns, at=read.at, as_of=read.as_of, present=read.present)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The lake's files that the events come from."""
+        return tuple(getattr(self._events, "files", ()))
+
+    def lake_state(self) -> tuple[int, int, datetime | None]:
+        """Of the lake that is asked: its events, the days they happened on, and when the newest was learned of."""
+        [(rows, days, newest)] = self._db.execute(
+            "SELECT count(*), count(DISTINCT CAST(occurred_at AS DATE)), max(known_at) FROM lake_events"
+        ).fetchall()
+        return int(rows), int(days), newest
+
+    def _read(self, view: FeatureView, keys: dict[str, pa.Array], at: pa.Array) -> _Read:
         missing = [key for key in view.entity.keys if key not in keys]
         if missing:
             raise DefinitionError(
@@ -62,8 +106,7 @@ class PointInTime:
             self._db.execute(f"CREATE TEMP TABLE tiles_{view.name} AS {tile_sql(view, on_time=True)}")
             self._tiled.add(view.name)
         labels = pa.table(
-            {"label_id": pa.array(np.arange(len(at))), "read_at": pa.array(at, pa.timestamp("us", tz="UTC"))}
-            | {key: pa.array(keys[key].astype(object), pa.string()) for key in view.entity.keys}
+            {"label_id": pa.array(np.arange(len(at))), "read_at": at} | {key: keys[key] for key in view.entity.keys}
         )
         # Many labels ask the same question (an item at one instant): each is answered once.
         self._db.register("all_labels", labels)
@@ -87,6 +130,5 @@ class PointInTime:
             columns[name] = column
         present = np.zeros(len(at), bool)
         present[place] = True
-        seconds = at / 1e6
-        values, mask = finish(view, columns, at=seconds, as_of=np.floor(seconds / 86_400) * 86_400, present=present)
-        return FeatureRows(values, mask)
+        seconds = np.asarray(at.cast(pa.int64())) / 1e6
+        return _Read(columns, seconds, np.floor(seconds / 86_400) * 86_400, present)

@@ -20,11 +20,16 @@ def tile_sql(view: FeatureView, *, on_time: bool = False) -> str:
     keys = ", ".join(view.entity.keys)
     day_end = "CAST(CAST(occurred_at AS DATE) + 1 AS TIMESTAMPTZ)"
     states = ", ".join(
-        f"{f'SUM({decay_sql(state, day_end)})' if state.merge is Merge.DECAY else state.sql} AS {state.name}"
+        f"{f'SUM({decay_sql(state, day_end)})' if state.merge is Merge.DECAY else _of_day(state)} AS {state.name}"
         for state in view.states
     )
     where = " WHERE CAST(known_at AS DATE) <= CAST(occurred_at AS DATE)" if on_time else ""
     return f"SELECT {keys}, CAST(occurred_at AS DATE) AS day, {states} FROM ({base_sql(view.entity)}){where} GROUP BY {keys}, day"
+
+
+def _of_day(state: State) -> str:
+    """The state of one day's events. A group of a day has one day: counting distinct ones would cost most of a tile."""
+    return "CAST(1 AS BIGINT)" if state.merge is Merge.DAYS and "FILTER" not in state.sql else state.sql
 
 
 def merge_sql(state: State, condition: str, as_of_day: str) -> str:
