@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from schemas.errors import LarderError
 WEBSERVER = "webserver.json"
 """In a deployment's Dagster home while its UI runs: where it answers, and as which process."""
 
-_PATIENCE_SECONDS = 30
+_PATIENCE_SECONDS = 15
 
 
 def prepare_dagster(record: Deployment) -> None:
@@ -73,17 +74,21 @@ def main() -> int:
         "--log-level",
         "warning",
     ]
-    # Being told to stop is the same as Ctrl-C.
+    # Being told to stop is the same as Ctrl-C. Webserver, daemon and code servers are a group of their own: each hears of
+    # it at once, and from nobody else.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, start_new_session=True)
     try:
         return process.wait()
     except KeyboardInterrupt:
-        # From a terminal it has heard of it already, from elsewhere not; it ends webserver, daemon and code server.
-        process.send_signal(signal.SIGINT)
-        process.wait(_PATIENCE_SECONDS)
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE_SECONDS)
         return 0
     finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         webserver.unlink(missing_ok=True)
 
 

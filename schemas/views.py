@@ -95,8 +95,9 @@ def candidate_features() -> tuple[str, ...]:
     )
 
 
-def fingerprint(views: tuple[FeatureView, ...] = (*CONTEXT_VIEWS, *CANDIDATE_VIEWS, *CROSS_VIEWS)) -> str:
+def fingerprint(views: tuple[FeatureView, ...] | None = None) -> str:
     """Changes when the order, the number or the meaning of the features of `views`, the ranker's by default, changes."""
+    views = (*CONTEXT_VIEWS, *CANDIDATE_VIEWS, *CROSS_VIEWS) if views is None else views
     meaning = [
         f"{view.name}.{feature.name}:{feature.finish}:{feature.transform}:{feature.window_days}"
         for view in views

@@ -14,6 +14,7 @@ from orchestration.progress import progress
 from orchestration.ranges import asset_span
 from orchestration.resources import Larder
 from schemas.manifest import CHAMPION_POINTER
+from schemas.views import VIEWS
 
 GROUP = "release"
 
@@ -64,7 +65,7 @@ def ranker_release(context: dg.AssetExecutionContext, larder: Larder) -> dg.Mate
     group_name=GROUP,
     owners=[OWNER],
     kinds={"onnx"},
-    deps=["ranker_release", "popular_items", "co_visitation"],
+    deps=["ranker_release", "popular_items", "co_visitation", *(view.name for view in VIEWS)],
     description="The function with the released model: a first real request, under this run's trace.",
     code_version="1",
 )

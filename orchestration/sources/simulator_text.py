@@ -172,7 +172,7 @@ _TITLES = (
     "{adjective} {noun}",
     "The {noun} and the {other}",
     "The {role}'s {noun}",
-    "A {noun} for the {role}",
+    "One {noun} for the {role}",
     "The Last {noun}",
     "{noun} and {other}",
     "Beyond the {adjective} {noun}",

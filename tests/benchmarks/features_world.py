@@ -171,8 +171,8 @@ class Place:
 def place(server: str, folder: Path, name: str) -> Iterator[Place]:
     """A migrated database `larder_bench_<name>` on `server`, dropped afterwards, and a lake below `folder`."""
     from infra import postgres
+    from infra.feature_tables import ensure_view_tables
     from orchestration.compute.lake import Lake
-    from orchestration.compute.materialise import ensure_view_tables
 
     head, _, options = server.partition("?")
     database = f"larder_bench_{name}"

@@ -32,8 +32,9 @@ def test_serving_makes_the_tables_of_features_that_were_added_since_the_last_run
     Deployment("shop", None, days_ago(30).date()).save()
     monkeypatch.setenv("DATABASE_URL", database)
     monkeypatch.setenv("ARTIFACTS_URL", "file:///nowhere")
-    monkeypatch.setattr(sys, "argv", ["serve"])
-    monkeypatch.setattr("inference.handlers.asgi.main", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["serve", "--port", "0"])
+    monkeypatch.setattr("infra.serve.signal.signal", lambda *_: None)
+    monkeypatch.setattr("inference.handlers.asgi.main", lambda _: 0)
     assert serve.main() == 0
     for made in ("features.user_activity", "online.user_rows", "online.item_tiles"):
         assert connection.execute("SELECT to_regclass(%s)", (made,)).fetchone() != (None,), made

@@ -166,7 +166,7 @@ def test_a_job_that_fails_fails_only_its_days_and_says_why(world: Ingested, inst
     failure = next(event for event in result.all_events if event.is_step_failure)
     story = failure.step_failure_data.error_display_string
     assert f"item_activity: {world.last} failed: the Spark job" in story
-    assert "000001.parquet" in story
+    assert f"day={world.last}/000001-" in story
     assert not scratch(world)
 
 

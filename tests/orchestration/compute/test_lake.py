@@ -95,8 +95,9 @@ def any_lake(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
             ("AWS_DEFAULT_REGION", "us-east-1"),
         ):
             monkeypatch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        yield Lake("s3://bucket/some/lake")
+        # The servers of one process share what lies in their buckets.
+        boto3.client("s3").create_bucket(Bucket="lake-of-one-test")
+        yield Lake(f"s3://lake-of-one-test/{tmp_path.name}/lake")
     finally:
         server.stop()
 
