@@ -85,6 +85,31 @@ def lake(tmp_path: Path) -> Lake:
 
 
 @pytest.fixture
+def s3_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of an empty bucket of this test's own, behind moto's HTTP server, with the environment to reach it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in (
+            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+            ("AWS_ACCESS_KEY_ID", "test"),
+            ("AWS_SECRET_ACCESS_KEY", "test"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):
+            monkeypatch.setenv(name, value)
+        # The servers of one process share their buckets.
+        bucket = f"bucket-{os.getpid()}-{next(_numbers)}"
+        boto3.client("s3").create_bucket(Bucket=bucket)
+        yield f"s3://{bucket}"
+    finally:
+        server.stop()
+
+
+@pytest.fixture
 def larder_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Deployments of this test live in its own folder; nothing of the machine's environment leaks in."""
     for name in ("DATABASE_URL", "LAKE_URL", "ARTIFACTS_URL", "DEPLOYMENT", "DAGSTER_HOME"):

@@ -1,11 +1,12 @@
-"""A hand-made source for tests: what it is given, it yields."""
+"""Hand-made events for tests: a source that yields what it is given, and a post of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import date, datetime
 
+from inference.store import Store
 from orchestration.sources import BadRow
 from schemas.events import Event, Item, Person
 
@@ -40,3 +41,13 @@ class ListSource:
 
     def event_count(self) -> int | None:
         return len(self.event_rows)
+
+
+def post(database: str, events: list[Event]) -> set[str]:
+    """Store events as `POST /events` does; the ids that were new."""
+    store = Store(database)
+    rows = [asdict(event) | {"occurred_at": event.occurred_at.isoformat()} for event in events]
+    try:
+        return store.accept_events(rows, 10_000)
+    finally:
+        store.close()

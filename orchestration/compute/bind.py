@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import duckdb
 
-from orchestration.compute.ingest import RECENT_DAYS
+from orchestration.compute.recent import RECENT_DAYS
 from orchestration.compute.windows import tile_sql
 from schemas.declarations import STATE_COLUMNS, near
 from schemas.errors import DefinitionError

@@ -9,23 +9,19 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
-import duckdb
 import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestration.compute import online
 from orchestration.compute.lake import EVENT_SCHEMA, Lake, duck
+from orchestration.compute.recent import keep_recent, roll_partitions
 from orchestration.compute.tombstones import Tombstones, hold_off_erasures, read_tombstones
 from orchestration.sources import BadRow, Source
-from schemas import online_sql
 from schemas.errors import LarderError
 from schemas.events import Event, InvalidRow, Item, Person, check_event, check_id
-from schemas.ranker import MAX_HISTORY
 
 BATCH_ROWS = 50_000
-RECENT_DAYS = 14
-"""Days of events kept in `recent_events`: enough for heads when a few partitions are late."""
 
 Progress = Callable[[str], None]
 
@@ -78,6 +74,7 @@ def ingest(
         progress(f"{source.description}: already loaded, nothing new")
         return IngestReport(source.name, *row[:6], (), skipped=True, forgotten=row[6])
 
+    roll_partitions(connection, lake, now)
     shift = timedelta(days=shift_days)
     with tempfile.TemporaryDirectory(prefix="larder-ingest-") as folder, duck() as db, connection.transaction():
         # Held until the commit: nobody is forgotten between what is read here and what is written.
@@ -123,43 +120,6 @@ def ingest(
     return report
 
 
-def keep_recent(connection: psycopg.Connection, db: duckdb.DuckDBPyConnection, now: datetime) -> None:
-    """Copy what of `new_events` belongs into the online tables: recent events and each person's last 200."""
-    first = now.date() - timedelta(days=RECENT_DAYS)
-    make_recent_partitions(connection, first, now.date() + timedelta(days=1))
-    recent = db.execute(
-        "SELECT event_id, occurred_at, user_id, item_id, kind, value, known_at FROM new_events WHERE occurred_at >= ?",
-        [datetime(first.year, first.month, first.day, tzinfo=UTC)],
-    )
-    connection.execute("CREATE TEMP TABLE incoming (LIKE recent_events INCLUDING DEFAULTS) ON COMMIT DROP")
-    _copy(connection, "incoming (event_id, occurred_at, user_id, item_id, kind, value, known_at)", recent)
-    connection.execute(
-        # One that was posted before is there, and counted.
-        "WITH stored AS (INSERT INTO recent_events (event_id, occurred_at, user_id, item_id, kind, value, known_at, drained) "
-        "SELECT event_id, occurred_at, user_id, item_id, kind, value, known_at, true FROM incoming AS i "
-        "WHERE NOT EXISTS (SELECT FROM recent_events AS p WHERE p.event_id = i.event_id) RETURNING *), "
-        f"{online_sql.tile_steps_sql('stored', '%(since)s')} SELECT",
-        {"since": online.tiles_since(now)},
-    )
-    online.trim_tiles(connection, now)
-    history = db.execute(
-        "SELECT user_id, occurred_at, event_id, item_id, kind, value FROM new_events QUALIFY row_number() OVER "
-        f"(PARTITION BY user_id ORDER BY occurred_at DESC, event_id DESC) <= {MAX_HISTORY} ORDER BY user_id, occurred_at"
-    )
-    connection.execute("CREATE TEMP TABLE incoming_history (LIKE user_history) ON COMMIT DROP")
-    _copy(connection, "incoming_history (user_id, occurred_at, event_id, item_id, kind, value)", history)
-    connection.execute("INSERT INTO user_history SELECT * FROM incoming_history ON CONFLICT DO NOTHING")
-    connection.execute(
-        "DELETE FROM user_history h USING (SELECT user_id, occurred_at, event_id, row_number() OVER "
-        "(PARTITION BY user_id ORDER BY occurred_at DESC, event_id DESC) AS place FROM user_history "
-        "WHERE user_id IN (SELECT DISTINCT user_id FROM incoming_history)) ranked "
-        "WHERE ranked.place > %s AND (h.user_id, h.occurred_at, h.event_id) = "
-        "(ranked.user_id, ranked.occurred_at, ranked.event_id)",
-        (MAX_HISTORY,),
-    )
-    connection.execute("DROP TABLE incoming, incoming_history")
-
-
 def drain(
     connection: psycopg.Connection, lake: Lake, first: date | None, last: date, *, progress: Progress = lambda _: None
 ) -> int:
@@ -168,6 +128,7 @@ def drain(
     The lake's pointer, the `drained` mark and the marks of partitions that are stale now change in one transaction.
     Of the lake only the days that these events belong to are read. Returns how many were moved.
     """
+    roll_partitions(connection, lake, datetime.now(UTC))
     with tempfile.TemporaryDirectory(prefix="larder-drain-") as folder, duck() as db, connection.transaction():
         hold_off_erasures(connection)
         # Before our rows are chosen and locked: who holds the lake may mark one of them drained.
@@ -216,30 +177,6 @@ def _drop_forgotten(connection: psycopg.Connection) -> None:
     for table in ("recent_events", "user_history", "event_keys"):
         connection.execute(f"DELETE FROM {table} WHERE event_id = ANY(%s)", (event_ids,))
     online.rebuild_tiles(connection, users=users, items=items)
-
-
-def make_recent_partitions(connection: psycopg.Connection, first: date, last: date) -> None:
-    """Daily partitions of `recent_events` from `first` to `last`, where the default partition holds nothing of that day."""
-    have = {
-        name
-        for (name,) in connection.execute(
-            "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'recent_events'::regclass"
-        )
-    }
-    day = first
-    while day <= last:
-        name, after = f"recent_events_{day:%Y%m%d}", day + timedelta(days=1)
-        if name not in have:
-            taken = connection.execute(
-                "SELECT 1 FROM recent_events_default WHERE occurred_at >= %s AND occurred_at < %s LIMIT 1",
-                (f"{day}T00:00:00Z", f"{after}T00:00:00Z"),
-            ).fetchone()
-            if taken is None:
-                connection.execute(
-                    f"CREATE TABLE {name} PARTITION OF recent_events "
-                    f"FOR VALUES FROM ('{day}T00:00:00Z') TO ('{after}T00:00:00Z')"
-                )
-        day = after
 
 
 class _Quarantine:
@@ -414,10 +351,3 @@ def _checked(row: Item | Person | BadRow, bad: _Quarantine) -> Item | Person | N
 
 def _storable_text(text: str) -> str:
     return text.replace("\0", "").encode("utf-8", "replace").decode()
-
-
-def _copy(connection: psycopg.Connection, target: str, result: duckdb.DuckDBPyConnection) -> None:
-    with connection.cursor().copy(f"COPY {target} FROM STDIN") as copy:
-        while rows := result.fetchmany(10_000):
-            for row in rows:
-                copy.write_row(row)

@@ -138,6 +138,10 @@ class Lake:
         """Nobody else writes to the lake until the transaction ends; waits for who does."""
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (_WRITE_LOCK,))
 
+    def try_hold_writes(self, connection: psycopg.Connection) -> bool:
+        """`hold_writes` where nobody else writes to the lake, False where somebody does."""
+        return connection.execute("SELECT pg_try_advisory_xact_lock(%s)", (_WRITE_LOCK,)).fetchone() == (True,)
+
     def begin_append(self, connection: psycopg.Connection) -> None:
         """`hold_writes`, and see to it that `event_keys` has the ids of days that were written before it had all."""
         self.hold_writes(connection)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,9 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from conftest import TODAY, days_ago
-from worlds import ListSource
+from worlds import ListSource, post
 
-from inference.store import Store
 from orchestration.compute.ingest import drain, ingest
 from orchestration.compute.lake import EVENT_SCHEMA, Lake, list_files
 from orchestration.compute.vacuum import vacuum
@@ -34,29 +32,6 @@ NOW = TODAY + timedelta(hours=12)
 
 def event(number: int, at: datetime, user: str = "u") -> Event:
     return Event(f"e{number}", user, "i", "view", None, at)
-
-
-def post(database: str, events: list[Event]) -> set[str]:
-    """As POST /events does."""
-    store = Store(database)
-    try:
-        return store.accept_events(
-            [
-                {
-                    "event_id": one.event_id,
-                    "user_id": one.user_id,
-                    "item_id": one.item_id,
-                    "kind": one.kind,
-                    "value": one.value,
-                    "occurred_at": one.occurred_at.isoformat(),
-                    "request_id": None,
-                }
-                for one in events
-            ],
-            10_000,
-        )
-    finally:
-        store.close()
 
 
 def stored(lake: Lake, connection: psycopg.Connection) -> list[str]:
@@ -76,30 +51,11 @@ def named(lake: Lake, connection: psycopg.Connection) -> dict[date, Path]:
 
 
 @pytest.fixture(params=["file", "s3"])
-def any_lake(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lake]:
+def any_lake(request: pytest.FixtureRequest, tmp_path: Path) -> Lake:
     """A lake in a folder, and one behind moto's HTTP server."""
     if request.param == "file":
-        yield Lake((tmp_path / "lake").as_uri())
-        return
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name, value in (
-            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-            ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-        ):
-            monkeypatch.setenv(name, value)
-        # The servers of one process share what lies in their buckets.
-        boto3.client("s3").create_bucket(Bucket="lake-of-one-test")
-        yield Lake(f"s3://lake-of-one-test/{tmp_path.name}/lake")
-    finally:
-        server.stop()
+        return Lake((tmp_path / "lake").as_uri())
+    return Lake(f"{request.getfixturevalue('s3_bucket')}/some/lake")
 
 
 # --- draining ----------------------------------------------------------------------------------------------------

@@ -16,9 +16,8 @@ import numpy as np
 import psycopg
 import pytest
 from conftest import TODAY, days_ago
-from worlds import ListSource
+from worlds import ListSource, post
 
-from inference.store import Store
 from orchestration.compute import materialise as module
 from orchestration.compute.ingest import drain, ingest
 from orchestration.compute.lake import Lake
@@ -53,28 +52,6 @@ def event(number: int, back: float, *, known_at: datetime | None = None, user: s
 def load(connection: psycopg.Connection, lake: Lake, events: list[Event], version: str) -> None:
     ingest(ListSource(list(events), list(ITEMS), version=version), lake, connection, now=NOW)
     connection.commit()
-
-
-def post(database: str, events: list[Event]) -> set[str]:
-    store = Store(database)
-    try:
-        return store.accept_events(
-            [
-                {
-                    "event_id": one.event_id,
-                    "user_id": one.user_id,
-                    "item_id": one.item_id,
-                    "kind": one.kind,
-                    "value": one.value,
-                    "occurred_at": one.occurred_at.isoformat(),
-                    "request_id": None,
-                }
-                for one in events
-            ],
-            10_000,
-        )
-    finally:
-        store.close()
 
 
 def build(database: str, lake: Lake, first: date, last: date) -> None:

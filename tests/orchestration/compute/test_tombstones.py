@@ -8,7 +8,9 @@ import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import boto3
 import hypothesis.strategies as st
 import psycopg
 import pyarrow as pa
@@ -76,41 +78,25 @@ def test_ids_are_found_as_python_and_json_write_them() -> None:
 
 
 def test_a_lake_and_artefacts_in_s3_lose_the_person_too(
-    database: str, connection: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+    database: str, connection: psycopg.Connection, s3_bucket: str
 ) -> None:
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name, value in (
-            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-            ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-        ):
-            monkeypatch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="bucket")
-        buffer = io.BytesIO()
-        pq.write_table(pa.table({"user_id": [ANNA]}), buffer)
-        client.put_object(Bucket="bucket", Key="some/artifacts/training/training_set.parquet", Body=buffer.getvalue())
-        lake = Lake("s3://bucket/some/lake")
-        ingest(world(), lake, connection, now=NOW)
-        connection.commit()
-        days = len(lake.days(connection))
-        receipt = forget(ANNA, url=database, lake=lake, artifacts_url="s3://bucket/some/artifacts")
-        listed = client.list_objects_v2(Bucket="bucket")["Contents"]
-        keys = [entry["Key"] for entry in listed if not entry["Key"].endswith("/")]
-        assert len(keys) == days
-        assert receipt.removed["files deleted"] > 10
-        for key in keys:
-            table = pq.read_table(io.BytesIO(client.get_object(Bucket="bucket", Key=key)["Body"].read()))
-            assert ANNA not in table["user_id"].to_pylist(), key
-    finally:
-        server.stop()
+    client = boto3.client("s3")
+    bucket = urlsplit(s3_bucket).netloc
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"user_id": [ANNA]}), buffer)
+    client.put_object(Bucket=bucket, Key="some/artifacts/training/training_set.parquet", Body=buffer.getvalue())
+    lake = Lake(f"{s3_bucket}/some/lake")
+    ingest(world(), lake, connection, now=NOW)
+    connection.commit()
+    days = len(lake.days(connection))
+    receipt = forget(ANNA, url=database, lake=lake, artifacts_url=f"{s3_bucket}/some/artifacts")
+    listed = client.list_objects_v2(Bucket=bucket)["Contents"]
+    keys = [entry["Key"] for entry in listed if not entry["Key"].endswith("/")]
+    assert len(keys) == days
+    assert receipt.removed["files deleted"] > 10
+    for key in keys:
+        table = pq.read_table(io.BytesIO(client.get_object(Bucket=bucket, Key=key)["Body"].read()))
+        assert ANNA not in table["user_id"].to_pylist(), key
 
 
 def test_a_training_set_read_before_an_erasure_is_not_written_after_it(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from orchestration.sources import BadRow
 from orchestration.sources.tabular import EXAMPLE, Tabular
@@ -207,23 +205,7 @@ def test_fingerprint_changes_with_a_new_file_only(tmp_path: Path) -> None:
     assert Tabular(tmp_path).fingerprint() != before
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="shop")
-    yield client
-    client.close()
-    server.stop()
-
-
-def test_s3_prefix_gives_what_the_folder_gives(tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_prefix_gives_what_the_folder_gives(tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Reads of 4 KiB, so that every file takes several ranges.
     monkeypatch.setattr("orchestration.sources.tabular_files.S3_READ_BYTES", 4096)
     rows = 20_000
@@ -232,19 +214,20 @@ def test_s3_prefix_gives_what_the_folder_gives(tmp_path: Path, bucket: Any, monk
     pq.write_table(pa.table({"who": ids, "what": ids, "at": at, "unused": ids}), tmp_path / "e.parquet")
     (tmp_path / "e.csv").write_text("who,what,at\n" + "".join(f"{i},b,2026-03-02\n" for i in range(500)))
     folder = describe(tmp_path, "e.*")
+    client, bucket = boto3.client("s3"), urlsplit(s3_bucket).netloc
     for path in tmp_path.iterdir():
-        bucket.upload_file(str(path), "shop", f"raw/{path.name}")
-    source = Tabular("s3://shop/raw")
+        client.upload_file(str(path), bucket, f"raw/{path.name}")
+    source = Tabular(f"{s3_bucket}/raw")
     assert list(source.events()) == list(folder.events())
     assert list(source.items()) == list(folder.items())
     assert source.name == "raw"
 
 
-def test_s3_faults_are_source_errors(bucket: Any) -> None:
+def test_s3_faults_are_source_errors(s3_bucket: str) -> None:
     with pytest.raises(SourceError, match=r"s3://nowhere/x cannot be read: .*NoSuchBucket"):
         Tabular("s3://nowhere/x")
-    with pytest.raises(SourceError, match="s3://shop/nothing is empty"):
-        Tabular("s3://shop/nothing")
-    bucket.put_object(Bucket="shop", Key="bare/e.csv", Body=b"a\n")
+    with pytest.raises(SourceError, match=f"{s3_bucket}/nothing is empty"):
+        Tabular(f"{s3_bucket}/nothing")
+    boto3.client("s3").put_object(Bucket=urlsplit(s3_bucket).netloc, Key="bare/e.csv", Body=b"a\n")
     with pytest.raises(SourceError, match=r"larder\.toml is missing \(found e\.csv\)"):
-        Tabular("s3://shop/bare/")
+        Tabular(f"{s3_bucket}/bare/")
