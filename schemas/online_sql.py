@@ -95,7 +95,8 @@ def put_rows_sql(view: FeatureView, day: str) -> tuple[str, str]:
     """Two statements that make the partition `day`, an SQL expression, the newest of `view` online.
 
     The first packs the partition's rows into place, where no newer one is held; the second empties what an earlier
-    build of the same partition left for keys that it no longer has.
+    build of the same partition left for keys that it no longer has. In one transaction it looks only at rows that the
+    first did not write: planned with statistics from before the load, a join with all of 20,000 rows took 43 s.
     """
     table, name = rows_table(view.entity), view.name
     keys = ", ".join(view.entity.keys)
@@ -111,7 +112,8 @@ def put_rows_sql(view: FeatureView, day: str) -> tuple[str, str]:
         f"SELECT {keys}, partition_date, {packed} FROM features.{name} WHERE partition_date = {day} ORDER BY {keys} "
         f"ON CONFLICT ({keys}) DO UPDATE SET {name}_date = excluded.{name}_date, {name} = excluded.{name} "
         f"WHERE r.{name}_date IS NULL OR r.{name}_date <= excluded.{name}_date",
-        f"UPDATE {table} AS r SET {name}_date = NULL, {name} = NULL WHERE r.{name}_date = {day} AND NOT EXISTS "
+        f"UPDATE {table} AS r SET {name}_date = NULL, {name} = NULL WHERE r.{name}_date = {day} "
+        f"AND r.xmin <> pg_current_xact_id()::xid AND NOT EXISTS "
         f"(SELECT FROM features.{name} AS f WHERE f.partition_date = {day} AND {same})",
     )
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestration.compute.evaluate import MakeSlates, Queries, RunRanker
+from orchestration.compute.evaluate import MakeSlates, RunRanker
 from orchestration.compute.export import calibration_requests, export_fp32, quantise, random_inputs, session_runner
 from orchestration.compute.parity import INT8_BATCH_TOLERANCE_RATE, check_int8, check_parity, compare_int8
+from orchestration.compute.splits import Queries
 from orchestration.compute.trained_ranker import TrainedRanker
 from schemas.errors import ArtifactError, GateError
 from schemas.manifest import (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestration.compute.evaluate import burst_starts
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.model import FIRST_EVENT
+from orchestration.compute.splits import burst_starts
 from schemas.ranker import MAX_HISTORY
 
 

@@ -25,8 +25,9 @@ from optimum.utils import DummyInputGenerator, NormalizedConfig
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from orchestration.compute.evaluate import Queries, RankerScorer, RunRanker
+from orchestration.compute.evaluate import RankerScorer, RunRanker
 from orchestration.compute.model import Ranker
+from orchestration.compute.splits import Queries
 from schemas.errors import GateError
 from schemas.events import KINDS
 from schemas.ranker import INPUTS, OUTPUTS

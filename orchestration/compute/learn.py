@@ -31,17 +31,16 @@ from orchestration.compute.artifact import ArtifactLabels, write_artifact
 from orchestration.compute.evaluate import (
     Evaluation,
     Scorer,
-    Split,
     evaluate,
     score_co_visitation,
     score_popularity,
     score_windowed_popularity,
-    time_split,
 )
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.lake import Lake
 from orchestration.compute.point_in_time import PointInTime
 from orchestration.compute.slates import Slates
+from orchestration.compute.splits import Split, time_split
 from orchestration.compute.train import train
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import Progress, TrainedRanker

@@ -13,11 +13,12 @@ from torch.nn import functional
 
 from orchestration.compute.batches import HistoryWindows, batches
 from orchestration.compute.co_visitation import positive
-from orchestration.compute.evaluate import Queries, SlateFeatures, history_inputs
+from orchestration.compute.evaluate import SlateFeatures, history_inputs
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.mining import NEVER, SLATE
 from orchestration.compute.model import FIRST_EVENT, PROMPT, ItemTower, Ranker
 from orchestration.compute.objective import Trends, item_softmax
+from orchestration.compute.splits import Queries
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.wishes import Wishes
 from schemas.ranker import MAX_HISTORY

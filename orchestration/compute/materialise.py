@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
+from itertools import pairwise
+from typing import Any
 
-import adbc_driver_postgresql.dbapi
 import duckdb
 import psycopg
 import pyarrow as pa
 
+from infra.feature_tables import newest_partition
+from orchestration.compute.copy_rows import copy_rows
 from orchestration.compute.engines import DuckDB, Engine, SnapshotJob
 from orchestration.compute.lake import Lake, duck
 from orchestration.compute.measures import against_day_before, measure_snapshot
 from orchestration.compute.stale import LEDGER_LOCK, overtaken_days
-from orchestration.compute.tombstones import COUNT_ERASURES, Overtaken, count_erasures
+from orchestration.compute.tombstones import count_erasures, no_erasure_since
 from schemas.checks import Measures
-from schemas.features import FeatureView
-from schemas.online_sql import ERASURE_LOCK, SEEN, put_rows_sql
+from schemas.errors import LarderError
+from schemas.features import FeatureView, State
+from schemas.online_sql import SEEN, put_rows_sql
 
 DUCKDB = DuckDB()
+_PIECE_ROWS = 200_000
+_BATCH_ROWS = 16_384
+_SAMPLE = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,47 +86,121 @@ def _build(
     job = SnapshotJob(view, tuple(days), lake, tuple(files), items, seen)
     with duck() as db, engine.snapshot(db, job):
         reports = _reports(db, view, days, counted, float(before[0]) if before else None)
-        columns = ", ".join(["partition_date", *view.entity.keys, *(name for name, _, _ in view.columns)])
-        reader = db.sql(
-            f"SELECT {columns} FROM snapshot ORDER BY partition_date, {', '.join(view.entity.keys)}"
-        ).to_arrow_reader(65_536)
-        with adbc_driver_postgresql.dbapi.connect(url) as adbc, adbc.cursor() as cursor:
-            cursor.execute(f"SELECT pg_advisory_xact_lock_shared({ERASURE_LOCK})")
-            cursor.execute(COUNT_ERASURES)
-            if cursor.fetchone() != (seen,):
-                raise Overtaken(f"somebody was forgotten while {view.name} was built; build it again")
-            # Two runs of one view wait for each other; different views do not.
-            cursor.execute("SELECT pg_advisory_xact_lock(hashtext('features.' || $1))", (view.name,))
-            cursor.execute(
-                f"DELETE FROM features.{view.name} WHERE partition_date >= $1 AND partition_date <= $2", (first, last)
-            )
-            cursor.adbc_ingest(view.name, reader, mode="append", db_schema_name="features")
+        with psycopg.connect(url) as connection, no_erasure_since(connection, seen):
+            _replace(connection, view, reports, _batches(db, view, reports))
             # Until the commit no event is stored that would have to mark what is written here.
-            cursor.execute(f"SELECT pg_advisory_xact_lock_shared({LEDGER_LOCK})")
-            cursor.execute("SELECT day, generation FROM lake_files WHERE day >= $1 AND day <= $2", (oldest, last))
-            stale = overtaken_days(days, view.max_window_days, read, dict(cursor.fetchall()))
-            cursor.executemany(
-                "INSERT INTO feature_ledger (view, partition_date, definition_hash, engine, rows, events, seen, stale_at) "
-                "VALUES ($1, $2, $3, $4, $5, $6, $7, CASE WHEN $8 THEN now() END) "
-                "ON CONFLICT (view, partition_date) DO UPDATE SET "
-                "definition_hash = excluded.definition_hash, engine = excluded.engine, rows = excluded.rows, "
-                "events = excluded.events, seen = excluded.seen, built_at = now(), stale_at = excluded.stale_at",
-                [
-                    (view.name, day, view.definition_hash, engine.name, report.rows, report.events, shown, day in stale)
-                    for report in reports
-                    for day in [report.partition_date]
-                ],
-            )
+            connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", (LEDGER_LOCK,))
+            stale = overtaken_days(days, view.max_window_days, read, lake.generations(connection, oldest, last))
+            _enter(connection, view, engine.name, shown, reports, stale)
             # The newest partition is what is read online; an older one changes nothing there.
-            cursor.execute(
-                "SELECT max(partition_date) FROM feature_ledger WHERE view = $1 AND definition_hash = $2",
-                (view.name, view.definition_hash),
-            )
-            if cursor.fetchone() == (last,):
+            if newest_partition(connection, view) == last:
                 for sql in put_rows_sql(view, f"'{last}'::date"):
-                    cursor.execute(sql)
-            adbc.commit()
+                    connection.execute(sql)
     return reports
+
+
+def _replace(
+    connection: psycopg.Connection[Any],
+    view: FeatureView,
+    reports: Sequence[PartitionReport],
+    batches: Iterator[pa.RecordBatch],
+) -> None:
+    """Put `batches` in the place of what the table holds of these partitions."""
+    # Two runs of one view wait for each other; different views do not.
+    connection.execute("SELECT pg_advisory_xact_lock(hashtext('features.' || %s))", (view.name,))
+    connection.execute(
+        f"DELETE FROM features.{view.name} WHERE partition_date BETWEEN %s AND %s",
+        (reports[0].partition_date, reports[-1].partition_date),
+    )
+    written = copy_rows(connection, f"features.{view.name}", _schema(view), batches)
+    if written != (measured := sum(report.rows for report in reports)):
+        raise LarderError(f"{measured} rows of {view.name} had to be written, {written} were")
+
+
+def _enter(
+    connection: psycopg.Connection[Any],
+    view: FeatureView,
+    engine: str,
+    seen: str,
+    reports: Sequence[PartitionReport],
+    stale: set[date],
+) -> None:
+    """Write the partitions into the ledger."""
+    connection.execute(
+        "INSERT INTO feature_ledger (view, partition_date, definition_hash, engine, rows, events, seen, stale_at) "
+        "SELECT %s, day, %s, %s, rows, events, %s, CASE WHEN stale THEN now() END "
+        "FROM unnest(%s::date[], %s::bigint[], %s::bigint[], %s::bool[]) AS t (day, rows, events, stale) "
+        "ON CONFLICT (view, partition_date) DO UPDATE SET "
+        "definition_hash = excluded.definition_hash, engine = excluded.engine, rows = excluded.rows, "
+        "events = excluded.events, seen = excluded.seen, built_at = now(), stale_at = excluded.stale_at",
+        (
+            view.name,
+            view.definition_hash,
+            engine,
+            seen,
+            [report.partition_date for report in reports],
+            [report.rows for report in reports],
+            [report.events for report in reports],
+            [report.partition_date in stale for report in reports],
+        ),
+    )
+
+
+def _schema(view: FeatureView) -> pa.Schema:
+    """The columns of the view's table."""
+
+    def kind(state: State) -> pa.DataType:
+        return pa.timestamp("us", tz="UTC") if state.is_instant else pa.int64() if state.is_count else pa.float64()
+
+    keys = [(key, pa.string()) for key in view.entity.keys]
+    return pa.schema(
+        [("partition_date", pa.date32()), *keys, *((name, kind(state)) for name, state, _ in view.columns)]
+    )
+
+
+def _batches(
+    db: duckdb.DuckDBPyConnection, view: FeatureView, reports: Sequence[PartitionReport]
+) -> Iterator[pa.RecordBatch]:
+    """The rows of the relation `snapshot` by partition and key: so they fill the table's primary key from left to right.
+
+    Sorted a piece at a time, so that no more than a piece is held.
+    """
+    columns, order = ", ".join(_schema(view).names), ", ".join(view.entity.keys)
+    for where, values in _pieces(db, view.entity.keys[0], reports):
+        yield from db.sql(
+            f"SELECT {columns} FROM snapshot WHERE {where} ORDER BY partition_date, {order}", params=values
+        ).to_arrow_reader(_BATCH_ROWS)
+
+
+def _pieces(
+    db: duckdb.DuckDBPyConnection, key: str, reports: Sequence[PartitionReport]
+) -> Iterator[tuple[str, list[Any]]]:
+    """Conditions that cut the relation `snapshot` into pieces of about `_PIECE_ROWS` rows, in order.
+
+    Small partitions share a piece, a large one is cut between its keys.
+    """
+    together: list[PartitionReport] = []
+    for report in reports:
+        if together and sum(one.rows for one in (*together, report)) > _PIECE_ROWS:
+            yield "partition_date BETWEEN ? AND ?", [together[0].partition_date, together[-1].partition_date]
+            together = []
+        if report.rows <= _PIECE_ROWS:
+            together.append(report)
+            continue
+        day = report.partition_date
+        parts = -(-report.rows // _PIECE_ROWS)
+        sample = db.execute(
+            f"SELECT key FROM (SELECT {key} AS key FROM snapshot WHERE partition_date = ?) USING SAMPLE {_SAMPLE} ROWS",
+            [day],
+        ).fetchall()
+        keys = sorted(found for (found,) in sample)
+        cuts = [keys[len(keys) * part // parts] for part in range(1, parts)]
+        yield f"partition_date = ? AND {key} <= ?", [day, cuts[0]]
+        for low, high in pairwise(cuts):
+            yield f"partition_date = ? AND {key} > ? AND {key} <= ?", [day, low, high]
+        yield f"partition_date = ? AND {key} > ?", [day, cuts[-1]]
+    if together:
+        yield "partition_date BETWEEN ? AND ?", [together[0].partition_date, together[-1].partition_date]
 
 
 def load_item_categories(connection: psycopg.Connection) -> pa.Table:

@@ -25,10 +25,10 @@ def against_day_before(rows: Mapping[date, float], days: Iterable[date]) -> dict
 
 def measure_snapshot(db: duckdb.DuckDBPyConnection, view: FeatureView) -> dict[date, dict[str, float]]:
     """Of each partition in the relation `snapshot`: `rows`, `null_rate` (the worst column), `out_of_range` (values)."""
-    nulls = ", ".join(f"avg(CASE WHEN {name} IS NULL THEN 1 ELSE 0 END)" for name, _, _ in view.columns)
+    there = ", ".join(f"count({name})" for name, _, _ in view.columns)
     outside = " + ".join(_outside(feature) for feature in view.features) or "0"
     found = db.execute(
-        f"SELECT partition_date, count(*), greatest({nulls}), {outside} FROM snapshot GROUP BY partition_date"
+        f"SELECT partition_date, count(*), (count(*) - least({there})) / count(*), {outside} FROM snapshot GROUP BY partition_date"
     ).fetchall()
     return {
         day: {"rows": float(rows), "null_rate": float(null_rate), "out_of_range": float(off)}

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestration.compute.co_visitation import Neighbours, popularity
-from orchestration.compute.evaluate import Queries, queries_for
 from orchestration.compute.interactions import Interactions
+from orchestration.compute.splits import Queries, queries_for
 from orchestration.compute.train_config import TrainConfig
 
 SLATE = 64

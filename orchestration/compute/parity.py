@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from orchestration.compute.evaluate import Queries, RankerScorer, RunRanker, gain, ranks
+from orchestration.compute.evaluate import RankerScorer, RunRanker, gain, ranks
 from orchestration.compute.export import alone, random_inputs
+from orchestration.compute.splits import Queries
 from schemas.errors import GateError
 from schemas.ranker import MAX_CANDIDATES, MAX_HISTORY, OUTPUTS
 

@@ -21,7 +21,6 @@ import pyarrow as pa
 from schemas.errors import LarderError
 from schemas.online_sql import ERASURE_LOCK
 
-COUNT_ERASURES = "SELECT count(*) FROM erasure_receipts"
 _ESCAPE = re.compile(r'\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|([\\/"\']))')
 
 
@@ -118,7 +117,7 @@ def erase_alone(connection: psycopg.Connection[Any]) -> None:
 
 def count_erasures(connection: psycopg.Connection[Any]) -> int:
     """How many erasures there have been: grows with each."""
-    (count,) = connection.execute(COUNT_ERASURES).fetchone() or (0,)
+    (count,) = connection.execute("SELECT count(*) FROM erasure_receipts").fetchone() or (0,)
     return int(count)
 
 

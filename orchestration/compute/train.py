@@ -23,7 +23,6 @@ from orchestration.compute import checkpoint as checkpoints
 from orchestration.compute.co_visitation import WindowedPopularity, co_visitation, popularity, positive
 from orchestration.compute.evaluate import (
     MakeSlates,
-    Queries,
     RankerScorer,
     Scorer,
     SlateFeatures,
@@ -39,6 +38,7 @@ from orchestration.compute.mining import SLATE, mine, newest_labels, random_slat
 from orchestration.compute.model import ItemTower, Ranker, RankerShape
 from orchestration.compute.objective import Trends
 from orchestration.compute.optimizer import adamw
+from orchestration.compute.splits import Queries
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import Progress, TrainedRanker
 from orchestration.compute.wishes import Wishes

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from inference import artifacts
 from orchestration.compute import learning_steps
-from orchestration.compute.evaluate import Split, leave_one_out
 from orchestration.compute.interactions import Interactions, load_interactions, newest_known
 from orchestration.compute.lake import Lake
 from orchestration.compute.mining import recent_rows
 from orchestration.compute.point_in_time import PointInTime
 from orchestration.compute.slates import Slates
+from orchestration.compute.splits import Split, leave_one_out
 from orchestration.compute.tombstones import count_erasures, no_erasure_since
 from schemas.errors import DefinitionError
 from schemas.views import CONTEXT_VIEWS, context_features

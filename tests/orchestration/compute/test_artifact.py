@@ -12,11 +12,11 @@ import torch
 from inference import ranker
 from orchestration.compute import artifact
 from orchestration.compute.artifact import ArtifactLabels, write_artifact
-from orchestration.compute.evaluate import Queries, leave_one_out
 from orchestration.compute.export import random_inputs
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.model import ItemTower, Ranker, RankerShape
 from orchestration.compute.parity import INT8_BATCH_TOLERANCE_RATE, Int8Report
+from orchestration.compute.splits import Queries, leave_one_out
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import TrainedRanker
 from schemas.errors import ArtifactError, GateError

@@ -7,18 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from orchestration.compute.evaluate import (
-    Queries,
-    evaluate,
-    history_inputs,
-    interval,
-    leave_one_out,
-    queries_for,
-    ranks,
-    summarise,
-    time_split,
-)
+from orchestration.compute.evaluate import evaluate, history_inputs, interval, ranks, summarise
 from orchestration.compute.interactions import Interactions
+from orchestration.compute.splits import Queries, leave_one_out, queries_for, time_split
 from schemas.events import KINDS
 
 SECOND = 1_000_000

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from inference.artifacts import verify
 from orchestration.compute.artifact import ArtifactLabels, write_artifact
-from orchestration.compute.evaluate import leave_one_out
 from orchestration.compute.export import calibration_requests, export_fp32, quantise, random_inputs, session_runner
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.model import Ranker, RankerShape
 from orchestration.compute.parity import Int8Report, check_int8, check_parity
+from orchestration.compute.splits import leave_one_out
 from orchestration.compute.train import train
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import TrainedRanker

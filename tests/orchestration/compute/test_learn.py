@@ -10,11 +10,12 @@ import pytest
 from conftest import TODAY, days_ago
 from worlds import ListSource
 
-from orchestration.compute.evaluate import evaluate, leave_one_out, score_popularity
+from orchestration.compute.evaluate import evaluate, score_popularity
 from orchestration.compute.ingest import ingest
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.lake import Lake
 from orchestration.compute.learn import verdict
+from orchestration.compute.splits import leave_one_out
 from orchestration.compute.training_set import build_training_set
 from schemas.errors import DefinitionError
 from schemas.events import Event

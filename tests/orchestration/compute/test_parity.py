@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from orchestration.compute.evaluate import Queries, RankerScorer
+from orchestration.compute.evaluate import RankerScorer
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.model import Ranker, RankerShape
 from orchestration.compute.parity import Int8Report, check_int8, check_parity, compare_int8
+from orchestration.compute.splits import Queries
 from schemas.errors import GateError
 
 GOOD = Int8Report(512, 0.1, 0.1, 0.0, 1.0, 0.0)

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from orchestration.compute.batches import HistoryWindows
 from orchestration.compute.co_visitation import popularity
-from orchestration.compute.evaluate import Queries, SlateFeatures, evaluate, leave_one_out, score_popularity
+from orchestration.compute.evaluate import SlateFeatures, evaluate, score_popularity
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.mining import SLATE, newest_labels, recent_rows
 from orchestration.compute.model import FeatureEncoder
 from orchestration.compute.objective import ABSENT, AllItemsSoftmax, Trends
+from orchestration.compute.splits import Queries, leave_one_out
 from orchestration.compute.train import train
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import Progress, TrainedRanker
