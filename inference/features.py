@@ -130,7 +130,7 @@ def _read_live(
         for more in lists[1:]:
             if more is not lists[0]:
                 distinct |= dict.fromkeys(more)
-        asked.append(distinct)
+        asked.append({key: row for row, key in enumerate(distinct)})
         try:
             parameters += [text_array(column) for column in zip(*distinct, strict=True)]
         except TypeError:
@@ -141,29 +141,28 @@ def _read_live(
     found: dict[str, FeatureBlock] = {}
     layouts = [layout_of(entity) for entity in entities]
     begin, packed = 0, sum(len(layout.views) for layout in layouts)
-    for layout, distinct in zip(layouts, asked, strict=True):
-        end = begin + len(layout.views)
+    for entity, layout, place in zip(entities, layouts, asked, strict=True):
+        end, last = begin + len(layout.views), packed + 2 * (len(entity.keys) + 1)
         newest = [None if raw is None else int.from_bytes(raw, signed=True) for raw in row[begin:end]]
-        read = read_packed(layout, len(distinct), newest, row[packed], row[packed + 1], at, encoded=encoded)
-        begin, packed = end, packed + 2
+        read = read_packed(layout, place, newest, row[packed:last], at, encoded=encoded)
+        begin, packed = end, last
         for number, view in enumerate(layout.views):
             if view in wanted:
-                found[view.name] = _live_block(view, wanted[view], at, distinct, read, number)
+                found[view.name] = _live_block(view, wanted[view], at, place, read, number)
     return found
 
 
 def _live_block(
-    view: FeatureView, asked: Sequence[Key], at: datetime, distinct: dict[Key, None], read: Packed, number: int
+    view: FeatureView, asked: Sequence[Key], at: datetime, place: dict[Key, int], read: Packed, number: int
 ) -> FeatureBlock:
-    """The view `number` of an entity that was read for the keys `distinct`, as the caller asked for it."""
+    """The view `number` of an entity that was read for the keys of `place`, as the caller asked for it."""
     mine = read.layout.features[number]
     values, valid, age = read.values[:, mine], read.valid[:, mine], read.age_seconds[:, number]
     status = valid.astype(np.uint8)  # PRESENT or MISSING
     if read.expired is not None:
         status[read.expired[:, number]] = Status.EXPIRED
     keys = tuple(asked)
-    if keys != tuple(distinct):
-        place = {key: row for row, key in enumerate(distinct)}
+    if keys != tuple(place):
         rows = np.array([place[key] for key in keys], np.intp)
         values, valid, status, age = values[rows], valid[rows], status[rows], age[rows]
     return FeatureBlock(view, keys, at, values, valid, status, age)

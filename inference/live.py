@@ -104,7 +104,7 @@ def layout_of(entity: Entity) -> Layout:
         recipe=recipe(views),
         view_of=np.array([number for number, _, _, _ in columns], np.intp),
         tile=np.array([tile_place[state.name] for _, _, state, _ in columns], np.intp),
-        packed=np.array([at + number + 2 for at, (number, _, _, _) in enumerate(columns)], np.intp),
+        packed=np.array([at + number + 1 for at, (number, _, _, _) in enumerate(columns)], np.intp),
         windows=np.array([days for _, _, _, days in columns], np.int64),
         half_lives=np.array(
             [state.half_life_days if state.merge is Merge.DECAY else np.nan for _, _, state, _ in columns], np.float64
@@ -118,8 +118,8 @@ def layout_of(entity: Entity) -> Layout:
             if state.by is not None
         ),
         tile_width=len(states),
-        packed_width=1 + len(columns) + len(views),
-        hash_at=np.array(begins[:-1], np.intp) + np.arange(1, 1 + len(views)),
+        packed_width=len(columns) + len(views),
+        hash_at=np.array(begins[:-1], np.intp) + np.arange(len(views)),
         hashes=np.array([int.from_bytes(bytes.fromhex(view.definition_hash), signed=True) for view in views], np.int64),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.assemble import encode, finished
-from inference.live import DAY_SECONDS, Bools, Floats, Layout, Tiles, merge, midnight_of, utc_day
+from inference.live import DAY_SECONDS, Bools, Floats, Layout, Places, Tiles, merge, midnight_of, utc_day
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,31 +30,32 @@ class Packed:
 
 def read_packed(
     layout: Layout,
-    n: int,
+    place: Mapping[tuple[str, ...], int],
     newest: Sequence[int | None],
-    rows: bytes | None,
-    tiles: bytes | None,
+    packed: Sequence[bytes | None],
     at: datetime,
     *,
     encoded: bool,
 ) -> Packed:
     """The features of n keys at the present `at`, from what `live_sql` gives of an entity.
 
-    `newest` (v) in days before today, `rows` and `tiles` one packed value each, None where there is nothing. `encoded`
-    gives values as the ranker gets them.
+    `place` says in which row of the answer a key belongs, `newest` (v) is in days before today. `packed` holds the rows
+    and the tiles, each after the keys that they are of, None where there is nothing. `encoded` gives values as the ranker
+    gets them.
     """
+    rows, tiles = packed[: len(packed) // 2], packed[len(packed) // 2 :]
     midnight, seconds = midnight_of(utc_day(at)), at.timestamp()
     edges = tuple(
         day if day is not None and day >= -view.ttl_days else None
         for day, view in zip(newest, layout.views, strict=True)
     )
-    states, held = _rows(layout, n, rows)
+    states, held = _rows(layout, place, rows)
     expired = None
     if None in edges:
         # Without a partition that is fit to be read there are only today's events, and those alone are no value.
         unsettled = np.array([edge is None for edge in edges])
         expired = held & unsettled
-    merge(layout, states, held, edges, _tiles(layout, tiles))
+    merge(layout, states, held, edges, _tiles(layout, place, tiles))
     raw = finished(layout.recipe, states, at=seconds, as_of=midnight)
     there = held
     if expired is not None:
@@ -67,29 +68,33 @@ def read_packed(
     return Packed(layout, values, valid, np.where(there, ages, np.nan), expired)
 
 
-def _rows(layout: Layout, n: int, packed: bytes | None) -> tuple[Floats, Bools]:
+def _rows(layout: Layout, place: Mapping[tuple[str, ...], int], packed: Sequence[bytes | None]) -> tuple[Floats, Bools]:
     """States `(n, c)`, NaN where there is none, and which views have a row of n keys, `(n, v)`."""
-    if packed is None:
-        return np.full((n, len(layout.view_of)), np.nan), np.zeros((n, len(layout.views)), bool)
-    whole = _words(packed, layout.packed_width)
-    held = whole.take(layout.hash_at, axis=1) == layout.hashes
-    states = whole.view(np.float64).take(layout.packed, axis=1)
-    if np.count_nonzero(held) < held.size:
-        np.copyto(states, np.nan, where=~held.take(layout.view_of, axis=1))
-    places = whole[:, 0] - 1
-    if len(places) == n and (n == 1 or not np.count_nonzero(places != np.arange(n))):
-        return states, held
-    all_states, all_held = np.full((n, len(layout.view_of)), np.nan), np.zeros((n, len(layout.views)), bool)
-    all_states[places], all_held[places] = states, held
-    return all_states, all_held
+    states = np.full((len(place), len(layout.view_of)), np.nan)
+    held = np.zeros((len(place), len(layout.views)), bool)
+    *keys, raw = packed
+    if raw is not None:
+        whole, owners = _words(raw, layout.packed_width), _owners(place, keys)
+        fit = whole.take(layout.hash_at, axis=1) == layout.hashes
+        found = whole.view(np.float64).take(layout.packed, axis=1)
+        if np.count_nonzero(fit) < fit.size:
+            np.copyto(found, np.nan, where=~fit.take(layout.view_of, axis=1))
+        states[owners], held[owners] = found, fit
+    return states, held
 
 
-def _tiles(layout: Layout, packed: bytes | None) -> Tiles | None:
-    if packed is None:
+def _tiles(layout: Layout, place: Mapping[tuple[str, ...], int], packed: Sequence[bytes | None]) -> Tiles | None:
+    *keys, raw = packed
+    if raw is None:
         return None
-    whole = _words(packed, 2 + layout.tile_width)
-    values = whole.view(np.float64)
-    return Tiles(values[:, 1], whole[:, 0] - 1, values[:, 2:])
+    values = _words(raw, 1 + layout.tile_width).view(np.float64)
+    return Tiles(values[:, 0], _owners(place, keys), values[:, 1:])
+
+
+def _owners(place: Mapping[tuple[str, ...], int], keys: Sequence[bytes | None]) -> Places:
+    """`(m,)`: where the keys belong that came as one value per key column."""
+    columns = [raw.decode().split("\0") for raw in keys if raw is not None]
+    return np.fromiter(map(place.__getitem__, zip(*columns, strict=True)), np.intp, len(columns[0]))
 
 
 def _words(packed: bytes, width: int) -> NDArray[np.int64]:

@@ -5,7 +5,6 @@ A recommendation takes two round trips: `read_person` and `pick_candidates`. Eac
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import queue
@@ -46,7 +45,9 @@ _SEARCH = {"hnsw.ef_search": "200", "hnsw.iterative_scan": "strict_order"}
 PLAN_ONCE = {"plan_cache_mode": "force_generic_plan"}
 """A request's statements have one good plan each, whatever their parameters. Making it for every request, over every
 day's partition of the recent events, takes longer than running it."""
-_PLAN_EACH = {"plan_cache_mode": "auto"}
+_ROW = PLAN_ONCE | {"enable_seqscan": "off"}
+"""What is asked by key goes by the index, also when the plan was made while the table was still small."""
+_PLAN_EACH = {"plan_cache_mode": "auto", "enable_seqscan": "on"}
 """What holds for all others, whatever stayed in the session."""
 
 
@@ -92,7 +93,6 @@ class StoreConnection(psycopg.Connection[Any]):
         super().__init__(pgconn)
         self.prepared: dict[str, bytes] = {}
         """Names of the statements that `Store.read_row` has asked in this session."""
-        self.names = itertools.count()
 
 
 @dataclass(slots=True)
@@ -169,6 +169,8 @@ class Store:
                 encoding = connection.info.encoding
                 values = [parameter.encode(encoding) for parameter in parameters]
                 result = connection.pgconn.exec_prepared(name, values, result_format=psycopg.pq.Format.BINARY)
+                if connection.closed:  # then the result may name no SQLSTATE, and would be no OperationalError
+                    raise psycopg.OperationalError("the connection was lost")
                 if result.status != psycopg.pq.ExecStatus.TUPLES_OK:
                     raise psycopg.errors.error_from_result(result, encoding)
             else:
@@ -329,13 +331,19 @@ def _first_result(
 ) -> psycopg.pq.abc.PGresult:
     """What `Store.read_row` does the first time in a session: settings, statement and question in one round trip."""
     connection.timeout_ms = None  # if this fails the settings are rolled back with it
-    name = f"row_{next(connection.names)}"
+    name = f"row_{len(connection.prepared)}"
     cursor = psycopg.RawCursor(connection)
-    with connection.pipeline():
-        set_locally(connection, timeout_ms, PLAN_ONCE, stay=not connection.pooled)
-        if not connection.pooled and sql not in connection.prepared:
-            _execute(connection, f"PREPARE {name} AS {sql}")
-        cursor.execute(sql.encode(), parameters, binary=True)
+    prepares = not connection.pooled and sql not in connection.prepared
+    try:
+        with connection.pipeline():
+            set_locally(connection, timeout_ms, _ROW, stay=not connection.pooled)
+            if prepares:
+                _execute(connection, f"PREPARE {name} AS {sql}")
+            cursor.execute(sql.encode(), parameters, binary=True)
+    except psycopg.Error:
+        if prepares:  # a statement outlives what is rolled back: one more would be left with every failure
+            connection.close()
+        raise
     if not connection.pooled:
         connection.timeout_ms = timeout_ms
         connection.prepared.setdefault(sql, name.encode())

@@ -22,20 +22,20 @@ def live_sql(entities: Sequence[Entity]) -> str:
     """One row of `entities` at the present: for each view its newest partition, then each entity's rows and tiles.
 
     A partition is in days before today; out of its ttl or not, but for `today` and later. Rows, of the keys that have
-    one: the key's place (from 1), then of each view the packed value of that partition, or as many zeros. Tiles, of the
-    days that no partition within its ttl holds: the key's place, the day before today, its states. Everything is 8 bytes
-    wide, places whole numbers and all else doubles. Parameters: today, then the arrays of keys.
+    one: of each view the packed value of that partition, or as many zeros. Tiles, of the days that no partition within
+    its ttl holds: the day before today and its states. Both are 8 bytes times as many, and before each come the keys
+    that they are of, a value per key column: UTF-8 texts with a zero between. Parameters: today, then the arrays of keys.
     """
     views = [view for entity in entities for view in online_sql.views_of(entity)]
-    parts, columns = [f"edge AS MATERIALIZED ({_newest(views)})"], [f"edge.{view.name} - {_TODAY}" for view in views]
+    columns, tables = [f"edge.{view.name} - {_TODAY}" for view in views], [f"({_newest(views)}) AS edge"]
     parameter = 2
     for part, entity in enumerate(entities):
-        arrays = ", ".join(f"${parameter + place}::text[]" for place in range(len(entity.keys)))
+        arrays = [f"${parameter + place}::text[]" for place in range(len(entity.keys))]
         parameter += len(entity.keys)
-        listed = f"unnest({arrays}) WITH ORDINALITY AS a ({', '.join(entity.keys)}, place)"
-        parts.append(f"k{part} AS MATERIALIZED (SELECT * FROM {listed}{_hidden(entity)})")
-        columns += [_packed_rows(part, entity), _packed_tiles(part, entity)]
-    return f"WITH {', '.join(parts)} SELECT {', '.join(columns)} FROM edge"
+        for table, packed in ((f"r{part}", _packed_rows(entity, arrays)), (f"t{part}", _packed_tiles(entity, arrays))):
+            columns.append(f"{table}.*")
+            tables.append(f"LATERAL ({packed}) AS {table}")
+    return f"SELECT {', '.join(columns)} FROM {' CROSS JOIN '.join(tables)}"
 
 
 def past_sql(views: Sequence[FeatureView]) -> str:
@@ -66,39 +66,47 @@ def _newest(views: Sequence[FeatureView]) -> str:
     )
 
 
-def _packed_rows(part: int, entity: Entity) -> str:
-    packed = ["int8send(k.place)"]
+def _packed_rows(entity: Entity, arrays: Sequence[str]) -> str:
+    packed = []
     for view in online_sql.views_of(entity):
         width = online_sql.packed_bytes(view)
         # As wide as it should be, whatever is stored: the reader takes the bytes apart by their places.
         packed.append(
-            f"CASE WHEN r.{view.name}_date = edge.{view.name} AND octet_length(r.{view.name}) = {width} "
-            f"THEN r.{view.name} ELSE decode(repeat('00', {width}), 'hex') END"
+            f"CASE WHEN a.{view.name}_date = edge.{view.name} AND octet_length(a.{view.name}) = {width} "
+            f"THEN a.{view.name} ELSE decode(repeat('00', {width}), 'hex') END"
         )
-    same = " AND ".join(f"r.{key} = k.{key}" for key in entity.keys)
     return (
-        f"(SELECT string_agg({' || '.join(packed)}, ''::bytea) "
-        f"FROM k{part} AS k JOIN {online_sql.rows_table(entity)} AS r ON {same})"
+        f"SELECT {_joined(entity, ' || '.join(packed))} FROM {online_sql.rows_table(entity)} AS a "
+        f"WHERE {_among(entity, arrays)}"
     )
 
 
-def _packed_tiles(part: int, entity: Entity) -> str:
-    packed = [
-        "int8send(k.place)",
-        f"float8send((t.day - {_TODAY})::float8)",
-        *(online_sql.packed_state(f"t.{state.name}", state) for state in online_sql.tile_states(entity)),
-    ]
+def _packed_tiles(entity: Entity, arrays: Sequence[str]) -> str:
     fresh = ", ".join(
-        f"CASE WHEN {view.name} >= {_TODAY} - {view.ttl_days} THEN {view.name} END"
+        f"CASE WHEN edge.{view.name} >= {_TODAY} - {view.ttl_days} THEN edge.{view.name} END"
         for view in online_sql.views_of(entity)
     )
-    same = " AND ".join(f"{key} = k.{key}" for key in entity.keys)
     return (
-        f"(SELECT string_agg({' || '.join(packed)}, ''::bytea) FROM k{part} AS k "
-        # Key by key (OFFSET 0 keeps it so): a plan that is made once expects few tiles, and would read all of today's.
-        f"CROSS JOIN LATERAL (SELECT * FROM {online_sql.tiles_table(entity)} WHERE {same} AND day <= {_TODAY} "
-        f"AND day > COALESCE((SELECT LEAST({fresh}) FROM edge), {_TODAY} - 1) OFFSET 0) AS t)"
+        f"SELECT {_joined(entity, online_sql.packed_tile(entity, _TODAY))} FROM {online_sql.tiles_table(entity)} AS a "
+        f"WHERE {_among(entity, arrays)} AND day <= {_TODAY} AND day > COALESCE(LEAST({fresh}), {_TODAY} - 1)"
     )
+
+
+def _joined(entity: Entity, packed: str) -> str:
+    """The keys and the packed values of many rows, in one order."""
+    keys = [f"string_agg(convert_to(a.{key}, 'UTF8'), decode('00', 'hex'))" for key in entity.keys]
+    return f"{', '.join(keys)}, string_agg({packed}, ''::bytea)"
+
+
+def _among(entity: Entity, arrays: Sequence[str]) -> str:
+    """The condition that a row's keys are among those of `arrays`, and not of a person who asked to be forgotten."""
+    if len(arrays) == 1:
+        # One walk over the index for all keys, where a join would begin at its root for each.
+        among = f"a.{entity.keys[0]} = ANY ({arrays[0]})"
+    else:
+        listed = ", ".join(f"a.{key}" for key in entity.keys)
+        among = f"({listed}) IN (SELECT * FROM unnest({', '.join(arrays)}))"
+    return f"{among}{_hidden(entity, 'AND')}"
 
 
 def _past_part(part: int, view: FeatureView, widest: int, most: int) -> str:
@@ -125,14 +133,14 @@ def _chosen(part: int, entity: Entity) -> str:
 def _asked(part: int, entity: Entity) -> str:
     """The keys asked for; who asked to be forgotten reads as unknown."""
     arrays = ", ".join(f"%(k{part}_{place})s::text[]" for place in range(len(entity.keys)))
-    return f"SELECT DISTINCT a.* FROM unnest({arrays}) AS a ({', '.join(entity.keys)}){_hidden(entity)}"
+    return f"SELECT DISTINCT a.* FROM unnest({arrays}) AS a ({', '.join(entity.keys)}){_hidden(entity, 'WHERE')}"
 
 
-def _hidden(entity: Entity) -> str:
-    """The condition that the person of a key `a` is not to be forgotten."""
+def _hidden(entity: Entity, word: str) -> str:
+    """After `word`, the condition that the person of a row `a` is not to be forgotten."""
     if "user_id" not in entity.keys:
         return ""
-    return " WHERE NOT EXISTS (SELECT FROM erasure_requests AS h WHERE h.user_id = a.user_id)"
+    return f" {word} NOT EXISTS (SELECT FROM erasure_requests AS h WHERE h.user_id = a.user_id)"
 
 
 def _padded(columns: list[str], count: int, type_: str) -> list[str]:

@@ -137,14 +137,8 @@ def tiles_sql(entity: Entity, where: str) -> str:
     """Per key, `tiles`: the packed days since the oldest edge in the relation `edge`, one after the other."""
     keys = ", ".join(entity.keys)
     oldest = f"LEAST({', '.join(view.name for view in views_of(entity))})"
-    packed = " || ".join(
-        [
-            "float8send((day - %(today)s::date)::float8)",
-            *(packed_state(state.name, state) for state in tile_states(entity)),
-        ]
-    )
     return (
-        f"SELECT {keys}, string_agg({packed}, ''::bytea) AS tiles FROM {tiles_table(entity)} WHERE {where} "
+        f"SELECT {keys}, string_agg({packed_tile(entity, '%(today)s::date')}, ''::bytea) AS tiles FROM {tiles_table(entity)} WHERE {where} "
         f"AND day <= %(today)s::date AND day > COALESCE((SELECT {oldest} FROM edge), %(today)s::date - 1) GROUP BY {keys}"
     )
 
@@ -179,6 +173,12 @@ def packed_state(column: str, state: State) -> str:
     # EXTRACT would go through NUMERIC, whose cast to a double costs more than all the rest; the double is the same.
     value = f"date_part('epoch', {column})" if state.is_instant else column
     return f"float8send(COALESCE({value}::float8, 'NaN'))"
+
+
+def packed_tile(entity: Entity, today: str) -> str:
+    """A row of an entity's tiles as doubles: its day in days from `today`, an SQL expression, and its states."""
+    states = [packed_state(state.name, state) for state in tile_states(entity)]
+    return " || ".join([f"float8send((day - {today})::float8)", *states])
 
 
 def packed_bytes(view: FeatureView) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
@@ -215,6 +217,28 @@ def test_a_read_that_takes_too_long_is_unavailable_and_leaves_the_session_fit(da
     assert statuses(read_features(store, asked, timeout_ms=5_000)["user_activity"]) == [{"MISSING"}]
     with store.connection() as connection:
         assert connection.execute("SHOW statement_timeout").fetchone() == ("5s",)
+
+
+def test_a_first_read_that_fails_leaves_no_statement_behind(database: str, store: Store) -> None:
+    with psycopg.connect(database) as blocking:
+        blocking.execute("LOCK TABLE feature_ledger")
+        for _ in range(3):
+            with pytest.raises(Unavailable, match="did not answer in time"):
+                read_features(store, {USER_ACTIVITY: [("u",)]}, timeout_ms=200)
+    with store.connection() as connection:
+        row = connection.execute("SELECT count(*) FROM pg_prepared_statements").fetchone()
+    assert row == (0,)
+
+
+def test_a_connection_that_was_lost_is_unavailable_once(store: Store) -> None:
+    read_features(store, {USER_ACTIVITY: [("u",)]})
+    with store.connection() as connection:
+        lost = socket.socket(fileno=os.dup(connection.fileno()))
+    with lost:
+        lost.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        read_features(store, {USER_ACTIVITY: [("u",)]})
+    assert statuses(read_features(store, {USER_ACTIVITY: [("u",)]})["user_activity"]) == [{"MISSING"}]
 
 
 def test_what_cannot_be_read_is_named(store: Store) -> None:
