@@ -70,16 +70,17 @@ def read_packed(
 
 def _rows(layout: Layout, place: Mapping[tuple[str, ...], int], packed: Sequence[bytes | None]) -> tuple[Floats, Bools]:
     """States `(n, c)`, NaN where there is none, and which views have a row of n keys, `(n, v)`."""
-    states = np.full((len(place), len(layout.view_of)), np.nan)
-    held = np.zeros((len(place), len(layout.views)), bool)
     *keys, raw = packed
-    if raw is not None:
-        whole, owners = _words(raw, layout.packed_width), _owners(place, keys)
-        fit = whole.take(layout.hash_at, axis=1) == layout.hashes
-        found = whole.view(np.float64).take(layout.packed, axis=1)
-        if np.count_nonzero(fit) < fit.size:
-            np.copyto(found, np.nan, where=~fit.take(layout.view_of, axis=1))
-        states[owners], held[owners] = found, fit
+    n, whole = len(place), _words(raw or b"", layout.packed_width)
+    fit = whole.take(layout.hash_at, axis=1) == layout.hashes
+    found = whole.view(np.float64).take(layout.packed, axis=1)
+    if np.count_nonzero(fit) < fit.size:
+        np.copyto(found, np.nan, where=~fit.take(layout.view_of, axis=1))
+    if n == len(whole) == 1:  # nothing to put in order
+        return found, fit
+    states, held = np.full((n, found.shape[1]), np.nan), np.zeros((n, fit.shape[1]), bool)
+    owners = _owners(place, keys)
+    states[owners], held[owners] = found, fit
     return states, held
 
 
@@ -94,7 +95,7 @@ def _tiles(layout: Layout, place: Mapping[tuple[str, ...], int], packed: Sequenc
 def _owners(place: Mapping[tuple[str, ...], int], keys: Sequence[bytes | None]) -> Places:
     """`(m,)`: where the keys belong that came as one value per key column."""
     columns = [raw.decode().split("\0") for raw in keys if raw is not None]
-    return np.fromiter(map(place.__getitem__, zip(*columns, strict=True)), np.intp, len(columns[0]))
+    return np.fromiter(map(place.__getitem__, zip(*columns, strict=True)), np.intp)
 
 
 def _words(packed: bytes, width: int) -> NDArray[np.int64]:

@@ -146,6 +146,7 @@ class Store:
                 prepare_threshold=_NEVER,
                 connect_timeout=_CONNECT_SECONDS,
                 application_name="larder",
+                client_encoding="UTF8",
             )
             answering = connection.execute("SELECT pg_backend_pid()").fetchone()
             if answering is None or answering[0] != connection.info.backend_pid:
@@ -166,13 +167,12 @@ class Store:
             name = connection.prepared.get(sql)
             if name is not None and connection.timeout_ms == timeout_ms:
                 # A cursor would take longer to hand this over than the server to answer it.
-                encoding = connection.info.encoding
-                values = [parameter.encode(encoding) for parameter in parameters]
+                values = [parameter.encode() for parameter in parameters]
                 result = connection.pgconn.exec_prepared(name, values, result_format=psycopg.pq.Format.BINARY)
                 if connection.closed:  # then the result may name no SQLSTATE, and would be no OperationalError
                     raise psycopg.OperationalError("the connection was lost")
                 if result.status != psycopg.pq.ExecStatus.TUPLES_OK:
-                    raise psycopg.errors.error_from_result(result, encoding)
+                    raise psycopg.errors.error_from_result(result)
             else:
                 result = _first_result(connection, sql, parameters, timeout_ms)
             return [result.get_value(0, column) for column in range(result.nfields)]

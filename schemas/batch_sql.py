@@ -24,7 +24,7 @@ def live_sql(entities: Sequence[Entity]) -> str:
     A partition is in days before today; out of its ttl or not, but for `today` and later. Rows, of the keys that have
     one: of each view the packed value of that partition, or as many zeros. Tiles, of the days that no partition within
     its ttl holds: the day before today and its states. Both are 8 bytes times as many, and before each come the keys
-    that they are of, a value per key column: UTF-8 texts with a zero between. Parameters: today, then the arrays of keys.
+    that they are of, a value per key column: texts with a zero between. Parameters: today, then the arrays of keys.
     """
     views = [view for entity in entities for view in online_sql.views_of(entity)]
     columns, tables = [f"edge.{view.name} - {_TODAY}" for view in views], [f"({_newest(views)}) AS edge"]
@@ -94,7 +94,7 @@ def _packed_tiles(entity: Entity, arrays: Sequence[str]) -> str:
 
 def _joined(entity: Entity, packed: str) -> str:
     """The keys and the packed values of many rows, in one order."""
-    keys = [f"string_agg(convert_to(a.{key}, 'UTF8'), decode('00', 'hex'))" for key in entity.keys]
+    keys = [f"string_agg(textsend(a.{key}), decode('00', 'hex'))" for key in entity.keys]
     return f"{', '.join(keys)}, string_agg({packed}, ''::bytea)"
 
 
