@@ -106,6 +106,13 @@ def test_features_over_the_same_states_share_columns() -> None:
     assert columns == ["n_7d", "value_sum_7d", "value_n_7d", "value_sum_30d", "value_n_30d"]
 
 
+def test_views_of_one_name_are_one_key_only_if_all_of_them_is_the_same() -> None:
+    other = replace(views.USER_ACTIVITY, ttl_days=views.USER_ACTIVITY.ttl_days + 1)
+    held = {views.USER_ACTIVITY: "as declared", other: "another"}
+    assert held[replace(views.USER_ACTIVITY)] == "as declared"
+    assert held[other] == "another"
+
+
 def test_the_fingerprint_changes_with_order_and_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
     before = views.fingerprint()
     turned = replace(views.ITEM_ACTIVITY, features=views.ITEM_ACTIVITY.features[::-1])
