@@ -50,8 +50,8 @@ vacuum: install ## delete the files that killed runs left in the lake: [HOURS=24
 training-set: install ## features for a table of labels, as known at each: LABELS=file.parquet OUT=file.parquet [VIEWS=a,b] [TIME=column] [KNOWN_AT=0]
 	@$(BIN)/python -m orchestration.training_set $(if $(LABELS),--labels '$(LABELS)') $(if $(OUT),--out '$(OUT)') $(if $(VIEWS),--views '$(VIEWS)') $(if $(TIME),--time '$(TIME)') $(if $(filter 0,$(KNOWN_AT)),--no-known-at)
 
-test: install ## everything CI runs
-	@$(BIN)/python -m pytest
+test: install ## everything CI runs, in as many processes as there are cores, four at most
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 prove: install ## the long proofs, in full
 	@$(BIN)/python -m pytest -m prove

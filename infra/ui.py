@@ -76,7 +76,9 @@ def main() -> int:
     ]
     # Being told to stop is the same as Ctrl-C. Webserver, daemon and code servers are a group of their own: each hears of
     # it at once, and from nobody else.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell that starts it in the background has Ctrl-C ignored, by all of them.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, signal.default_int_handler)
     process = subprocess.Popen(command, start_new_session=True)
     try:
         return process.wait()

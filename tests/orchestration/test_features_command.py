@@ -22,7 +22,7 @@ from schemas.views import VIEWS
 def test_the_command_prints_value_status_and_age(
     larder_home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, database: str
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("orchestration.features.console.width", 200)
     assert main(["--view", "user_activity", "--key", "u"]) == 1
     assert "run `make run` first" in capsys.readouterr().out
     assert main(["--view", "user_activty", "--key", "u"]) == 1

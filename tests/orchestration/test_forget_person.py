@@ -35,7 +35,7 @@ ANNA = "anna@example.org"
 def record(larder_home: Path, monkeypatch: pytest.MonkeyPatch, database: str) -> Deployment:
     """A deployment with two people."""
     monkeypatch.setenv("DATABASE_URL", database)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("orchestration.forget.console.width", 200)
     made = Deployment("small", None, days_ago(30).date())
     made.save()
     events = [

@@ -136,7 +136,7 @@ def test_the_command_prints_a_table_and_names_what_is_wrong(
     from infra.deployment import Deployment
     from orchestration.explain import main
 
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("orchestration.explain.console.width", 200)
     assert main(["--view", "user_activty", "--key", "u"]) == 1
     assert "there is no view 'user_activty' (did you mean user_activity?)" in capsys.readouterr().out
     assert main(["--view", "user_affinity", "--key", "u"]) == 1
