@@ -20,20 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference import explain, rerank
-from inference.assemble import crossed, finish, history_gaps
 from inference.candidates import Candidates, Filters
 from inference.encoder import TextEncoder
-from inference.live import Columns
 from inference.ranker import Ranker
+from inference.ranker_inputs import candidate_inputs, no_candidates, person_inputs
 from inference.served import ServedLog, ServedRead
 from inference.store import Champion, History, PersonRow, Store
 from inference.telemetry import span
 from schemas import prompts
 from schemas.errors import ArtifactError, Unavailable
-from schemas.events import KINDS, LIKED_VALUE, NEGATIVE_KINDS
-from schemas.features import FeatureView
+from schemas.events import LIKED_VALUE, NEGATIVE_KINDS
 from schemas.serving import RecommendationRequest, RecommendationResponse, RecommendedItem
-from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS, CROSS_VIEWS, candidate_features
+from schemas.views import CONTEXT_VIEWS
 
 RECENT_ITEMS = 20
 """So many of the newest items look up their co-visitation neighbours."""
@@ -278,99 +276,6 @@ class _Asked:
         history = self.person.history
         liked = [item for item, kind in zip(history.item_ids, history.kinds, strict=True) if kind not in NEGATIVE_KINDS]
         return list(dict.fromkeys(reversed(liked)))[:RECENT_ITEMS]
-
-
-def person_inputs(
-    person: PersonRow, at: datetime, wish: NDArray[np.float32] | None, dim: int
-) -> dict[str, NDArray[np.generic]]:
-    """The ranker's inputs that describe the person and the request; see schemas/ranker.py for shapes."""
-    seconds = at.timestamp()
-    parts = [_one_row(view, person.views[view.name], seconds) for view in CONTEXT_VIEWS]
-    history = person.history
-    h = max(len(history.item_ids), 1)
-    vectors = np.zeros((1, h, dim), np.float32)
-    kinds = np.zeros((1, h), np.int64)
-    values, gaps, mask = (np.zeros((1, h), np.float32) for _ in range(3))
-    if history.item_ids:
-        gaps[0] = history_gaps(history.occurred_at, seconds)
-        values[0] = [0.0 if value is None else value for value in history.values]
-        for row, (kind, vector) in enumerate(zip(history.kinds, history.vectors, strict=True)):
-            if vector is not None and len(vector) == dim:  # an item that has left the catalogue says nothing
-                vectors[0, row] = vector
-                kinds[0, row] = KINDS.index(kind) + 1
-                mask[0, row] = 1.0
-        values[0] *= mask[0]
-        gaps[0] *= mask[0]
-    return {
-        "context_features": np.concatenate([values_ for values_, _ in parts], 1),
-        "context_mask": np.concatenate([mask_ for _, mask_ in parts], 1),
-        "prompt_vector": np.zeros((1, dim), np.float32) if wish is None else wish,
-        "prompt_mask": np.array([0.0 if wish is None else 1.0], np.float32),
-        "history_vectors": vectors,
-        "history_kinds": kinds,
-        "history_values": values,
-        "history_gaps": gaps,
-        "history_mask": mask,
-    }
-
-
-def candidate_inputs(candidates: Candidates, views: dict[str, Columns], at: datetime) -> dict[str, NDArray[np.generic]]:
-    """The ranker's inputs that describe n candidates."""
-    n = len(candidates)
-    seconds = np.full(n, at.timestamp())
-    values, masks = [], []
-    for view in CANDIDATE_VIEWS:
-        columns = candidates.features
-        present = np.isfinite(columns.as_of) & columns.settled
-        value, mask = finish(view, columns.states, at=seconds, as_of=np.nan_to_num(columns.as_of), present=present)
-        values.append(value)
-        masks.append(mask)
-    for view in CROSS_VIEWS:
-        value, mask = _crossed(view, views[view.name], candidates.categories, at.timestamp())
-        values.append(value)
-        masks.append(mask)
-    return {
-        "candidate_vectors": candidates.vectors[None],
-        "candidate_features": np.concatenate(values, 1)[None],
-        "candidate_mask": np.concatenate(masks, 1)[None],
-    }
-
-
-def no_candidates(dim: int) -> dict[str, NDArray[np.generic]]:
-    """One empty candidate: what is fed when only the user vector is wanted."""
-    width = len(candidate_features())
-    empty = np.zeros((1, 1, width), np.float32)
-    return {
-        "candidate_vectors": np.zeros((1, 1, dim), np.float32),
-        "candidate_features": empty,
-        "candidate_mask": empty,
-    }
-
-
-def _one_row(view: FeatureView, columns: Columns, seconds: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    if not columns.keys or not columns.settled:
-        empty = np.zeros((1, len(view.features)), np.float32)
-        return empty, empty
-    states = {name: values[:1] for name, values in columns.states.items()}
-    return finish(view, states, at=np.array([seconds]), as_of=columns.as_of[:1], present=np.ones(1, bool))
-
-
-def _crossed(
-    view: FeatureView, columns: Columns, categories: list[list[str]], seconds: float
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    if not columns.keys or not columns.settled:
-        empty = np.zeros((len(categories), len(view.features)), np.float32)
-        return empty, empty
-    place = {key[-1]: index for index, key in enumerate(columns.keys)}
-    value, mask = finish(
-        view, columns.states, at=np.full(len(place), seconds), as_of=columns.as_of, present=np.ones(len(place), bool)
-    )
-    membership = np.zeros((len(categories), len(place)), np.float32)
-    for row, names in enumerate(categories):
-        for name in names:
-            if name in place:
-                membership[row, place[name]] = 1.0
-    return crossed(value, mask, membership)
 
 
 def _speaks_for(kind: str, value: float | None) -> bool:

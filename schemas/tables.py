@@ -34,6 +34,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
+from schemas.declarations import meaning
 from schemas.features import FeatureView
 from schemas.ranker import TEXT_DIM
 
@@ -216,12 +217,12 @@ feature_ledger = Table(
 
 def view_table(view: FeatureView) -> Table:
     """The snapshot table of `view`: one row per partition and entity, one column per state and window."""
-    columns: list[Column[Any]] = [
-        Column("partition_date", Date, primary_key=True),
-        *(Column(key, Text, primary_key=True) for key in view.entity.keys),
-    ]
-    for name, state, _ in view.columns:
-        columns.append(Column(name, Instant if state.is_instant else BigInteger if state.is_count else Double))
+    columns: list[Column[Any]] = [Column("partition_date", Date, primary_key=True)]
+    columns += [Column(key, Text, primary_key=True) for key in view.entity.keys]
+    for name, state, days in view.columns:
+        kind = Instant if state.is_instant else BigInteger if state.is_count else Double
+        used = ", ".join(one.name for one in view.features if one.window_days == days and state in one.states)
+        columns.append(Column(name, kind, comment=f"{meaning(state)} over {days} d, for {used}"))
     return Table(view.name, MetaData(schema="features"), *columns, comment=view.description)
 
 

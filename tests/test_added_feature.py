@@ -60,7 +60,7 @@ def test_its_column_is_made_and_backfilled_without_a_migration(told: dict[str, A
 
 def test_the_asset_page_lists_its_column_and_its_meaning(told: dict[str, Any]) -> None:
     assert "n_14d" in told["columns"]["user_activity"]
-    assert "| `events_14d` | 14 days | events in the window |" in told["description"]
+    assert "| `events_14d` | 14 | events in the window |" in told["description"]
     assert told["columns"]["user_taste"] == ["partition_date", "user_id", "value_last_30d", "value_at_30d"]
 
 

@@ -64,10 +64,8 @@ def view_stage(view: FeatureView, larder: Larder, engine: Engine) -> Stage:
 
 
 def _described(view: FeatureView) -> str:
-    rows = "\n".join(
-        f"| `{feature.name}` | {feature.window_days} days | {feature.description} |" for feature in view.features
-    )
-    return f"{view.description}\n\n| feature | window | meaning |\n| --- | --- | --- |\n{rows}"
+    rows = "\n".join(f"| `{one.name}` | {one.window_days} | {one.description} |" for one in view.features)
+    return f"{view.description}\n\n| feature | window, days | meaning |\n| --- | --- | --- |\n{rows}"
 
 
 VIEW_SPECS = [view_spec(view) for view in VIEWS]

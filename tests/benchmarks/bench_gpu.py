@@ -35,9 +35,10 @@ import orchestration  # first: it sets how OpenMP waits
 from inference.cuda import PROVIDER, Bucket, CudaSession
 from orchestration.compute.export import export_fp32, random_inputs, session_runner
 from orchestration.compute.half import half
-from orchestration.compute.model import Ranker, RankerShape
+from orchestration.compute.model import Ranker
 from schemas.ranker import MAX_HISTORY, OUTPUTS, SIZES
 from schemas.views import candidate_features, context_features
+from tests.rankers import random_ranker
 
 assert orchestration is not None
 F, G = len(context_features()), len(candidate_features())
@@ -61,7 +62,7 @@ def main() -> int:
     say("machine", report["machine"])
     with tempfile.TemporaryDirectory() as folder:
         for size in arguments.sizes:
-            ranker = random_ranker(size)
+            ranker = random_ranker(size, F, G)
             path = Path(folder) / f"{size}.onnx"
             export_fp32(ranker if arguments.cpu else half(ranker), path, f=F, g=G, d=SIZES[size].dim)
             if arguments.cpu:
@@ -76,7 +77,7 @@ def main() -> int:
             report["ceilings"] = ceilings()
             say("ceilings", report["ceilings"])
             size = arguments.sizes[-1]
-            ranker, path = random_ranker(size), Path(folder) / f"{size}.onnx"
+            ranker, path = random_ranker(size, F, G), Path(folder) / f"{size}.onnx"
             report["batch"] = {"size": size} | {
                 f"b={b}, n={n}": batch(ranker, path, b, n, report["ceilings"]) for b, n in ((16, 1000), (64, 500))
             }
@@ -108,17 +109,6 @@ def machine(cpu: bool) -> dict[str, Any]:
         name, memory, driver = (part.strip() for part in card.split(","))
         about |= {"gpu": name, "gpu_memory": memory, "driver": driver, "cuda": torch.version.cuda}
     return about
-
-
-def random_ranker(size: str) -> Ranker:
-    """A ranker with seeded weights in which every path is live: fresh ones start with silent heads."""
-    torch.manual_seed(0)
-    ranker = Ranker(RankerShape(size, F, G)).eval()
-    with torch.no_grad():
-        for parameter in ranker.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
-    return ranker
 
 
 def shift(answer: np.ndarray[Any, Any], reference: np.ndarray[Any, Any]) -> float:
@@ -199,7 +189,7 @@ def request(ranker: Ranker, path: Path, n: int) -> dict[str, Any]:
 
 def torch_rankers(ranker: Ranker, mode: str) -> list[tuple[str, Callable[..., Any]]]:
     """What the graph competes with: PyTorch under fp16 autocast, eager and compiled, and our half blocks compiled."""
-    model = random_ranker(ranker.shape.size).cuda()
+    model = random_ranker(ranker.shape.size, F, G).cuda()
     ours = half(ranker).cuda()
 
     def autocast(run: Callable[..., Any]) -> Callable[..., Any]:

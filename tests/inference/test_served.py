@@ -18,7 +18,7 @@ from worlds import ListSource
 from inference.candidates import Filters
 from inference.features import block_of
 from inference.handlers.aws_lambda import FLUSH_MS, create_handler
-from inference.recommend import candidate_inputs, person_inputs
+from inference.ranker_inputs import candidate_inputs, person_inputs
 from inference.runtime import LarderApplication
 from inference.served import ServedLog, ServedRead
 from inference.settings import Settings, read_settings

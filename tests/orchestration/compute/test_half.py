@@ -9,30 +9,20 @@ import sys
 import numpy as np
 import pytest
 import torch
+from rankers import random_ranker
 
 from inference.cuda import Bucket, CudaSession
 from orchestration.compute.export import export_fp32, random_inputs
 from orchestration.compute.half import half
-from orchestration.compute.model import Ranker, RankerShape
 from schemas.errors import ArtifactError
 from schemas.ranker import MAX_HISTORY, SIZES
 
 F, G = 3, 5
 
 
-def ranker_of(size: str) -> Ranker:
-    torch.manual_seed(1)
-    ranker = Ranker(RankerShape(size, F, G)).eval()
-    with torch.no_grad():
-        for parameter in ranker.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
-    return ranker
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_half_precision_moves_no_score_by_a_thousandth_of_the_spread(size: str) -> None:
-    ranker = ranker_of(size)
+    ranker = random_ranker(size, F, G)
     twin = half(ranker)
     inputs = {
         name: torch.from_numpy(value)
@@ -61,7 +51,7 @@ def test_a_bucket_pads_history_to_the_left_and_candidates_to_the_right() -> None
 
 
 def test_a_padded_request_scores_as_an_unpadded_one() -> None:
-    ranker = ranker_of("small")
+    ranker = random_ranker("small", F, G)
     inputs = random_inputs(1, 3, 4, f=F, g=G, d=SIZES["small"].dim, seed=5)
     padded = {name: Bucket(2, 9, 7).padded(name, value) for name, value in inputs.items()}
     with torch.no_grad():
@@ -75,7 +65,7 @@ def test_a_padded_request_scores_as_an_unpadded_one() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a GPU")
 def test_without_a_gpu_the_session_refuses_instead_of_falling_back(tmp_path) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "ranker.onnx"
-    export_fp32(half(ranker_of("small")), path, f=F, g=G, d=SIZES["small"].dim)
+    export_fp32(half(random_ranker("small", F, G)), path, f=F, g=G, d=SIZES["small"].dim)
     with pytest.raises(ArtifactError, match="GPU"):
         CudaSession(path, [Bucket(1, 5, 5)])
 
