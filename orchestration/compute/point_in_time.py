@@ -128,22 +128,23 @@ class PointInTime:
         self._db.register("events", events.append_column("row", pa.array(np.arange(len(events)))))
         parts: pa.Table = self._db.sql(parts_sql(view)).to_arrow_table().combine_chunks()
         self._db.unregister("events")
-        row: NDArray[np.int64] | slice = parts["row"].to_numpy()
-        if np.array_equal(row, np.arange(len(events))):
-            row = slice(None)  # nothing to gather
+        row = parts["row"].to_numpy()
+        as_they_came = np.array_equal(row, np.arange(len(events)))
         names, numbers = [], []
-        for key in view.entity.keys:
-            code = codes[key] if key in codes else parts[key].combine_chunks().dictionary_encode()
+        for name in view.entity.keys:
+            code = codes[name] if name in codes else parts[name].combine_chunks().dictionary_encode()
             number = np.asarray(code.indices).astype(np.int64)
             names.append(code.dictionary)
-            numbers.append(number[row] if key in codes else number)
+            numbers.append(number if as_they_came or name not in codes else number[row])
         keys, key = _Keys.of(names, numbers)
+        if not as_they_came:
+            occurred, known = occurred[row], known[row]
         found = {
             state.name: _part(parts[state.name].combine_chunks())
             for state in view.states
             if state.name in parts.schema.names
         }
-        return keys, Timeline(view, key, occurred[row], known[row], found)
+        return keys, Timeline(view, key, occurred, known, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +185,10 @@ class _Keys:
 
 def _part(values: pa.Array) -> NDArray[Any]:
     """A part as a `Timeline` takes it."""
-    if pa.types.is_int8(values.type):
-        return values.to_numpy().view(bool)
     if not pa.types.is_decimal(values.type):
-        return values.to_numpy(zero_copy_only=False)
+        found: NDArray[Any] = values.to_numpy(zero_copy_only=False)
+        return found.view(bool) if found.dtype == np.int8 else found
     # 18 digits fit into the lower half of a decimal's 128 bits, and the six behind the point make it millionths.
     halves = np.frombuffer(values.buffers()[1], np.int64)[2 * values.offset :][: 2 * len(values)]
-    return np.ma.masked_array(halves[::2], np.asarray(values.is_null().to_numpy(zero_copy_only=False)))
+    sums: NDArray[Any] = np.ma.masked_array(halves[::2], values.is_null().to_numpy(zero_copy_only=False))
+    return sums
