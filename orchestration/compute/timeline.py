@@ -73,9 +73,11 @@ class Timeline:
                     half_life = state.half_life_days * DAY
                     held = _Decayed(part, rows, late, occurred, known, self._order.starts, half_life)
                 case Merge.LAST:
-                    held = _Latest(part, rows, late, occurred, self._order.starts)
+                    by_value = np.argsort(part, kind="stable")
+                    held = _Latest(part, by_value, rows, late, occurred, self._order.starts)
                 case Merge.MAX if state.is_instant:
-                    held = _Latest(_instants(part, occurred), rows, late, occurred, self._order.starts)
+                    every_row = np.arange(len(key))
+                    held = _Latest(_instants(part, occurred), every_row, rows, late, occurred, self._order.starts)
                 case _:
                     values = _instants(part, occurred) if state.is_instant else part
                     held = _Best(np.fmin if state.merge is Merge.MIN else np.fmax, values[rows], values[late])
@@ -232,15 +234,17 @@ class _Best:
 
 
 class _Latest:
-    """The value of the latest event, and of one instant the largest.
+    """The value of the latest event, and of one instant the one that comes last in `order (n,)`.
 
     What is before a window happened before everything in it: the latest of all rows up to a window's end is its latest,
     or it has none.
     """
 
-    def __init__(self, values: Floats, rows: Ints, late: Ints, occurred: Ints, starts: NDArray[np.bool_]) -> None:
-        given = np.flatnonzero(~np.isnan(values))
-        given = given[np.lexsort((values[given], occurred[given]))]
+    def __init__(
+        self, values: Floats, order: Ints, rows: Ints, late: Ints, occurred: Ints, starts: NDArray[np.bool_]
+    ) -> None:
+        given = order[~np.isnan(values[order])]
+        given = given[_sorted(occurred[given])[1]]
         self._values = np.append(values[given], np.nan)
         rank = np.full(len(values), -1)
         rank[given] = np.arange(len(given))
@@ -336,7 +340,7 @@ def _instants(part: Part, occurred: Ints) -> Floats:
 
 
 def _sorted(values: Ints) -> tuple[Ints, Ints]:
-    """`values (n,)` in order, and which row each was."""
+    """`values (n,)` in order, and which row each was; equal ones stay as they were."""
     n, low = len(values), int(values.min(initial=np.iinfo(np.int64).max))
     if n and int(values.max()) - low < np.iinfo(np.int64).max // n:
         # Numbers that hold their row are sorted four times as fast as rows by their numbers.
