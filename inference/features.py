@@ -9,28 +9,28 @@ It is the read of the recommender (inference/live.py, schemas/feature_sql.py) fo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
 from functools import cache
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.assemble import finish
-from inference.live import HEAD_MOST, Columns, live_columns, snapshot_columns, utc_day
+from inference.assemble import encode, natural, recipe
+from inference.live import HEAD_MOST, Columns, layout_of, snapshot_columns, utc_day
+from inference.packed import Packed, read_packed
+from inference.sql_files import text_array
 from inference.store import PLAN_ONCE, Store, set_locally
 from inference.telemetry import span
 from schemas import batch_sql, online_sql
 from schemas.errors import DefinitionError
-from schemas.features import Entity, FeatureView, Transform
+from schemas.features import Entity, FeatureView
 from schemas.views import VIEWS
 
 Key = tuple[str, ...]
-Rows = Sequence[tuple[Any, ...]]
-_DAY_SECONDS = 86_400.0
+_NOTHING = Columns([], {}, np.zeros(0), False)
 
 
 class Status(IntEnum):
@@ -84,73 +84,108 @@ def read_features(
     """
     _check(keys)
     instant = datetime.now(UTC) if at is None else at
-    wanted = {view: list(dict.fromkeys(asked)) for view, asked in keys.items() if asked}
+    wanted = {view: asked for view, asked in keys.items() if asked}
     if not wanted:
-        found: dict[str, tuple[Columns, dict[Key, float]]] = {}
+        found: dict[str, FeatureBlock] = {}
     elif at is None:
-        found = _read_live(store, wanted, instant, timeout_ms)
+        found = _read_live(store, wanted, instant, timeout_ms, encoded)
     else:
-        found = _read_past(store, wanted, instant, timeout_ms)
-    nothing = Columns([], {}, np.zeros(0), False)
+        found = _read_past(store, wanted, instant, timeout_ms, encoded)
     return {
-        view.name: block_of(view, asked, instant, *found.get(view.name, (nothing, {})), encoded=encoded)
+        view.name: found[view.name] if asked else block_of(view, (), instant, _NOTHING, encoded=encoded)
         for view, asked in keys.items()
     }
 
 
 def _check(keys: Mapping[FeatureView, Sequence[Key]]) -> None:
+    right: tuple[object, int] = (None, 0)
     for view, asked in keys.items():
         if view not in VIEWS:
             raise DefinitionError(
                 f"view {view.name!r} is not one of schemas/views.py ({', '.join(known.name for known in VIEWS)}), so "
                 "nothing is stored of it; declare it there and materialise it"
             )
+        width = len(view.entity.keys)
+        if right[0] is asked and right[1] == width:  # one list for several views
+            continue
+        right = asked, width
+        if set(map(type, asked)) <= {tuple} and set(map(len, asked)) <= {width}:
+            continue
         for key in asked:
-            if isinstance(key, str) or len(key) != len(view.entity.keys):
+            if isinstance(key, str) or len(key) != width:
                 raise DefinitionError(
                     f"{key!r} is no key of view {view.name!r}; give a tuple ({', '.join(view.entity.keys)},)"
                 )
 
 
 def _read_live(
-    store: Store, wanted: dict[FeatureView, list[Key]], at: datetime, timeout_ms: int
-) -> dict[str, tuple[Columns, dict[Key, float]]]:
-    """Columns of each view, and the ends (seconds) of the partitions of its expired rows."""
+    store: Store, wanted: dict[FeatureView, Sequence[Key]], at: datetime, timeout_ms: int, encoded: bool
+) -> dict[str, FeatureBlock]:
     entities = online_sql.entities(wanted)
-    asked = {
-        entity: list(dict.fromkeys(key for view in wanted if view.entity == entity for key in wanted[view]))
-        for entity in entities
-    }
-    today = utc_day(at)
-    rows = _ask(store, _live_sql(entities), {"today": today} | _arrays(list(asked.values())), timeout_ms)
-    widest = max(len(entity.keys) for entity in entities)
-    most = max(len(online_sql.views_of(entity)) for entity in entities)
-    midnight = datetime(today.year, today.month, today.day, tzinfo=UTC).timestamp()
-    found: dict[str, tuple[Columns, dict[Key, float]]] = {}
-    for part, entity in enumerate(entities):
-        views, width = online_sql.views_of(entity), len(entity.keys)
-        mine = [row[1:] for row in rows if row[0] == part]
-        tiles = widest + 2 * most
-        plain = [
-            (*row[:width], *row[widest : widest + len(views)], *row[widest + most :][: len(views)], row[tiles])
-            for row in mine
-        ]
-        columns = live_columns(entity, plain, today, width)
-        for place, view in enumerate(views):
-            days = {row[:width]: row[tiles + 1 + place] for row in mine}
-            ends = {key: midnight + (day + 1) * _DAY_SECONDS for key, day in days.items() if day is not None}
-            found[view.name] = columns[view.name], ends
+    today, asked = utc_day(at), []
+    parameters = [today.isoformat()]
+    for entity in entities:
+        lists = [of for view, of in wanted.items() if view.entity is entity or view.entity == entity]
+        distinct = dict.fromkeys(lists[0])
+        for more in lists[1:]:
+            if more is not lists[0]:
+                distinct |= dict.fromkeys(more)
+        asked.append(distinct)
+        try:
+            parameters += [text_array(column) for column in zip(*distinct, strict=True)]
+        except TypeError:
+            wrong = next(key for key in distinct if not all(isinstance(part, str) for part in key))
+            raise DefinitionError(f"{wrong!r} is no key of {entity.name!r}; give a tuple of texts") from None
+    with span("db read_features", kind="client", attributes=_ATTRIBUTES):
+        row = store.read_row(_live_sql(entities), parameters, timeout_ms)
+    found: dict[str, FeatureBlock] = {}
+    layouts = [layout_of(entity) for entity in entities]
+    begin, packed = 0, sum(len(layout.views) for layout in layouts)
+    for layout, distinct in zip(layouts, asked, strict=True):
+        end = begin + len(layout.views)
+        newest = [None if raw is None else int.from_bytes(raw, signed=True) for raw in row[begin:end]]
+        read = read_packed(layout, len(distinct), newest, row[packed], row[packed + 1], at, encoded=encoded)
+        begin, packed = end, packed + 2
+        for number, view in enumerate(layout.views):
+            if view in wanted:
+                found[view.name] = _live_block(view, wanted[view], at, distinct, read, number)
     return found
 
 
+def _live_block(
+    view: FeatureView, asked: Sequence[Key], at: datetime, distinct: dict[Key, None], read: Packed, number: int
+) -> FeatureBlock:
+    """The view `number` of an entity that was read for the keys `distinct`, as the caller asked for it."""
+    mine = read.layout.features[number]
+    values, valid, age = read.values[:, mine], read.valid[:, mine], read.age_seconds[:, number]
+    status = valid.astype(np.uint8)  # PRESENT or MISSING
+    if read.expired is not None:
+        status[read.expired[:, number]] = Status.EXPIRED
+    keys = tuple(asked)
+    if keys != tuple(distinct):
+        place = {key: row for row, key in enumerate(distinct)}
+        rows = np.array([place[key] for key in keys], np.intp)
+        values, valid, status, age = values[rows], valid[rows], status[rows], age[rows]
+    return FeatureBlock(view, keys, at, values, valid, status, age)
+
+
 def _read_past(
-    store: Store, wanted: dict[FeatureView, list[Key]], at: datetime, timeout_ms: int
-) -> dict[str, tuple[Columns, dict[Key, float]]]:
+    store: Store, wanted: dict[FeatureView, Sequence[Key]], at: datetime, timeout_ms: int, encoded: bool
+) -> dict[str, FeatureBlock]:
     views = tuple(wanted)
-    parameters = {"at": at, "head_since": at - HEAD_MOST} | _arrays(list(wanted.values()))
-    rows = _ask(store, _past_sql(views), parameters, timeout_ms)
+    parameters = {"at": at, "head_since": at - HEAD_MOST} | {
+        f"k{part}_{place}": list(column)
+        for part, asked in enumerate(wanted.values())
+        for place, column in enumerate(zip(*dict.fromkeys(asked), strict=True))
+    }
+    with store.connection() as connection, span("db read_features", kind="client", attributes=_ATTRIBUTES):
+        with connection.pipeline():
+            set_locally(connection, timeout_ms, PLAN_ONCE)
+            # Planning this statement takes longer than running it: the connection keeps its plan.
+            cursor = connection.cursor(binary=True).execute(_past_sql(views), parameters, prepare=True)
+        rows = cursor.fetchall()
     widest = max(len(view.entity.keys) for view in views)
-    found: dict[str, tuple[Columns, dict[Key, float]]] = {}
+    found: dict[str, FeatureBlock] = {}
     for part, view in enumerate(views):
         width = len(view.entity.keys)
         mine = [row[1:] for row in rows if row[0] == part]
@@ -160,7 +195,7 @@ def _read_past(
             for row in mine
             if row[widest + 2] is None
         ]
-        found[view.name] = snapshot_columns(view, plain), ends
+        found[view.name] = block_of(view, wanted[view], at, snapshot_columns(view, plain), ends, encoded=encoded)
     return found
 
 
@@ -186,9 +221,8 @@ def block_of(
             column[there] = columns.states[name][rows[there]]
         as_of[there] = columns.as_of[rows[there]]
     there &= np.isfinite(as_of)
-    shown = view if encoded else _plain(view)
-    values, mask = finish(shown, states, at=np.full(n, seconds), as_of=np.nan_to_num(as_of), present=there)
-    valid = mask > 0
+    raw = natural(view, states, at=np.full(n, seconds), as_of=np.nan_to_num(as_of), present=there)
+    values, valid = encode(recipe((view,)), raw, log1p=encoded)
     status = np.where(valid, Status.PRESENT, Status.MISSING).astype(np.uint8)
     age = np.full(n, np.nan)
     if columns.settled_at is not None:
@@ -200,30 +234,7 @@ def block_of(
     return FeatureBlock(view, tuple(asked), at, values, valid, status, age)
 
 
-def _ask(store: Store, sql: str, parameters: dict[str, Any], timeout_ms: int) -> Rows:
-    with store.connection() as connection, span("db read_features", kind="client", attributes=_ATTRIBUTES):
-        with connection.pipeline():
-            set_locally(connection, timeout_ms, PLAN_ONCE)
-            # Planning this statement takes longer than running it: the connection keeps its plan.
-            cursor = connection.cursor(binary=True).execute(sql, parameters, prepare=True)
-        return cursor.fetchall()
-
-
-_ATTRIBUTES: dict[str, str | int] = {"db.system.name": "postgresql", "db.operation.batch.size": 3}
-
-
-def _arrays(keys: Sequence[Sequence[Key]]) -> dict[str, Any]:
-    """The parameters `k<part>_<column>` of `batch_sql`."""
-    return {
-        f"k{part}_{place}": list(column)
-        for part, asked in enumerate(keys)
-        for place, column in enumerate(zip(*asked, strict=True))
-    }
-
-
-@cache
-def _plain(view: FeatureView) -> FeatureView:
-    return replace(view, features=tuple(replace(entry, transform=Transform.IDENTITY) for entry in view.features))
+_ATTRIBUTES: dict[str, str | int] = {"db.system.name": "postgresql"}
 
 
 @cache

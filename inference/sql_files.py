@@ -1,4 +1,4 @@
-"""The SQL files beside the code, and how vectors travel in and out of Postgres."""
+"""The SQL files beside the code, and how vectors and lists of keys travel in and out of Postgres."""
 
 from __future__ import annotations
 
@@ -27,3 +27,11 @@ def vector_literal(vector: NDArray[np.float32] | None) -> str:
     """`vector (d,)` as pgvector reads it."""
     assert vector is not None
     return "[" + ",".join(f"{value:.7g}" for value in vector.tolist()) + "]"
+
+
+def text_array(texts: Sequence[str]) -> str:
+    """`texts` as Postgres reads an array: many times faster than a driver that looks at each of them."""
+    joined = '","'.join(texts)
+    if "\\" in joined or joined.count('"') != 2 * (len(texts) - 1):
+        joined = '","'.join(text.replace("\\", "\\\\").replace('"', '\\"') for text in texts)
+    return '{"' + joined + '"}' if texts else "{}"

@@ -5,6 +5,7 @@ A recommendation takes two round trips: `read_person` and `pick_candidates`. Eac
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import queue
@@ -45,6 +46,8 @@ _SEARCH = {"hnsw.ef_search": "200", "hnsw.iterative_scan": "strict_order"}
 PLAN_ONCE = {"plan_cache_mode": "force_generic_plan"}
 """A request's statements have one good plan each, whatever their parameters. Making it for every request, over every
 day's partition of the recent events, takes longer than running it."""
+_PLAN_EACH = {"plan_cache_mode": "auto"}
+"""What holds for all others, whatever stayed in the session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +80,31 @@ class PersonRow:
     views: dict[str, Columns]
 
 
+class StoreConnection(psycopg.Connection[Any]):
+    """A connection that knows what its session holds, so that nothing is set or prepared twice."""
+
+    pooled = False
+    """Whether a pooler stands between: the next transaction may then meet another session."""
+    timeout_ms: int | None = None
+    """The statement timeout of a session that is set for `Store.read_row`; None: it is not."""
+
+    def __init__(self, pgconn: psycopg.pq.abc.PGconn) -> None:
+        super().__init__(pgconn)
+        self.prepared: dict[str, bytes] = {}
+        """Names of the statements that `Store.read_row` has asked in this session."""
+        self.names = itertools.count()
+
+
 @dataclass(slots=True)
 class Store:
     """Connections to one database, opened when needed, at most `size` at a time."""
 
     url: str
     size: int = 4
-    _idle: queue.LifoQueue[psycopg.Connection[Any]] = field(default_factory=queue.LifoQueue)
+    _idle: queue.LifoQueue[StoreConnection] = field(default_factory=queue.LifoQueue)
 
     @contextmanager
-    def connection(self) -> Iterator[psycopg.Connection[Any]]:
+    def connection(self) -> Iterator[StoreConnection]:
         """A connection in autocommit; a broken one is thrown away. Raises Unavailable if none can be had."""
         try:
             connection = self._idle.get_nowait()
@@ -119,9 +137,9 @@ class Store:
         while not self._idle.empty():
             self._idle.get_nowait().close()
 
-    def _connect(self) -> psycopg.Connection[Any]:
+    def _connect(self) -> StoreConnection:
         try:
-            connection = psycopg.connect(
+            connection = StoreConnection.connect(
                 self.url,
                 autocommit=True,
                 # Nothing is prepared by itself: only what every request asks is worth it, and says so below.
@@ -133,9 +151,29 @@ class Store:
             if answering is None or answering[0] != connection.info.backend_pid:
                 # A pooler stands between: the next transaction may meet a server that prepared something else.
                 connection.prepare_threshold = None
+                connection.pooled = True
         except psycopg.Error as error:
             raise Unavailable("the database cannot be reached") from error
         return connection
+
+    def read_row(self, sql: str, parameters: Sequence[str], timeout_ms: int) -> list[bytes | None]:
+        """The one row, every value in binary, of a statement with parameters `$1`, `$2` … that is asked again and again.
+
+        It is planned once for all parameters. Where the session is ours alone its settings stay, and all that is sent
+        from the second time on is the statement's name and the parameters; behind a pooler nothing stays.
+        """
+        with self.connection() as connection:
+            name = connection.prepared.get(sql)
+            if name is not None and connection.timeout_ms == timeout_ms:
+                # A cursor would take longer to hand this over than the server to answer it.
+                encoding = connection.info.encoding
+                values = [parameter.encode(encoding) for parameter in parameters]
+                result = connection.pgconn.exec_prepared(name, values, result_format=psycopg.pq.Format.BINARY)
+                if result.status != psycopg.pq.ExecStatus.TUPLES_OK:
+                    raise psycopg.errors.error_from_result(result, encoding)
+            else:
+                result = _first_result(connection, sql, parameters, timeout_ms)
+            return [result.get_value(0, column) for column in range(result.nfields)]
 
     # --- one round trip each -------------------------------------------------------------------------------------
 
@@ -286,15 +324,40 @@ class Store:
         return Champion(*row) if row else None
 
 
+def _first_result(
+    connection: StoreConnection, sql: str, parameters: Sequence[str], timeout_ms: int
+) -> psycopg.pq.abc.PGresult:
+    """What `Store.read_row` does the first time in a session: settings, statement and question in one round trip."""
+    connection.timeout_ms = None  # if this fails the settings are rolled back with it
+    name = f"row_{next(connection.names)}"
+    cursor = psycopg.RawCursor(connection)
+    with connection.pipeline():
+        set_locally(connection, timeout_ms, PLAN_ONCE, stay=not connection.pooled)
+        if not connection.pooled and sql not in connection.prepared:
+            _execute(connection, f"PREPARE {name} AS {sql}")
+        cursor.execute(sql.encode(), parameters, binary=True)
+    if not connection.pooled:
+        connection.timeout_ms = timeout_ms
+        connection.prepared.setdefault(sql, name.encode())
+    assert cursor.pgresult is not None
+    return cursor.pgresult
+
+
 def set_locally(
-    connection: psycopg.Connection[Any], timeout_ms: int, settings: Mapping[str, str] = MappingProxyType({})
+    connection: psycopg.Connection[Any],
+    timeout_ms: int,
+    settings: Mapping[str, str] = MappingProxyType({}),
+    *,
+    stay: bool = False,
 ) -> None:
-    """Settings for the rest of this pipeline, which is one transaction to the server."""
+    """Settings for the rest of this pipeline, which is one transaction to the server; `stay`: for those after it too."""
     # A zone from the environment (PGTZ) would win over one among the connection's options.
     # SET LOCAL would do the same, and warn in the server's log each time that nobody said BEGIN.
-    settings = {"statement_timeout": str(timeout_ms), "TimeZone": "UTC", **settings}
+    settings = {"statement_timeout": str(timeout_ms), "TimeZone": "UTC", **_PLAN_EACH, **settings}
+    local = "false" if stay else "true"
     _execute(
-        connection, "SELECT " + ", ".join(f"set_config('{name}', '{value}', true)" for name, value in settings.items())
+        connection,
+        "SELECT " + ", ".join(f"set_config('{name}', '{value}', {local})" for name, value in settings.items()),
     )
 
 

@@ -1,7 +1,10 @@
-"""Any number of feature views and keys in one statement: the single reads put one under the other.
+"""Any number of feature views and keys in one statement.
 
-Every part selects its own number, its keys, and what the single read gives, padded with NULL to the width of the widest
-part. A part's keys come as one array per key column: the parameters `k<part>_<column>`.
+A read at the present gives one row, in which everything of an entity is one packed value: rows for each key would cost
+more to send and to take apart than to look up. A read at an earlier instant puts the single reads one under the other;
+every part selects its own number, its keys, and what the single read gives, padded with NULL to the width of the widest.
+
+A part's keys come as one array per key column, each key once.
 """
 
 from __future__ import annotations
@@ -12,60 +15,89 @@ from schemas import online_sql
 from schemas.feature_sql import read_sql
 from schemas.features import Entity, FeatureView
 
+_TODAY = "$1::date"
+
 
 def live_sql(entities: Sequence[Entity]) -> str:
-    """Rows `(part, keys, edges, packed rows, tiles, expired days)` of `entities` at the present; see `online_sql`.
+    """One row of `entities` at the present: for each view its newest partition, then each entity's rows and tiles.
 
-    `expired days`, one per view: when a packed row of the newest partition ended, in days before `today`, if that
-    partition is out of its ttl. Parameters: `today` and the keys.
+    A partition is in days before today; out of its ttl or not, but for `today` and later. Rows, of the keys that have
+    one: the key's place (from 1), then of each view the packed value of that partition, or as many zeros. Tiles, of the
+    days that no partition within its ttl holds: the key's place, the day before today, its states. Everything is 8 bytes
+    wide, places whole numbers and all else doubles. Parameters: today, then the arrays of keys.
     """
-    widest = max(len(entity.keys) for entity in entities)
-    most = max(len(online_sql.views_of(entity)) for entity in entities)
-    return " UNION ALL ".join(_live_part(part, entity, widest, most) for part, entity in enumerate(entities))
+    views = [view for entity in entities for view in online_sql.views_of(entity)]
+    parts, columns = [f"edge AS MATERIALIZED ({_newest(views)})"], [f"edge.{view.name} - {_TODAY}" for view in views]
+    parameter = 2
+    for part, entity in enumerate(entities):
+        arrays = ", ".join(f"${parameter + place}::text[]" for place in range(len(entity.keys)))
+        parameter += len(entity.keys)
+        listed = f"unnest({arrays}) WITH ORDINALITY AS a ({', '.join(entity.keys)}, place)"
+        parts.append(f"k{part} AS MATERIALIZED (SELECT * FROM {listed}{_hidden(entity)})")
+        columns += [_packed_rows(part, entity), _packed_tiles(part, entity)]
+    return f"WITH {', '.join(parts)} SELECT {', '.join(columns)} FROM edge"
 
 
 def past_sql(views: Sequence[FeatureView]) -> str:
     """Rows `(part, keys, as_of, settled_at, expired_at, states)` of `views` at the instant `at`; see `read_sql`.
 
     `expired_at`: the midnight (seconds) that ended the newest partition, for keys in it, if that is out of its ttl.
-    Parameters: `at`, `head_since` and the keys.
+    Parameters: `at`, `head_since` and the keys, `k<part>_<column>`.
     """
     widest = max(len(view.entity.keys) for view in views)
     most = max(len(view.columns) for view in views)
     return " UNION ALL ".join(_past_part(part, view, widest, most) for part, view in enumerate(views))
 
 
-def _live_part(part: int, entity: Entity, widest: int, most: int) -> str:
-    views = online_sql.views_of(entity)
+def _newest(views: Sequence[FeatureView]) -> str:
+    """One row: of each view the newest partition before today, NULL without one."""
+    newest = []
+    for view in views:
+        mine = f"view = '{view.name}' AND definition_hash = '{view.definition_hash}'"
+        newest.append(
+            f"COALESCE(max(partition_date) FILTER (WHERE {mine} AND partition_date >= {_TODAY} - {view.ttl_days}), "
+            # A query of its own runs only where it is asked: nothing more is looked up while partitions are fresh.
+            f"(SELECT max(partition_date) FROM feature_ledger WHERE {mine} AND partition_date < {_TODAY})) AS {view.name}"
+        )
+    names = ", ".join(f"'{view.name}'" for view in views)
+    return (
+        f"SELECT {', '.join(newest)} FROM feature_ledger WHERE view IN ({names}) AND partition_date < {_TODAY} "
+        f"AND partition_date >= {_TODAY} - {max(view.ttl_days for view in views)}"
+    )
+
+
+def _packed_rows(part: int, entity: Entity) -> str:
+    packed = ["int8send(k.place)"]
+    for view in online_sql.views_of(entity):
+        width = online_sql.packed_bytes(view)
+        # As wide as it should be, whatever is stored: the reader takes the bytes apart by their places.
+        packed.append(
+            f"CASE WHEN r.{view.name}_date = edge.{view.name} AND octet_length(r.{view.name}) = {width} "
+            f"THEN r.{view.name} ELSE decode(repeat('00', {width}), 'hex') END"
+        )
     same = " AND ".join(f"r.{key} = k.{key}" for key in entity.keys)
-    edges, rows = online_sql.output_columns(entity)
-    expired = [_expired_days(view) for view in views]
-    columns = [
-        *_padded([f"k.{key}" for key in entity.keys], widest, "text"),
-        *_padded(edges, most, "int"),
-        *_padded(rows, most, "bytea"),
-        "t.tiles",
-        *_padded(expired, most, "int"),
+    return (
+        f"(SELECT string_agg({' || '.join(packed)}, ''::bytea) "
+        f"FROM k{part} AS k JOIN {online_sql.rows_table(entity)} AS r ON {same})"
+    )
+
+
+def _packed_tiles(part: int, entity: Entity) -> str:
+    packed = [
+        "int8send(k.place)",
+        f"float8send((t.day - {_TODAY})::float8)",
+        *(online_sql.packed_state(f"t.{state.name}", state) for state in online_sql.tile_states(entity)),
     ]
-    return (
-        f"(WITH edge AS MATERIALIZED ({online_sql.edge_sql(views)}), "
-        f"k AS ({_asked(part, entity)}) SELECT {part} AS part, {', '.join(columns)} FROM edge LEFT JOIN "
-        f"(k LEFT JOIN {online_sql.rows_table(entity)} AS r ON {same} "
-        # Key by key: a plan that is made once expects few keys, and would compare each of them with every tile of today.
-        f"LEFT JOIN LATERAL ({online_sql.tiles_sql(entity, ' AND '.join(f'{key} = k.{key}' for key in entity.keys))}) AS t "
-        f"ON true) ON r.{entity.keys[0]} IS NOT NULL OR t.tiles IS NOT NULL)"
+    fresh = ", ".join(
+        f"CASE WHEN {view.name} >= {_TODAY} - {view.ttl_days} THEN {view.name} END"
+        for view in online_sql.views_of(entity)
     )
-
-
-def _expired_days(view: FeatureView) -> str:
-    newest = (
-        f"(SELECT max(partition_date) FROM feature_ledger WHERE view = '{view.name}' "
-        f"AND definition_hash = '{view.definition_hash}' AND partition_date < %(today)s::date)"
-    )
-    # A query of its own runs only where it is asked: nothing is looked up while the newest partition is fresh.
+    same = " AND ".join(f"{key} = k.{key}" for key in entity.keys)
     return (
-        f"CASE WHEN edge.{view.name} IS NULL AND r.{view.name}_date = {newest} AND substring(r.{view.name} FROM 1 FOR 8) "
-        f"= decode('{view.definition_hash}', 'hex') THEN r.{view.name}_date - %(today)s::date END"
+        f"(SELECT string_agg({' || '.join(packed)}, ''::bytea) FROM k{part} AS k "
+        # Key by key (OFFSET 0 keeps it so): a plan that is made once expects few tiles, and would read all of today's.
+        f"CROSS JOIN LATERAL (SELECT * FROM {online_sql.tiles_table(entity)} WHERE {same} AND day <= {_TODAY} "
+        f"AND day > COALESCE((SELECT LEAST({fresh}) FROM edge), {_TODAY} - 1) OFFSET 0) AS t)"
     )
 
 
@@ -91,12 +123,16 @@ def _chosen(part: int, entity: Entity) -> str:
 
 
 def _asked(part: int, entity: Entity) -> str:
-    """The keys asked for, each once; who asked to be forgotten reads as unknown."""
+    """The keys asked for; who asked to be forgotten reads as unknown."""
     arrays = ", ".join(f"%(k{part}_{place})s::text[]" for place in range(len(entity.keys)))
-    hidden = ""
-    if "user_id" in entity.keys:
-        hidden = " WHERE NOT EXISTS (SELECT FROM erasure_requests AS h WHERE h.user_id = a.user_id)"
-    return f"SELECT DISTINCT a.* FROM unnest({arrays}) AS a ({', '.join(entity.keys)}){hidden}"
+    return f"SELECT DISTINCT a.* FROM unnest({arrays}) AS a ({', '.join(entity.keys)}){_hidden(entity)}"
+
+
+def _hidden(entity: Entity) -> str:
+    """The condition that the person of a key `a` is not to be forgotten."""
+    if "user_id" not in entity.keys:
+        return ""
+    return " WHERE NOT EXISTS (SELECT FROM erasure_requests AS h WHERE h.user_id = a.user_id)"
 
 
 def _padded(columns: list[str], count: int, type_: str) -> list[str]:

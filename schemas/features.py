@@ -141,6 +141,10 @@ class FeatureView:
     def __post_init__(self) -> None:
         check_view(self)
 
+    def __hash__(self) -> int:
+        # Views are the keys of what callers ask for: hashing every feature of each would cost more than to read them.
+        return hash(self.name)
+
     @property
     def states(self) -> tuple[State, ...]:
         """The distinct states of a tile, in order of first use."""

@@ -102,7 +102,10 @@ def put_rows_sql(view: FeatureView, day: str) -> tuple[str, str]:
     keys = ", ".join(view.entity.keys)
     same = " AND ".join(f"f.{key} = r.{key}" for key in view.entity.keys)
     packed = " || ".join(
-        [f"decode('{view.definition_hash}', 'hex')", *(_packed(column, state) for column, state, _ in view.columns)]
+        [
+            f"decode('{view.definition_hash}', 'hex')",
+            *(packed_state(column, state) for column, state, _ in view.columns),
+        ]
     )
     return (
         f"INSERT INTO {table} AS r ({keys}, {name}_date, {name}) "
@@ -135,7 +138,10 @@ def tiles_sql(entity: Entity, where: str) -> str:
     keys = ", ".join(entity.keys)
     oldest = f"LEAST({', '.join(view.name for view in views_of(entity))})"
     packed = " || ".join(
-        ["float8send((day - %(today)s::date)::float8)", *(_packed(state.name, state) for state in tile_states(entity))]
+        [
+            "float8send((day - %(today)s::date)::float8)",
+            *(packed_state(state.name, state) for state in tile_states(entity)),
+        ]
     )
     return (
         f"SELECT {keys}, string_agg({packed}, ''::bytea) AS tiles FROM {tiles_table(entity)} WHERE {where} "
@@ -168,6 +174,18 @@ def read_entity_sql(entity: Entity, where: str) -> str:
     )
 
 
+def packed_state(column: str, state: State) -> str:
+    """A column that holds `state` as the 8 bytes of a double: instants in seconds since 1970, NULL as NaN."""
+    # EXTRACT would go through NUMERIC, whose cast to a double costs more than all the rest; the double is the same.
+    value = f"date_part('epoch', {column})" if state.is_instant else column
+    return f"float8send(COALESCE({value}::float8, 'NaN'))"
+
+
+def packed_bytes(view: FeatureView) -> int:
+    """How long a packed row of `view` is: the hash of its definition and its states, 8 bytes each."""
+    return 8 * (1 + len(view.columns))
+
+
 def _type(state: State) -> str:
     if state.is_instant:
         return "timestamptz"
@@ -187,8 +205,3 @@ def _same_day(state: State) -> str:
     if state.merge is Merge.DAYS:
         return f"GREATEST(t.{state.name}, excluded.{state.name})"
     return merged_sql(state, lambda part: f"t.{part.name}", lambda part: f"excluded.{part.name}")
-
-
-def _packed(column: str, state: State) -> str:
-    value = f"EXTRACT(EPOCH FROM {column})" if state.is_instant else column
-    return f"float8send(COALESCE({value}::float8, 'NaN'))"

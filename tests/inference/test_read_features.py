@@ -19,7 +19,7 @@ from orchestration.compute.forget import request_erasure
 from orchestration.compute.ingest import ingest
 from orchestration.compute.lake import Lake
 from orchestration.compute.materialise import materialise
-from schemas.errors import DefinitionError
+from schemas.errors import DefinitionError, Unavailable
 from schemas.events import Event, Item
 from schemas.features import USER, FeatureView, count
 from schemas.views import ITEM_ACTIVITY, USER_ACTIVITY, USER_AFFINITY, VIEWS
@@ -158,11 +158,72 @@ def test_a_thousand_keys_of_every_view_take_one_round_trip(database: str, lake: 
     assert value(found["user_affinity"], 999, "events_180d") == 6
 
 
+def test_keys_are_texts_whatever_they_hold(database: str, lake: Lake, store: Store) -> None:
+    odd = ['a"b', "a\\", "{x,y}", "NULL", "", 'é", "', '\\"']
+    events = [Event(f"odd{n}", user, "i", "rating", float(n), days_ago(2)) for n, user in enumerate(odd) if user]
+    with psycopg.connect(database, options="-c TimeZone=UTC") as connection:
+        ingest(ListSource(events, [Item("i", "I")]), lake, connection, now=TODAY)
+    materialise(USER_ACTIVITY, YESTERDAY, YESTERDAY, url=database, lake=lake)
+    for at in (None, datetime.now(UTC)):
+        block = read_features(store, {USER_ACTIVITY: [(user,) for user in odd]}, at=at)["user_activity"]
+        assert [value(block, row, "value_mean_180d") for row in range(len(odd))] == [0, 1, 2, 3, 0, 5, 6]
+        assert [rows != {"MISSING"} for rows in statuses(block)] == [bool(user) for user in odd]
+
+
+def test_views_of_one_entity_may_be_asked_for_different_keys(database: str, lake: Lake, store: Store) -> None:
+    load(database, lake, 1)
+    alone = read_features(store, {USER_ACTIVITY: [("u",), ("11",)]})["user_activity"]
+    turned = read_features(store, {USER_ACTIVITY: [("nobody",), ("11",), ("u",), ("11",)], ITEM_ACTIVITY: [("i",)]})
+    block = turned["user_activity"]
+    assert (block.valid[[2, 1, 3]] == alone.valid[[0, 1, 1]]).all()
+    steady = [column for column, name in enumerate(block.names) if "age" not in name]
+    assert (block.values[[2, 1, 3]][:, steady] == alone.values[[0, 1, 1]][:, steady]).all()
+    assert statuses(block)[0] == {"MISSING"}
+
+
+def test_a_read_is_prepared_once_but_nothing_is_behind_a_pooler(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def left(opened: Store) -> list[tuple[object, ...]]:
+        for timeout_ms in (2_000, 2_000, 3_000):
+            read_features(opened, {USER_ACTIVITY: [("u",)]}, timeout_ms=timeout_ms)
+        with opened.connection() as connection:
+            return connection.execute(
+                "SELECT (SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE 'PREPARE row%'), "
+                "current_setting('statement_timeout'), current_setting('plan_cache_mode')"
+            ).fetchall()
+
+    with counting_proxy(database) as (url, waits):
+        opened = Store(url)
+        opened.ping(1000)
+        before = len(waits)
+        assert left(opened) == [(1, "3s", "force_generic_plan")]
+        assert len(waits) - before == 4, "one round trip each, whatever had to be set"
+        opened.close()
+    monkeypatch.setattr(psycopg.ConnectionInfo, "backend_pid", property(lambda _: 1))
+    opened = Store(database)
+    assert left(opened) == [(0, "0", "auto")]
+    opened.close()
+
+
+def test_a_read_that_takes_too_long_is_unavailable_and_leaves_the_session_fit(database: str, store: Store) -> None:
+    asked = {USER_ACTIVITY: [("u",)]}
+    read_features(store, asked, timeout_ms=300)
+    with psycopg.connect(database) as blocking:
+        blocking.execute("LOCK TABLE feature_ledger")
+        for timeout_ms in (300, 200):  # as it was asked before, and with settings that are rolled back
+            with pytest.raises(Unavailable, match="did not answer in time"):
+                read_features(store, asked, timeout_ms=timeout_ms)
+    assert statuses(read_features(store, asked, timeout_ms=5_000)["user_activity"]) == [{"MISSING"}]
+    with store.connection() as connection:
+        assert connection.execute("SHOW statement_timeout").fetchone() == ("5s",)
+
+
 def test_what_cannot_be_read_is_named(store: Store) -> None:
     with pytest.raises(DefinitionError, match=r"'u' is no key of view 'user_activity'; give a tuple \(user_id,\)"):
         read_features(store, {USER_ACTIVITY: ["u"]})  # type: ignore[list-item]
     with pytest.raises(DefinitionError, match="is no key of view 'user_affinity'"):
         read_features(store, {USER_AFFINITY: [("u",)]})
+    with pytest.raises(DefinitionError, match=r"\(1,\) is no key of 'user'; give a tuple of texts"):
+        read_features(store, {USER_ACTIVITY: [("u",), (1,)]})  # type: ignore[list-item]
     unknown = FeatureView("unknown", USER, "team:x", "", 3, (count("n_1d", 1),))
     with pytest.raises(DefinitionError, match=r"'unknown' is not one of schemas/views\.py"):
         read_features(store, {unknown: [("u",)]})
