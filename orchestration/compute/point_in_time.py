@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from inference.assemble import finish, natural
+from orchestration.compute.exact import millionths
 from orchestration.compute.lake import Lake, duck
 from orchestration.compute.materialise import load_item_categories
 from orchestration.compute.timeline import DAY, Timeline
@@ -188,7 +189,4 @@ def _part(values: pa.Array) -> NDArray[Any]:
     if not pa.types.is_decimal(values.type):
         found: NDArray[Any] = values.to_numpy(zero_copy_only=False)
         return found.view(bool) if found.dtype == np.int8 else found
-    # 18 digits fit into the lower half of a decimal's 128 bits, and the six behind the point make it millionths.
-    halves = np.frombuffer(values.buffers()[1], np.int64)[2 * values.offset :][: 2 * len(values)]
-    sums: NDArray[Any] = np.ma.masked_array(halves[::2], values.is_null().to_numpy(zero_copy_only=False))
-    return sums
+    return millionths(values)

@@ -14,13 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestration.compute.exact import MICRO, summable
 from schemas.features import FeatureView, Merge
 
 DAY = 86_400_000_000
 """Microseconds."""
-MICRO = 1_000_000
-"""Sums are of whole millionths, and so exact: values are decimals of six places."""
-_SAFE_SUM = 2.0**62
 _PAIRS = 1_000_000
 """So many pairs of a late event and a label that could see it are held at once."""
 _STEPS = 16
@@ -195,12 +193,9 @@ class _Sum:
     """A sum over no values is none: they are counted beside it."""
 
     def __init__(self, part: np.ma.MaskedArray[Any, Any], rows: Ints, late: Ints) -> None:
-        given, millionths = ~np.ma.getmaskarray(part), part.filled(0)
-        # Where a running total could leave 64 bits, Python's own numbers hold it.
-        fits = np.abs(millionths.astype(np.float64)).sum() < _SAFE_SUM
-        millionths = millionths.astype(np.int64 if fits else object)
-        self._running = np.concatenate([[0], np.cumsum(millionths[rows])])
-        self._late = millionths[late]
+        given, whole = ~np.ma.getmaskarray(part), summable(part)
+        self._running = np.concatenate([[0], np.cumsum(whole[rows])])
+        self._late = whole[late]
         self._given = _Count(given[rows], given[late])
 
     def between(self, left: Ints, right: Ints, midnight: Ints) -> tuple[Part, Ints]:

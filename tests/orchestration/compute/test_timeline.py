@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orchestration.compute.timeline import DAY, MICRO, Timeline, recur
+from orchestration.compute.exact import MICRO
+from orchestration.compute.timeline import DAY, Timeline, recur
 from schemas.features import USER, FeatureView, last_seen, mean_value
 
 
