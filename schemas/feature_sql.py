@@ -6,22 +6,24 @@ which decayed states are weighed: the midnight (UTC) that began the read's day.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from schemas.declarations import STATE_COLUMNS
 from schemas.features import Entity, FeatureView, Merge, State, column
 
 _DAY_SECONDS = 86_400
 
 
-def base_sql(entity: Entity, events: str = "events", where: str = "") -> str:
-    """One row per event and entity key, with the event columns that states use."""
+def base_sql(entity: Entity, events: str = "events", where: str = "", *, columns: Sequence[str] = STATE_COLUMNS) -> str:
+    """One row per event and entity key, with `columns` of the event: by default all that states use."""
     keys = ", ".join(f"c.{key}" if key == "category" else f"e.{key}" for key in entity.keys)
     categories = ""
     if entity.by_category:
         categories = " JOIN (SELECT item_id, unnest(categories) AS category FROM items) AS c ON c.item_id = e.item_id"
     filtered = f" WHERE {where}" if where else ""
-    return f"SELECT {keys}, e.kind, e.value, e.occurred_at, e.known_at FROM {events} AS e{categories}{filtered}"
+    held = ", ".join(f"e.{name}" for name in columns)
+    return f"SELECT {keys}, {held} FROM {events} AS e{categories}{filtered}"
 
 
 def decay_sql(state: State, instant: str) -> str:

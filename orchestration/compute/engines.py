@@ -12,7 +12,8 @@ import duckdb
 import pyarrow as pa
 
 from orchestration.compute.lake import Lake
-from orchestration.compute.windows import snapshot_sql, tile_sql
+from orchestration.compute.snapshots import snapshot_schema, snapshots
+from orchestration.compute.windows import tile_sql
 from schemas.features import FeatureView
 
 
@@ -53,6 +54,11 @@ class DuckDB:
         db.register("events", job.lake.dataset(job.files))
         db.register("items", job.items)
         db.execute(f"CREATE TEMP TABLE tiles AS {tile_sql(job.view)}")
-        db.register("days", pa.table({"partition_date": pa.array(job.days, pa.date32())}))
-        db.execute(f"CREATE TEMP TABLE snapshot AS {snapshot_sql(job.view, 'days')}")
+        db.register("piece", snapshot_schema(job.view).empty_table())
+        db.execute("CREATE TEMP TABLE snapshot AS SELECT * FROM piece")
+        for piece in snapshots(db, job.view, job.days):
+            db.register("piece", piece)
+            db.execute("INSERT INTO snapshot SELECT * FROM piece")
+        db.unregister("piece")
+        db.execute("DROP TABLE tiles")
         yield

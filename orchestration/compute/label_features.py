@@ -24,8 +24,6 @@ from schemas.errors import LarderError, RequestError
 from schemas.features import FeatureView
 
 METADATA_KEY = b"larder.training_set"
-_MEMORY_LIMIT = "512MB"
-"""DuckDB's share; what history needs more is spilled to disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,7 @@ def write_label_features(
     schema = pa.schema([*table.schema, *(pa.field(name, pa.float64()) for name in features)])
     seen = count_erasures(connection)
     progress(f"reading the lake for {', '.join(view.name for view in chosen)}")
-    with PointInTime(lake, connection, known_at=known_at, memory_limit=_MEMORY_LIMIT) as ask:
+    with PointInTime(lake, connection, known_at=known_at) as ask:
         version = _version(table, chosen, features, known_at, lake, connection, ask)
         connection.commit()  # nothing is held while the rows are computed
         rows, present = 0, [0] * len(features)

@@ -17,11 +17,12 @@ from orchestration.compute.copy_rows import copy_rows
 from orchestration.compute.engines import DuckDB, Engine, SnapshotJob
 from orchestration.compute.lake import Lake, duck
 from orchestration.compute.measures import against_day_before, measure_snapshot
+from orchestration.compute.snapshots import snapshot_schema
 from orchestration.compute.stale import LEDGER_LOCK, overtaken_days
 from orchestration.compute.tombstones import count_erasures, no_erasure_since
 from schemas.checks import Measures
 from schemas.errors import LarderError
-from schemas.features import FeatureView, State
+from schemas.features import FeatureView
 from schemas.online_sql import SEEN, put_rows_sql
 
 DUCKDB = DuckDB()
@@ -112,7 +113,7 @@ def _replace(
         f"DELETE FROM features.{view.name} WHERE partition_date BETWEEN %s AND %s",
         (reports[0].partition_date, reports[-1].partition_date),
     )
-    written = copy_rows(connection, f"features.{view.name}", _schema(view), batches)
+    written = copy_rows(connection, f"features.{view.name}", snapshot_schema(view), batches)
     if written != (measured := sum(report.rows for report in reports)):
         raise LarderError(f"{measured} rows of {view.name} had to be written, {written} were")
 
@@ -146,18 +147,6 @@ def _enter(
     )
 
 
-def _schema(view: FeatureView) -> pa.Schema:
-    """The columns of the view's table."""
-
-    def kind(state: State) -> pa.DataType:
-        return pa.timestamp("us", tz="UTC") if state.is_instant else pa.int64() if state.is_count else pa.float64()
-
-    keys = [(key, pa.string()) for key in view.entity.keys]
-    return pa.schema(
-        [("partition_date", pa.date32()), *keys, *((name, kind(state)) for name, state, _ in view.columns)]
-    )
-
-
 def _batches(
     db: duckdb.DuckDBPyConnection, view: FeatureView, reports: Sequence[PartitionReport]
 ) -> Iterator[pa.RecordBatch]:
@@ -165,7 +154,7 @@ def _batches(
 
     Sorted a piece at a time, so that no more than a piece is held.
     """
-    columns, order = ", ".join(_schema(view).names), ", ".join(view.entity.keys)
+    columns, order = ", ".join(snapshot_schema(view).names), ", ".join(view.entity.keys)
     for where, values in _pieces(db, view.entity.keys[0], reports):
         yield from db.sql(
             f"SELECT {columns} FROM snapshot WHERE {where} ORDER BY partition_date, {order}", params=values

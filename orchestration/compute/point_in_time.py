@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import duckdb
 import numpy as np
 import psycopg
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from inference.assemble import finish, natural
+from orchestration.compute.exact import millionths
 from orchestration.compute.lake import Lake, duck
 from orchestration.compute.materialise import load_item_categories
-from orchestration.compute.windows import point_in_time_sql, tile_sql
+from orchestration.compute.timeline import DAY, Timeline
+from orchestration.compute.windows import event_columns, parts_sql
 from schemas.errors import DefinitionError
 from schemas.features import FeatureView
 
@@ -40,23 +44,19 @@ class _Read:
 class PointInTime:
     """Answers point-in-time questions on one state of the lake; open it once, ask many times.
 
-    Use as a context manager. Tiles of a view are built on first use. With `known_at=False` an event counts from when it
-    happened, whenever it was learned of. `memory_limit` is DuckDB's, which spills what is more.
+    Use as a context manager. A view's events are read and sorted on first use, and kept: some 60 bytes for each event and
+    view. With `known_at=False` an event counts from when it happened, whenever it was learned of.
     """
 
-    def __init__(
-        self, lake: Lake, connection: psycopg.Connection, *, known_at: bool = True, memory_limit: str | None = None
-    ) -> None:
+    def __init__(self, lake: Lake, connection: psycopg.Connection, *, known_at: bool = True) -> None:
         self._events = lake.events(connection)
         self._items = load_item_categories(connection)
-        self._known = "known_at" if known_at else "occurred_at AS known_at"
-        self._tiled: set[str] = set()
-        self._duck = duck(memory_limit) if memory_limit else duck()
+        self._by_known_at = known_at
+        self._views: dict[FeatureView, tuple[_Keys, Timeline]] = {}
+        self._duck = duck()
 
     def __enter__(self) -> PointInTime:
         self._db: duckdb.DuckDBPyConnection = self._duck.__enter__()
-        self._db.register("lake_events", self._events)
-        self._db.execute(f"CREATE TEMP TABLE events AS SELECT * EXCLUDE (known_at), {self._known} FROM lake_events")
         self._db.register("items", self._items)
         return self
 
@@ -91,6 +91,7 @@ class PointInTime:
 
     def lake_state(self) -> tuple[int, int, datetime | None]:
         """Of the lake that is asked: its events, the days they happened on, and when the newest was learned of."""
+        self._db.register("lake_events", self._events)
         [(rows, days, newest)] = self._db.execute(
             "SELECT count(*), count(DISTINCT CAST(occurred_at AS DATE)), max(known_at) FROM lake_events"
         ).fetchall()
@@ -102,33 +103,90 @@ class PointInTime:
             raise DefinitionError(
                 f"view {view.name!r} is keyed by {', '.join(view.entity.keys)}; the label table lacks {', '.join(missing)}"
             )
-        if view.name not in self._tiled:
-            self._db.execute(f"CREATE TEMP TABLE tiles_{view.name} AS {tile_sql(view, on_time=True)}")
-            self._tiled.add(view.name)
-        labels = pa.table(
-            {"label_id": pa.array(np.arange(len(at))), "read_at": at} | {key: keys[key] for key in view.entity.keys}
-        )
-        # Many labels ask the same question (an item at one instant): each is answered once.
-        self._db.register("all_labels", labels)
-        listed = ", ".join(view.entity.keys)
-        self._db.execute(
-            f"CREATE OR REPLACE TEMP TABLE labels AS SELECT min(label_id) AS label_id, {listed}, read_at "
-            f"FROM all_labels GROUP BY {listed}, read_at"
-        )
-        sql = point_in_time_sql(view, tiles=f"tiles_{view.name}")
-        names = ", ".join(f"epoch({name}) AS {name}" if state.is_instant else name for name, state, _ in view.columns)
-        same = " AND ".join(f"a.{key} = l.{key}" for key in view.entity.keys)
-        result = self._db.execute(
-            f"SELECT a.label_id AS label_id, {names} FROM ({sql}) AS r JOIN labels AS l ON l.label_id = r.label_id "
-            f"JOIN all_labels AS a ON {same} AND a.read_at = l.read_at"
-        ).fetchnumpy()
-        place = np.asarray(result["label_id"])
-        columns: dict[str, NDArray[np.float64]] = {}
-        for name, _, _ in view.columns:
-            column = np.full(len(at), np.nan)
-            column[place] = np.ma.filled(np.ma.asarray(result[name]).astype(np.float64), np.nan)
-            columns[name] = column
-        present = np.zeros(len(at), bool)
-        present[place] = True
-        seconds = np.asarray(at.cast(pa.int64())) / 1e6
-        return _Read(columns, seconds, np.floor(seconds / 86_400) * 86_400, present)
+        if view not in self._views:
+            self._views[view] = self._load(view)
+        known, timeline = self._views[view]
+        key, instants = known.find([keys[name] for name in view.entity.keys]), np.asarray(at.cast(pa.int64()))
+        place = np.flatnonzero(key >= 0)
+        states, present = timeline.read(key[place], instants[place])
+        columns = {name: np.full(len(at), np.nan) for name in states}
+        for name, values in states.items():
+            columns[name][place] = values
+        answered = np.zeros(len(at), bool)
+        answered[place] = present
+        return _Read(columns, instants / 1e6, (instants // DAY * DAY) / 1e6, answered)
+
+    def _load(self, view: FeatureView) -> tuple[_Keys, Timeline]:
+        """The events of `view`, by key and time, and the keys they are of."""
+        numbered = [key for key in view.entity.keys if key != "category"]
+        states = event_columns(view)
+        ids = [*numbered, *(["item_id"] if view.entity.by_category else [])]
+        events = self._events.to_table(columns=list(dict.fromkeys([*ids, *states, "occurred_at", "known_at"])))
+        if not self._by_known_at:
+            events = events.set_column(events.schema.get_field_index("known_at"), "known_at", events["occurred_at"])
+        occurred, known = (np.asarray(events[name].cast(pa.int64())) for name in ("occurred_at", "known_at"))
+        codes = {key: events[key].combine_chunks().dictionary_encode() for key in numbered}
+        self._db.register("events", events.append_column("row", pa.array(np.arange(len(events)))))
+        parts: pa.Table = self._db.sql(parts_sql(view)).to_arrow_table().combine_chunks()
+        self._db.unregister("events")
+        row = parts["row"].to_numpy()
+        as_they_came = np.array_equal(row, np.arange(len(events)))
+        names, numbers = [], []
+        for name in view.entity.keys:
+            code = codes[name] if name in codes else parts[name].combine_chunks().dictionary_encode()
+            number = np.asarray(code.indices).astype(np.int64)
+            names.append(code.dictionary)
+            numbers.append(number if as_they_came or name not in codes else number[row])
+        keys, key = _Keys.of(names, numbers)
+        if not as_they_came:
+            occurred, known = occurred[row], known[row]
+        found = {
+            state.name: _part(parts[state.name].combine_chunks())
+            for state in view.states
+            if state.name in parts.schema.names
+        }
+        return keys, Timeline(view, key, occurred, known, found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """Which number a key has: `names` are the values of each key column, `codes (k,)` the pairs of them that there are."""
+
+    names: list[pa.Array]
+    codes: NDArray[np.int64] | None
+
+    @staticmethod
+    def of(names: list[pa.Array], numbers: list[NDArray[np.int64]]) -> tuple[_Keys, NDArray[np.int64]]:
+        """The keys of n events, whose key columns hold the names of these `numbers (n,)`, and the number of each `(n,)`."""
+        if len(names) == 1:
+            return _Keys(names, None), numbers[0]
+        codes, key = np.unique(_Keys._code(names, numbers), return_inverse=True)
+        return _Keys(names, codes), key
+
+    def find(self, columns: list[pa.Array]) -> NDArray[np.int64]:
+        """The number of each of m keys, `columns` one text array `(m,)` per key column; below 0 where no event has it."""
+        numbers = [
+            np.asarray(pc.index_in(column, value_set=names).fill_null(-1)).astype(np.int64)
+            for column, names in zip(columns, self.names, strict=True)
+        ]
+        if self.codes is None:
+            return numbers[0]
+        code = self._code(self.names, numbers)
+        place = np.minimum(np.searchsorted(self.codes, code), max(len(self.codes) - 1, 0))
+        there = np.all([number >= 0 for number in numbers], axis=0) & np.isin(code, self.codes)
+        return np.where(there, place, -1)
+
+    @staticmethod
+    def _code(names: list[pa.Array], numbers: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+        code = numbers[0]
+        for values, number in zip(names[1:], numbers[1:], strict=True):
+            code = code * max(len(values), 1) + number
+        return code
+
+
+def _part(values: pa.Array) -> NDArray[Any]:
+    """A part as a `Timeline` takes it."""
+    if not pa.types.is_decimal(values.type):
+        found: NDArray[Any] = values.to_numpy(zero_copy_only=False)
+        return found.view(bool) if found.dtype == np.int8 else found
+    return millionths(values)

@@ -1,9 +1,9 @@
-"""From a view's declaration to SQL: tiles, daily snapshots and point-in-time rows, for DuckDB.
+"""From a view's declaration to SQL: tiles, daily snapshots and the parts of point-in-time rows, for DuckDB.
 
 Tiles and snapshots also run on Spark: spark_sql.py carries them over.
 
     events ─▶ base (one row per event and key) ─▶ tile (key, day) ─▶ snapshot (partition, key)
-                       └────────── head (events of the label's own day before the label) ──┘ merged at a label
+                       └─▶ parts (what each event gives to each state), which timeline.py merges as of any instant
 
 All statements read two relations that the caller registers: `events` (the lake's columns) and
 `items (item_id, categories)`. Instants are UTC; a partition P covers what happened before P + 1 day.
@@ -11,20 +11,28 @@ All statements read two relations that the caller registers: `events` (the lake'
 
 from __future__ import annotations
 
-from schemas.feature_sql import base_sql, decay_sql, events_sql, latest_sql, merged_sql
-from schemas.features import FeatureView, Merge, State, column
+import re
+
+from schemas.declarations import STATE_COLUMNS
+from schemas.errors import DefinitionError
+from schemas.feature_sql import base_sql, decay_sql, latest_sql
+from schemas.features import FeatureView, Merge, State
+
+_AGGREGATE = re.compile(r"(?P<function>COUNT|SUM|MIN|MAX)\((?P<of>.+)\)")
+_LATEST = re.compile(r"(?P<function>MAX)\(ARRAY\[EXTRACT\(EPOCH FROM occurred_at\), (?P<of>.+)\]\)")
 
 
-def tile_sql(view: FeatureView, *, on_time: bool = False) -> str:
-    """One row per entity and day. `on_time` leaves out events that were learned of after their day had ended."""
+def tile_sql(view: FeatureView) -> str:
+    """One row per entity and day."""
     keys = ", ".join(view.entity.keys)
     day_end = "CAST(CAST(occurred_at AS DATE) + 1 AS TIMESTAMPTZ)"
     states = ", ".join(
         f"{f'SUM({decay_sql(state, day_end)})' if state.merge is Merge.DECAY else _of_day(state)} AS {state.name}"
         for state in view.states
     )
-    where = " WHERE CAST(known_at AS DATE) <= CAST(occurred_at AS DATE)" if on_time else ""
-    return f"SELECT {keys}, CAST(occurred_at AS DATE) AS day, {states} FROM ({base_sql(view.entity)}){where} GROUP BY {keys}, day"
+    return (
+        f"SELECT {keys}, CAST(occurred_at AS DATE) AS day, {states} FROM ({base_sql(view.entity)}) GROUP BY {keys}, day"
+    )
 
 
 def _of_day(state: State) -> str:
@@ -67,65 +75,37 @@ def snapshot_sql(view: FeatureView, days: str) -> str:
     )
 
 
-_MIDNIGHT = "CAST(l.day AS TIMESTAMPTZ)"
+def parts_sql(view: FeatureView) -> str:
+    """What each event gives to each state of `view`: one row per event and key, with `row`, a column of the relation
+    `events` that numbers its rows, and `category` where the view is keyed by it.
 
-
-def _left_edge(window_days: int) -> str:
-    return f"{_MIDNIGHT} - INTERVAL '{window_days} days'"
-
-
-def _of_single_events(state: State, window_days: int) -> str:
-    """The state over single events, to be merged with that over tiles."""
-    if state.merge is Merge.DAYS:
-        # A late event of a day that has a tile is of a day that is counted already.
-        return state.sql_over(f"occurred_at >= {_left_edge(window_days)}", "NOT in_tile")
-    return events_sql(state, _left_edge(window_days), _MIDNIGHT)
-
-
-def _merged(state: State, window_days: int) -> str:
-    """The state of the label's snapshot `s` and of its single events `h` as one."""
-    return merged_sql(
-        state, lambda part: f"s.{column(part, window_days)}", lambda part: f"h.{column(part, window_days)}"
-    )
-
-
-def point_in_time_sql(view: FeatureView, labels: str = "labels", tiles: str = "tiles") -> str:
-    """States of `view` as they were known at each row of `labels (label_id, <keys>, read_at)`; one row per label.
-
-    Three parts merge: tiles of days before the label's own, made of events known by their day's end; events of
-    those days that were learned of later, if known at the label; and the label's own day, strictly before it.
-    `tiles` was made with `on_time=True`. Labels without any event get no row.
+    What is counted, or is an instant, is 1 or 0; a sum is a DECIMAL of six places, everything else a DOUBLE, NULL for
+    nothing. States to which every event gives the same have no column.
     """
-    keys = view.entity.keys
-    matches = " AND ".join(f"{{left}}.{key} = {{right}}.{key}" for key in keys)
-    listed = ", ".join(keys)
-    snap = ", ".join(
-        f"{merge_sql(state, f't.day >= l.day - {window}', 'l.day')} AS {name}" for name, state, window in view.columns
-    )
-    single = ", ".join(f"{_of_single_events(state, window)} AS {name}" for name, state, window in view.columns)
-    merged = ", ".join(f"{_merged(state, window)} AS {name}" for name, state, window in view.columns)
-    return f"""
-        WITH l AS (SELECT label_id, {listed}, read_at, CAST(read_at AS DATE) AS day FROM {labels}),
-        points AS (SELECT DISTINCT {listed}, day FROM l),
-        snap AS (
-            SELECT {", ".join(f"l.{key}" for key in keys)}, l.day, {snap} FROM points AS l JOIN {tiles} AS t
-            ON {matches.format(left="t", right="l")} AND t.day < l.day AND t.day >= l.day - {view.max_window_days}
-            GROUP BY {", ".join(f"l.{key}" for key in keys)}, l.day
-        ),
-        base AS (SELECT *, CAST(occurred_at AS DATE) AS day FROM ({base_sql(view.entity)})),
-        single AS (
-            SELECT l.label_id, l.day, e.* EXCLUDE (day), false AS in_tile FROM l
-            JOIN base AS e ON {matches.format(left="e", right="l")}
-            AND e.day = l.day AND e.occurred_at < l.read_at AND e.known_at <= l.read_at
-            UNION ALL
-            SELECT l.label_id, l.day, e.* EXCLUDE (day), t.day IS NOT NULL AS in_tile FROM l
-            JOIN (SELECT * FROM base WHERE CAST(known_at AS DATE) > day) AS e ON {matches.format(left="e", right="l")}
-            AND e.day < l.day AND e.day >= l.day - {view.max_window_days} AND e.known_at <= l.read_at
-            LEFT JOIN {tiles} AS t ON {matches.format(left="t", right="e")} AND t.day = e.day
-        ),
-        loose AS (SELECT label_id, {single} FROM single AS l GROUP BY label_id, day)
-        SELECT l.label_id, {merged} FROM l
-        LEFT JOIN snap AS s ON {matches.format(left="s", right="l")} AND s.day = l.day
-        LEFT JOIN loose AS h ON h.label_id = l.label_id
-        WHERE s.day IS NOT NULL OR h.label_id IS NOT NULL
-    """
+    listed = ["row", *(key for key in view.entity.keys if key == "category")]
+    listed += [f"{part} AS {state.name}" for state in view.states if (part := _part(state))]
+    return f"SELECT {', '.join(listed)} FROM ({base_sql(view.entity, columns=('row', *event_columns(view)))})"
+
+
+def event_columns(view: FeatureView) -> tuple[str, ...]:
+    """The columns of an event, besides its keys, that `parts_sql` reads."""
+    used = " ".join(_part(state) for state in view.states)
+    return tuple(name for name in STATE_COLUMNS if re.search(rf"\b{name}\b", used, re.IGNORECASE))
+
+
+def _part(state: State) -> str:
+    """What a single event gives to the state; empty where that is the same for every event."""
+    found = _LATEST.fullmatch(state.aggregate) or _AGGREGATE.fullmatch(state.aggregate)
+    if found is None and state.merge is not Merge.DECAY:
+        raise DefinitionError(
+            f"state {state.name!r} is {state.aggregate!r}; what one event gives to it is not known: write COUNT, SUM, MIN or "
+            "MAX of one expression, or teach orchestration/compute/windows.py the aggregate"
+        )
+    if found is None or state.is_count or state.is_instant:
+        # A day is counted by its events: which of them is the first is found when they are sorted.
+        whole = found is None or state.is_instant or found["of"] == "*" or state.merge is Merge.DAYS
+        held = [] if whole or found is None else [f"{found['of']} IS NOT NULL"]
+        held += [f"({state.where})"] if state.where else []
+        return f"CAST(COALESCE({' AND '.join(held)}, false) AS TINYINT)" if held else ""
+    part = f"CAST({found['of']} AS {'DECIMAL(18, 6)' if state.merge is Merge.SUM else 'DOUBLE'})"
+    return f"CASE WHEN {state.where} THEN {part} END" if state.where else part
