@@ -19,20 +19,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import multiprocessing
 import os
 import platform
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.features_world import BENCH_VIEWS, QUICK, Sizes, install, place
+from tests.benchmarks.features_world import BENCH_VIEWS, QUICK, Sizes, elsewhere, install, place
 
 RESULTS = Path(__file__).parent / "results"
 SECTIONS = ("online", "load", "backfill", "growth", "pit", "pit_many")
@@ -121,7 +119,7 @@ def _section(name: str, server: str, scratch: Path, sizes: Sizes) -> dict[str, f
 def _apart(name: str, server: str, scratch: Path, sizes: Sizes) -> dict[str, float]:
     """A section in a fresh process."""
     note(f"{name} …")
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with elsewhere() as pool:
         return pool.submit(run, name, server, scratch, sizes).result()
 
 

@@ -6,8 +6,10 @@ Nothing here may import what reads `schemas.views` before `install` has put the 
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -188,6 +190,11 @@ def place(server: str, folder: Path, name: str) -> Iterator[Place]:
     finally:
         with psycopg.connect(server, autocommit=True) as connection:
             connection.execute(f"DROP DATABASE {database} WITH (FORCE)")
+
+
+def elsewhere() -> ProcessPoolExecutor:
+    """A fresh process, whose memory is its own."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 def fill(where: Place, made: Events) -> None:
