@@ -1,5 +1,6 @@
 """What assets are given: this deployment's database, lake and artefacts, opened when first used."""
 
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -57,8 +58,8 @@ class Larder(dg.ConfigurableResource):  # type: ignore[type-arg]  # its paramete
     def lake(self) -> Lake:
         return Lake(self.record.lake_url)
 
-    def open_engine(self, context: dg.AssetExecutionContext) -> Engine:
-        """What builds the feature views in this run. Raises SettingsError if it is set to something unusable."""
+    def open_engine(self, context: dg.AssetExecutionContext) -> AbstractContextManager[Engine]:
+        """What builds the feature views in this run. Entering it raises SettingsError if it is set to something unusable."""
         return open_engine(context, self.engine, self.spark_master)
 
     @property

@@ -33,7 +33,6 @@ def _check_spec(asset: str, check: Check) -> dg.AssetCheckSpec:
 def daily_assets(context: dg.AssetExecutionContext, larder: Larder) -> Results:
     """Walk the run's days: events first, then what is made from them."""
     selected = {key.to_user_string() for key in context.selected_asset_keys}
-    engine = larder.open_engine(context)
-    stages = [events_stage(context, larder), *(view_stage(view, larder, engine) for view in VIEWS)]
-    with asset_span(context):
+    with asset_span(context), larder.open_engine(context) as engine:
+        stages = [events_stage(context, larder), *(view_stage(view, larder, engine) for view in VIEWS)]
         yield from walk(context, [stage for stage in stages if stage.name in selected])

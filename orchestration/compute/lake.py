@@ -108,31 +108,29 @@ class Lake:
 
     def events(self, connection: psycopg.Connection, first: date | None = None, last: date | None = None) -> ds.Dataset:
         """The events from day `first` to day `last`, both included, as an Arrow dataset that DuckDB can scan."""
-        return self.dataset(self.paths(connection, first, last))
+        return self.dataset(self.paths(connection, first, last).values())
 
-    def paths(self, connection: psycopg.Connection, first: date | None = None, last: date | None = None) -> list[str]:
-        """The current file of each day from `first` to `last`, both included, relative to the lake."""
+    def paths(
+        self, connection: psycopg.Connection, first: date | None = None, last: date | None = None
+    ) -> dict[date, str]:
+        """The current file of each day from `first` to `last`, both included, in order, relative to the lake.
+
+        A file never changes: a day that is rewritten gets one of another name.
+        """
         rows = connection.execute(
-            "SELECT path FROM lake_files WHERE day >= coalesce(%s::date, '-infinity') AND day <= coalesce(%s::date, 'infinity') "
+            "SELECT day, path FROM lake_files WHERE day >= coalesce(%s::date, '-infinity') AND day <= coalesce(%s::date, 'infinity') "
             "ORDER BY day",
             (first, last),
         ).fetchall()
-        return [path for (path,) in rows]
+        return dict(rows)
 
-    def dataset(self, paths: Sequence[str]) -> ds.Dataset:
+    def dataset(self, paths: Collection[str]) -> ds.Dataset:
         """The events in the files at `paths`, as `paths` returns them."""
         if not paths:
             return ds.dataset(EVENT_SCHEMA.empty_table())
         full = [f"{self.root}/{path}" for path in paths]
         # The schema is ours, not the files': a column added later reads as NULL in older days.
         return ds.dataset(full, schema=EVENT_SCHEMA, filesystem=self._fs, format="parquet")
-
-    def generations(self, connection: psycopg.Connection, first: date, last: date) -> dict[date, int]:
-        """The generation of every day from `first` to `last` that has a file: it grows when the day is rewritten."""
-        rows = connection.execute(
-            "SELECT day, generation FROM lake_files WHERE day BETWEEN %s AND %s", (first, last)
-        ).fetchall()
-        return dict(rows)
 
     def hold_writes(self, connection: psycopg.Connection) -> None:
         """Nobody else writes to the lake until the transaction ends; waits for who does."""

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from infra.feature_tables import newest_partition
 from orchestration.compute.copy_rows import copy_rows
-from orchestration.compute.engines import DuckDB, Engine, SnapshotJob
-from orchestration.compute.lake import Lake, duck
+from orchestration.compute.engines import DuckDB, Engine, SnapshotJob, oldest_day
+from orchestration.compute.lake import Lake
 from orchestration.compute.measures import against_day_before, measure_snapshot
 from orchestration.compute.snapshots import snapshot_schema
 from orchestration.compute.stale import LEDGER_LOCK, overtaken_days
@@ -25,7 +25,6 @@ from schemas.errors import LarderError
 from schemas.features import FeatureView
 from schemas.online_sql import SEEN, put_rows_sql
 
-DUCKDB = DuckDB()
 _PIECE_ROWS = 200_000
 _BATCH_ROWS = 16_384
 _SAMPLE = 2_000
@@ -42,14 +41,18 @@ class PartitionReport:
 
 
 def materialise(
-    view: FeatureView, first: date, last: date, *, url: str, lake: Lake, engine: Engine = DUCKDB
+    view: FeatureView, first: date, last: date, *, url: str, lake: Lake, engine: Engine | None = None
 ) -> list[PartitionReport]:
-    """Build the partitions `first` to `last` of `view` from the lake by `engine` and replace them in Postgres.
+    """Build the partitions `first` to `last` of `view` from the lake and replace them in Postgres.
 
     One transaction: all of these partitions and their ledger rows, or none. Repeating it gives the same rows and
     clears their marks, except where a day that was read changed meanwhile. If somebody is forgotten meanwhile, it
-    begins again from the lake without them.
+    begins again from the lake without them. The `engine` is a DuckDB of its own unless one is given: one that builds
+    several ranges keeps what they have in common.
     """
+    if engine is None:
+        with DuckDB() as own:
+            return materialise(view, first, last, url=url, lake=lake, engine=own)
     while True:
         with psycopg.connect(url) as connection:
             seen = count_erasures(connection)
@@ -66,15 +69,14 @@ def _build(
     view: FeatureView, first: date, last: date, url: str, lake: Lake, seen: int, engine: Engine
 ) -> list[PartitionReport]:
     """`materialise`, as long as there have been no more than `seen` erasures; else it raises."""
-    # The earliest day that the first partition's longest window covers: a file before it must not matter.
-    oldest = first - timedelta(days=view.max_window_days - 1)
+    days = [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
+    oldest = oldest_day(view, first)
     with psycopg.connect(url) as connection:
-        # One state of the lake: files, their generations and their counts belong together.
+        # One state of the lake: files and their counts belong together.
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         # What this snapshot does not show may yet be in the files; what it shows of a load is.
         (shown,) = connection.execute(f"SELECT {SEEN}").fetchone() or (None,)
         files = lake.paths(connection, oldest, last)
-        read = lake.generations(connection, oldest, last)
         counted: dict[date, int] = dict(
             connection.execute("SELECT day, rows FROM lake_files WHERE day BETWEEN %s AND %s", (first, last))
         )
@@ -83,15 +85,13 @@ def _build(
             (view.name, first - timedelta(days=1), view.definition_hash),
         ).fetchone()
         items = load_item_categories(connection)
-    days = [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
-    job = SnapshotJob(view, tuple(days), lake, tuple(files), items, seen)
-    with duck() as db, engine.snapshot(db, job):
+    with engine.snapshot(SnapshotJob(view, tuple(days), lake, files, items, seen)) as db:
         reports = _reports(db, view, days, counted, float(before[0]) if before else None)
         with psycopg.connect(url) as connection, no_erasure_since(connection, seen):
             _replace(connection, view, reports, _batches(db, view, reports))
             # Until the commit no event is stored that would have to mark what is written here.
             connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", (LEDGER_LOCK,))
-            stale = overtaken_days(days, view.max_window_days, read, lake.generations(connection, oldest, last))
+            stale = overtaken_days(days, view.max_window_days, files, lake.paths(connection, oldest, last))
             _enter(connection, view, engine.name, shown, reports, stale)
             # The newest partition is what is read online; an older one changes nothing there.
             if newest_partition(connection, view) == last:
@@ -194,7 +194,7 @@ def _pieces(
 
 def load_item_categories(connection: psycopg.Connection) -> pa.Table:
     """The relation `items (item_id, categories)` that views grouped by category join."""
-    rows = connection.execute("SELECT item_id, categories FROM items").fetchall()
+    rows = connection.execute("SELECT item_id, categories FROM items ORDER BY item_id").fetchall()
     return pa.table(
         {
             "item_id": pa.array([item_id for item_id, _ in rows], pa.string()),

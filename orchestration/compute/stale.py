@@ -56,9 +56,9 @@ def mark_stale(
 
 
 def overtaken_days(
-    days: Sequence[date], window_days: int, read: Mapping[date, int], now: Mapping[date, int]
+    days: Sequence[date], window_days: int, read: Mapping[date, str], now: Mapping[date, str]
 ) -> set[date]:
-    """The partitions among `days` that were built from generations `read` of days that are now of other generations."""
+    """The partitions among `days` that were built from the files `read` of days that have others `now`."""
     changed = [day for day in read.keys() | now.keys() if read.get(day) != now.get(day)]
     return {day for day in days if any(day - timedelta(days=window_days) < other <= day for other in changed)}
 

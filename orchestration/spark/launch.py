@@ -26,7 +26,7 @@ import duckdb
 import pyarrow as pa
 
 from orchestration.compute.engines import DuckDB, Engine, SnapshotJob
-from orchestration.compute.lake import EVENT_SCHEMA
+from orchestration.compute.lake import EVENT_SCHEMA, duck
 from orchestration.compute.scratch import open_scratch
 from orchestration.compute.spark_sql import compile_view
 from orchestration.spark.java import java_home
@@ -40,11 +40,14 @@ _SHOWN_LINES = 12
 _SQL_TYPES = {pa.string(): "STRING", pa.float64(): "DOUBLE", pa.timestamp("us", tz="UTC"): "TIMESTAMP"}
 
 
-def open_engine(context: dg.AssetExecutionContext, engine: str = "", master: str = "") -> Engine:
+@contextmanager
+def open_engine(context: dg.AssetExecutionContext, engine: str = "", master: str = "") -> Iterator[Engine]:
     """The engine that `engine`, or else LARDER_ENGINE, names. Raises SettingsError if it cannot be used."""
     engine = engine or os.environ.get(ENGINE_VARIABLE) or "duckdb"
     if engine == "duckdb":
-        return DuckDB()
+        with DuckDB() as here:
+            yield here
+        return
     if engine != "spark":
         raise SettingsError(f"{ENGINE_VARIABLE} is {engine!r}; give duckdb or spark")
     master = master or os.environ.get(MASTER_VARIABLE) or "local[*]"
@@ -56,7 +59,7 @@ def open_engine(context: dg.AssetExecutionContext, engine: str = "", master: str
         raise SettingsError(
             f"{ENGINE_VARIABLE} is 'spark', but pyspark is not installed; pip install -c constraints.txt '.[spark]'"
         )
-    return Spark(context, master)
+    yield Spark(context, master)
 
 
 class Spark:
@@ -69,11 +72,11 @@ class Spark:
         self._master = master
 
     @contextmanager
-    def snapshot(self, db: duckdb.DuckDBPyConnection, job: SnapshotJob) -> Iterator[None]:
+    def snapshot(self, job: SnapshotJob) -> Iterator[duckdb.DuckDBPyConnection]:
         tiles_sql, snapshot_sql = compile_view(job.view)
         with open_scratch(job.lake.url, job.erasures) as scratch:
             # Spark reads no empty list of files.
-            events = [f"{job.lake.root}/{path}" for path in job.files] or [
+            events = [f"{job.lake.root}/{path}" for path in job.files.values()] or [
                 scratch.write("events.parquet", EVENT_SCHEMA.empty_table())
             ]
             extras = {
@@ -88,8 +91,9 @@ class Spark:
                 "output": _url(job, f"{scratch.path}/snapshot"),
             }
             self._run(extras)
-            db.register("snapshot", scratch.read("snapshot"))
-            yield
+            with duck() as db:
+                db.register("snapshot", scratch.read("snapshot"))
+                yield db
 
     def _run(self, extras: dict[str, Any]) -> None:
         """Run job.py to its end. Raises EngineError if Spark never came up, LarderError if the job failed on it."""

@@ -18,9 +18,11 @@ import pyarrow.parquet as pq
 
 from inference.features import FeatureBlock, read_features
 from inference.store import Store
-from orchestration.compute.engines import SnapshotJob
+from orchestration.compute.engines import DuckDB, SnapshotJob
 from orchestration.compute.label_features import write_label_features
+from orchestration.compute.lake import duck
 from orchestration.compute.materialise import materialise
+from orchestration.compute.measures import failed
 from orchestration.compute.point_in_time import PointInTime
 from orchestration.compute.settle import Built, Settled, chunks, settle
 from schemas.features import USER, FeatureView
@@ -67,7 +69,7 @@ class Online:
     def __init__(self, where: Place, sizes: Sizes) -> None:
         self.sizes, self.where = sizes, where
         self.made = [events(sizes, sizes.history)]
-        fill(where, self.made[0])
+        fill(where, sizes, sizes.history)
         for view in VIEWS:
             materialise(view, yesterday(), yesterday(), url=where.url, lake=where.lake)
         with where.connect() as connection:
@@ -216,9 +218,10 @@ class Prepared:
     name: str = "prepared"
 
     @contextmanager
-    def snapshot(self, db: duckdb.DuckDBPyConnection, job: SnapshotJob) -> Iterator[None]:
-        db.execute(f"CREATE TEMP VIEW snapshot AS SELECT * FROM read_parquet('{self.file}')")
-        yield
+    def snapshot(self, job: SnapshotJob) -> Iterator[duckdb.DuckDBPyConnection]:
+        with duck() as db:
+            db.execute(f"CREATE TEMP VIEW snapshot AS SELECT * FROM read_parquet('{self.file}')")
+            yield db
 
 
 def load(where: Place, sizes: Sizes, say: Say) -> Numbers:
@@ -250,18 +253,17 @@ def load(where: Place, sizes: Sizes, say: Say) -> Numbers:
 
 def _backfill(where: Place, first: date, last: date, days: int = 30) -> None:
     """What the daily assets do of these views for a range, without Dagster: chunks, checks, ledger."""
-    from orchestration.compute.measures import failed
+    with DuckDB() as engine:
+        for view in VIEWS:
 
-    for view in VIEWS:
+            def build(begin: date, end: date, view: Any = view) -> dict[date, Built]:
+                made = materialise(view, begin, end, url=where.url, lake=where.lake, engine=engine)
+                return {r.partition_date: Built({}, r.measures, failed(view.checks, r.measures)) for r in made}
 
-        def build(begin: date, end: date, view: Any = view) -> dict[date, Built]:
-            made = materialise(view, begin, end, url=where.url, lake=where.lake)
-            return {r.partition_date: Built({}, r.measures, failed(view.checks, r.measures)) for r in made}
-
-        into = Settled()
-        for begin, end in chunks(first, last, days):
-            settle([begin + timedelta(days=n) for n in range((end - begin).days + 1)], build, into)
-        assert not into.failed, into.failed
+            into = Settled()
+            for begin, end in chunks(first, last, days):
+                settle([begin + timedelta(days=n) for n in range((end - begin).days + 1)], build, into)
+            assert not into.failed, into.failed
 
 
 def _empty(where: Place) -> None:
@@ -299,7 +301,7 @@ def _copy(where: Place) -> float:
 
 def backfill(where: Place, sizes: Sizes, say: Say) -> Numbers:
     """90 days of `user_activity` and `item_activity` from the lake, against a COPY and against one statement."""
-    fill(where, events(sizes, sizes.events))
+    fill(where, sizes, sizes.events)
     first, last = (TODAY - timedelta(days=sizes.days)).date(), yesterday()
     say("one statement for all days")
     single: list[float] = []
@@ -367,7 +369,7 @@ def _dagster(where: Place, first: date, last: date) -> float:
 
 def growth(where: Place, sizes: Sizes, say: Say) -> Numbers:
     """The backfill of one size: the runner asks for two, in processes of their own."""
-    fill(where, events(sizes, sizes.events))
+    fill(where, sizes, sizes.events)
     before = peak_rss_mb()
     first, last = (TODAY - timedelta(days=sizes.days)).date(), yesterday()
     say(f"{sizes.events:,} events")
@@ -406,7 +408,7 @@ def _check_labels(made: Events, table: pa.Table, values: np.ndarray) -> None:
 def pit(where: Place, sizes: Sizes, say: Say) -> Numbers:
     """20 thousand labels against 500 thousand events, ten features: from the lake's files to the values."""
     made = events(sizes, sizes.history)
-    fill(where, made)
+    fill(where, sizes, sizes.history)
     table = _label_table(sizes, sizes.labels).combine_chunks()
     keys, at = {"user_id": table["user_id"].combine_chunks()}, table["at"].combine_chunks()
 
@@ -426,7 +428,7 @@ def pit(where: Place, sizes: Sizes, say: Say) -> Numbers:
 def pit_many(where: Place, sizes: Sizes, say: Say) -> Numbers:
     """A million labels with five views, file to file, and what memory that takes."""
     made = events(sizes, sizes.history)
-    fill(where, made)
+    fill(where, sizes, sizes.history)
     labels, out = where.folder / "labels.parquet", where.folder / "set.parquet"
     table = _label_table(sizes, sizes.many_labels)
     pq.write_table(table, labels)

@@ -197,14 +197,19 @@ def elsewhere() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
-def fill(where: Place, made: Events) -> None:
-    """Put the events into the lake, and nothing else anywhere."""
-    from orchestration.compute.lake import duck
+def fill(where: Place, sizes: Sizes, count: int) -> None:
+    """Put `events(sizes, count)` into the lake, and nothing else anywhere; what that takes is not this process's memory."""
+    with elsewhere() as pool:
+        pool.submit(_fill, where.url, where.folder, where.lake.url, sizes, count).result()
 
-    file = stage(made, where.folder / "staged.parquet")
-    with where.connect() as connection, duck() as db:
-        stored = where.lake.append(connection, [file], db).stored
-    assert stored == len(made), f"{stored} of {len(made)} events are in the lake"
+
+def _fill(url: str, folder: Path, lake_url: str, sizes: Sizes, count: int) -> None:
+    from orchestration.compute.lake import Lake, duck
+
+    file = stage(events(sizes, count), folder / "staged.parquet")
+    with Place(url, folder, Lake(lake_url)).connect() as connection, duck() as db:
+        stored = Lake(lake_url).append(connection, [file], db).stored
+    assert stored == count, f"{stored} of {count} events are in the lake"
     file.unlink()
 
 

@@ -229,7 +229,7 @@ def test_an_engine_that_cannot_be_is_refused_before_anything_is_built(
     monkeypatch.setenv("LARDER_ENGINE", engine)
     monkeypatch.setenv("LARDER_SPARK_MASTER", master)
     with pytest.raises(SettingsError, match=message.replace("[", "\\[")):
-        open_engine(dg.build_asset_context())
+        open_engine(dg.build_asset_context()).__enter__()
 
 
 @contextmanager

@@ -231,7 +231,9 @@ def test_a_mark_and_a_build_wait_for_each_other(database: str, lake: Lake, conne
         assert thread.is_alive(), "the build did not wait"
         assert time.monotonic() < end, "the build does not come to the lock"
         time.sleep(0.05)
-    connection.execute("UPDATE lake_files SET generation = generation + 1 WHERE day = %s", (day(2),))
+    connection.execute(
+        "UPDATE lake_files SET path = 'events/another', generation = generation + 1 WHERE day = %s", (day(2),)
+    )
     connection.commit()
     thread.join(60)
     assert stale(connection, USER_ACTIVITY.name) == [day(2), day(1)]
@@ -239,11 +241,11 @@ def test_a_mark_and_a_build_wait_for_each_other(database: str, lake: Lake, conne
 
 def test_days_that_changed_overtake_only_what_covers_them() -> None:
     days = [day(n) for n in (5, 4, 3, 2, 1)]
-    read = {day(9): 1, day(4): 1, day(3): 2}
+    read = {day(9): "9", day(4): "4", day(3): "3"}
     assert overtaken_days(days, 3, read, read) == set()
-    assert overtaken_days(days, 3, read, read | {day(4): 2}) == {day(4), day(3), day(2)}
-    assert overtaken_days(days, 3, read, read | {day(6): 1}) == {day(5), day(4)}
-    assert overtaken_days(days, 3, read, {day(9): 1, day(4): 1}) == {day(3), day(2), day(1)}
+    assert overtaken_days(days, 3, read, read | {day(4): "changed"}) == {day(4), day(3), day(2)}
+    assert overtaken_days(days, 3, read, read | {day(6): "new"}) == {day(5), day(4)}
+    assert overtaken_days(days, 3, read, {day(9): "9", day(4): "4"}) == {day(3), day(2), day(1)}
 
 
 def test_what_is_to_be_rebuilt_is_one_run_a_stretch_with_events_first() -> None:
