@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -54,14 +55,21 @@ class PointInTime:
         self._by_known_at = known_at
         self._views: dict[FeatureView, tuple[_Keys, Timeline]] = {}
         self._duck = duck()
+        self._beside = ThreadPoolExecutor(1)
 
     def __enter__(self) -> PointInTime:
-        self._db: duckdb.DuckDBPyConnection = self._duck.__enter__()
-        self._db.register("items", self._items)
+        # Opening DuckDB takes about as long as it takes to read what it will be asked about.
+        self._opened = self._beside.submit(self._duck.__enter__)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._duck.__exit__(None, None, None)
+        self._beside.shutdown()
+        if self._opened.exception() is None:
+            self._duck.__exit__(None, None, None)
+
+    @property
+    def _db(self) -> duckdb.DuckDBPyConnection:
+        return self._opened.result()
 
     def features(self, view: FeatureView, keys: dict[str, NDArray[np.str_]], at: NDArray[np.int64]) -> FeatureRows:
         """Features of `view` for n labels: `keys` one array `(n,)` per key column, `at (n,)` microseconds UTC.
@@ -125,7 +133,8 @@ class PointInTime:
         if not self._by_known_at:
             events = events.set_column(events.schema.get_field_index("known_at"), "known_at", events["occurred_at"])
         occurred, known = (np.asarray(events[name].cast(pa.int64())) for name in ("occurred_at", "known_at"))
-        codes = {key: events[key].combine_chunks().dictionary_encode() for key in numbered}
+        codes = {key: self._beside.submit(_encoded, events[key]) for key in numbered}
+        self._db.register("items", self._items)
         self._db.register("events", events.append_column("row", pa.array(np.arange(len(events)))))
         parts: pa.Table = self._db.sql(parts_sql(view)).to_arrow_table().combine_chunks()
         self._db.unregister("events")
@@ -133,7 +142,7 @@ class PointInTime:
         as_they_came = np.array_equal(row, np.arange(len(events)))
         names, numbers = [], []
         for name in view.entity.keys:
-            code = codes[name] if name in codes else parts[name].combine_chunks().dictionary_encode()
+            code = codes[name].result() if name in codes else _encoded(parts[name])
             number = np.asarray(code.indices).astype(np.int64)
             names.append(code.dictionary)
             numbers.append(number if as_they_came or name not in codes else number[row])
@@ -182,6 +191,10 @@ class _Keys:
         for values, number in zip(names[1:], numbers[1:], strict=True):
             code = code * max(len(values), 1) + number
         return code
+
+
+def _encoded(values: pa.ChunkedArray) -> pa.DictionaryArray:
+    return values.combine_chunks().dictionary_encode()
 
 
 def _part(values: pa.Array) -> NDArray[Any]:

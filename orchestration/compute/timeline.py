@@ -8,6 +8,7 @@ running totals. Events learned of on a later day are matched with the labels tha
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestration.compute.exact import MICRO, summable
-from schemas.features import FeatureView, Merge
+from schemas.features import FeatureView, Merge, State
 
 DAY = 86_400_000_000
 """Microseconds."""
 _PAIRS = 1_000_000
 """So many pairs of a late event and a label that could see it are held at once."""
+_THREADS = 2
+"""So many states are made ready at once, and so are as many copies of a state's column."""
 _STEPS = 16
 """How many rows of a recurrence are computed one after the other; longer ones side by side."""
 
@@ -55,31 +58,41 @@ class Timeline:
             rows = self._order.rows
         first, last = (int(occurred.min()) // DAY, int(visible.max()) // DAY) if len(key) else (0, 0)
         self._first_day, self._midnights = first, self._order.rank(np.arange(first, last + 2) * DAY)
-        self._held: dict[str, _Held] = {}
         every = np.ones(len(key), bool)
-        for state in view.states:
+        days = key * (last - first + 1) + (day - first)
+        # What is known of a key's rows in the order in which they happened needs no order of its own.
+        in_order = not len(late) and bool(np.all((np.diff(occurred[rows]) >= 0) | self._order.starts[1:]))
+
+        def held(state: State) -> _Held:
             part = parts.get(state.name, every)
             match state.merge:
                 case Merge.SUM if state.is_count:
-                    held: _Held = _Count(part[rows], part[late])
+                    return _Count(part[rows], part[late])
                 case Merge.SUM:
-                    held = _Sum(np.ma.asarray(part), rows, late)
+                    return _Sum(np.ma.asarray(part), rows, late)
                 case Merge.DAYS:
-                    held = _Count(*_days(part, rows, late, key * (last - first + 1) + (day - first)))
+                    return _Count(*_days(part, rows, late, days))
                 case Merge.DECAY:
                     assert state.half_life_days is not None
                     half_life = state.half_life_days * DAY
-                    held = _Decayed(part, rows, late, occurred, known, self._order.starts, half_life)
+                    return _Decayed(part, rows, late, occurred, known, self._order.starts, half_life)
                 case Merge.LAST:
                     by_value = np.argsort(part, kind="stable")
-                    held = _Latest(part, by_value, rows, late, occurred, self._order.starts)
+                    return _Latest(part, by_value, rows, late, occurred, self._order.starts)
+                case Merge.MAX if state.is_instant and in_order:
+                    return _LastRow(part[rows], occurred[rows])
                 case Merge.MAX if state.is_instant:
                     every_row = np.arange(len(key))
-                    held = _Latest(_instants(part, occurred), every_row, rows, late, occurred, self._order.starts)
+                    return _Latest(_instants(part, occurred), every_row, rows, late, occurred, self._order.starts)
                 case _:
                     values = _instants(part, occurred) if state.is_instant else part
-                    held = _Best(np.fmin if state.merge is Merge.MIN else np.fmax, values[rows], values[late])
-            self._held[state.name] = held
+                    return _Best(np.fmin if state.merge is Merge.MIN else np.fmax, values[rows], values[late])
+
+        # NumPy lets go of the interpreter while it sorts, gathers and adds up.
+        with ThreadPoolExecutor(_THREADS) as pool:
+            self._held: dict[str, _Held] = dict(
+                zip((state.name for state in view.states), pool.map(held, view.states), strict=True)
+            )
 
     def read(self, key: Ints, at: Ints) -> tuple[dict[str, Floats], NDArray[np.bool_]]:
         """The view's columns for labels `key (m,)`, `at (m,)` (microseconds), NaN for NULL, and which labels have any event.
@@ -121,9 +134,10 @@ class Order:
     def __init__(self, key: Ints, instant: Ints) -> None:
         self._instants, by_time = _sorted(instant)
         # Key and instant do not fit into one number; key and the instant's rank do.
+        self._bits = len(key).bit_length()
         code = np.empty(len(key), np.int64)
         code[by_time] = np.arange(len(key))
-        code += key * len(key)
+        code += key << self._bits
         self._codes, self.rows = _sorted(code)
 
     def rank(self, instant: Ints) -> Ints:
@@ -132,12 +146,12 @@ class Order:
 
     def place(self, key: Ints, rank: Ints) -> Ints:
         """For `key (m,)`: how many rows are of a lower key, or of this one and among the `rank (m,)` first in time."""
-        return np.searchsorted(self._codes, key * len(self._codes) + rank)
+        return np.searchsorted(self._codes, (key << self._bits) + rank)
 
     @property
     def starts(self) -> NDArray[np.bool_]:
         """`(n,)`: True where a key's rows begin."""
-        return _changes(self._codes // max(len(self._codes), 1))
+        return _changes(self._codes >> self._bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +279,27 @@ class _Latest:
         return self._values[found]
 
 
+class _LastRow:
+    """When the last row that counts happened, of rows in the order in which they happened and none of them late."""
+
+    def __init__(self, counts: Part, occurred: Ints) -> None:
+        self._occurred = np.append(occurred / MICRO, np.nan)
+        self._running = np.maximum.accumulate(np.where(counts, np.arange(len(counts)), -1))
+
+    def between(self, left: Ints, right: Ints, midnight: Ints) -> Ints:
+        found = np.full(len(left), -1)
+        some = np.flatnonzero(left < right)
+        latest = self._running[right[some] - 1]
+        found[some] = np.where(latest >= left[some], latest, -1)
+        return found
+
+    def add(self, found: Ints, labels: Ints, rows: Ints, midnight: Ints) -> None:
+        assert not len(labels)
+
+    def done(self, found: Ints) -> Floats:
+        return self._occurred[found]
+
+
 class _Decayed:
     """Weights as of each row of everything before it; a window's are those at its end less those from before it began."""
 
@@ -336,12 +371,17 @@ def _instants(part: Part, occurred: Ints) -> Floats:
 
 def _sorted(values: Ints) -> tuple[Ints, Ints]:
     """`values (n,)` in order, and which row each was; equal ones stay as they were."""
-    n, low = len(values), int(values.min(initial=np.iinfo(np.int64).max))
-    if n and int(values.max()) - low < np.iinfo(np.int64).max // n:
+    bits, low = len(values).bit_length(), int(values.min(initial=np.iinfo(np.int64).max))
+    if len(values) and int(values.max()) - low < np.iinfo(np.int64).max >> bits:
         # Numbers that hold their row are sorted four times as fast as rows by their numbers.
-        packed = np.sort((values - low) * n + np.arange(n))
-        found = packed // n
-        return found + low, packed - found * n
+        packed = values - low
+        packed <<= bits
+        packed |= np.arange(len(values))
+        packed.sort()
+        rows: Ints = packed & ((1 << bits) - 1)
+        packed >>= bits
+        packed += low
+        return packed, rows
     rows = np.argsort(values, kind="stable")
     return values[rows], rows
 
