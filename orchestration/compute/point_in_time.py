@@ -133,28 +133,27 @@ class PointInTime:
         if not self._by_known_at:
             events = events.set_column(events.schema.get_field_index("known_at"), "known_at", events["occurred_at"])
         occurred, known = (np.asarray(events[name].cast(pa.int64())) for name in ("occurred_at", "known_at"))
-        codes = {key: self._beside.submit(_encoded, events[key]) for key in numbered}
+        parts = self._beside.submit(self._parts, view, events)
+        codes = {key: events[key].combine_chunks().dictionary_encode() for key in numbered}
+        numbers = {key: np.asarray(code.indices).astype(np.int64) for key, code in codes.items()}
+        if view.entity.by_category:
+            # An item is of any number of categories: as many rows for each of its events.
+            row, category = parts.result()["row"].to_numpy(), parts.result()["category"].combine_chunks()
+            occurred, known, numbers = occurred[row], known[row], {key: number[row] for key, number in numbers.items()}
+            codes["category"] = category.dictionary_encode()
+            numbers["category"] = np.asarray(codes["category"].indices).astype(np.int64)
+        listed = view.entity.keys
+        keys, key = _Keys.of([codes[name].dictionary for name in listed], [numbers[name] for name in listed])
+        return keys, Timeline(view, key, occurred, known, lambda: _by_state(view, parts.result()))
+
+    def _parts(self, view: FeatureView, events: pa.Table) -> pa.Table:
+        """What `parts_sql` gives for `events`, which without categories is a row for each of them, in their order."""
         self._db.register("items", self._items)
         self._db.register("events", events.append_column("row", pa.array(np.arange(len(events)))))
         parts: pa.Table = self._db.sql(parts_sql(view)).to_arrow_table().combine_chunks()
         self._db.unregister("events")
-        row = parts["row"].to_numpy()
-        as_they_came = np.array_equal(row, np.arange(len(events)))
-        names, numbers = [], []
-        for name in view.entity.keys:
-            code = codes[name].result() if name in codes else _encoded(parts[name])
-            number = np.asarray(code.indices).astype(np.int64)
-            names.append(code.dictionary)
-            numbers.append(number if as_they_came or name not in codes else number[row])
-        keys, key = _Keys.of(names, numbers)
-        if not as_they_came:
-            occurred, known = occurred[row], known[row]
-        found = {
-            state.name: _part(parts[state.name].combine_chunks())
-            for state in view.states
-            if state.name in parts.schema.names
-        }
-        return keys, Timeline(view, key, occurred, known, found)
+        in_order = view.entity.by_category or np.array_equal(parts["row"].to_numpy(), np.arange(len(events)))
+        return parts if in_order else parts.sort_by("row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +192,10 @@ class _Keys:
         return code
 
 
-def _encoded(values: pa.ChunkedArray) -> pa.DictionaryArray:
-    return values.combine_chunks().dictionary_encode()
+def _by_state(view: FeatureView, parts: pa.Table) -> dict[str, NDArray[Any]]:
+    """The columns of `parts` as a `Timeline` takes them."""
+    there = set(parts.schema.names)
+    return {state.name: _part(parts[state.name].combine_chunks()) for state in view.states if state.name in there}
 
 
 def _part(values: pa.Array) -> NDArray[Any]:

@@ -7,7 +7,7 @@ running totals. Events learned of on a later day are matched with the labels tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,11 +35,14 @@ Part = NDArray[Any]
 class Timeline:
     """The events of one view, `n` of them in any order: `key (n,)` numbers from 0, `occurred` and `known (n,)` microseconds.
 
-    `parts` says what each event gives to each state, `(n,)`: bool for what is counted and for instants, masked millionths
-    for sums, float64 with NaN for nothing for the rest. To a state that is not among them every event gives the same.
+    `parts` gives what each event gives to each state, `(n,)`: bool for what is counted and for instants, masked millionths
+    for sums, float64 with NaN for nothing for the rest. To a state that is not among them every event gives the same. It
+    is asked once the events are sorted, as that takes as long as finding their parts.
     """
 
-    def __init__(self, view: FeatureView, key: Ints, occurred: Ints, known: Ints, parts: Mapping[str, Part]) -> None:
+    def __init__(
+        self, view: FeatureView, key: Ints, occurred: Ints, known: Ints, parts: Callable[[], Mapping[str, Part]]
+    ) -> None:
         self._view = view
         day = occurred // DAY
         # What happens at an instant is seen right after it, never at it.
@@ -63,8 +66,10 @@ class Timeline:
         # What is known of a key's rows in the order in which they happened needs no order of its own.
         in_order = not len(late) and bool(np.all((np.diff(occurred[rows]) >= 0) | self._order.starts[1:]))
 
+        given = parts()
+
         def held(state: State) -> _Held:
-            part = parts.get(state.name, every)
+            part = given.get(state.name, every)
             match state.merge:
                 case Merge.SUM if state.is_count:
                     return _Count(part[rows], part[late])
@@ -283,7 +288,7 @@ class _LastRow:
     """When the last row that counts happened, of rows in the order in which they happened and none of them late."""
 
     def __init__(self, counts: Part, occurred: Ints) -> None:
-        self._occurred = np.append(occurred / MICRO, np.nan)
+        self._occurred = occurred
         self._running = np.maximum.accumulate(np.where(counts, np.arange(len(counts)), -1))
 
     def between(self, left: Ints, right: Ints, midnight: Ints) -> Ints:
@@ -297,7 +302,10 @@ class _LastRow:
         assert not len(labels)
 
     def done(self, found: Ints) -> Floats:
-        return self._occurred[found]
+        some = np.flatnonzero(found >= 0)
+        seconds = np.full(len(found), np.nan)
+        seconds[some] = self._occurred[found[some]] / MICRO
+        return seconds
 
 
 class _Decayed:
@@ -353,15 +361,20 @@ def recur(added: Floats, kept: Floats) -> Floats:
     """
     if not len(added):
         return np.zeros(0)
-    stretches = -(-len(added) // _STEPS)
-    x, carried = np.zeros((2, stretches, _STEPS))
-    x.reshape(-1)[: len(added)], carried.reshape(-1)[: len(added)] = added, kept
+    x, carried = _side_by_side(added), _side_by_side(kept)
     for step in range(1, _STEPS):
-        x[:, step] += x[:, step - 1] * carried[:, step]
-        carried[:, step] *= carried[:, step - 1]
-    if stretches > 1:
-        x[1:] += recur(x[:, -1], carried[:, -1])[:-1, None] * carried[1:]
-    return x.reshape(-1)[: len(added)]
+        x[step] += x[step - 1] * carried[step]
+        carried[step] *= carried[step - 1]
+    if x.shape[1] > 1:
+        x[:, 1:] += recur(x[-1], carried[-1])[:-1] * carried[:, 1:]
+    return x.T.reshape(-1)[: len(added)]
+
+
+def _side_by_side(values: Floats) -> Floats:
+    """`values (n,)` cut into stretches of `_STEPS` rows: `(_STEPS, ceil(n / _STEPS))`, a stretch a column, 0 after the end."""
+    whole = np.zeros(-(-len(values) // _STEPS) * _STEPS)
+    whole[: len(values)] = values
+    return np.ascontiguousarray(whole.reshape(-1, _STEPS).T)
 
 
 def _instants(part: Part, occurred: Ints) -> Floats:

@@ -31,7 +31,7 @@ def test_sums_stay_exact_where_a_running_total_leaves_64_bits() -> None:
         for state in view.states
         if not state.is_count and not state.is_instant
     }
-    timeline = Timeline(view, np.zeros(many, np.int64), occurred, occurred, parts)
+    timeline = Timeline(view, np.zeros(many, np.int64), occurred, occurred, lambda: parts)
     columns, present = timeline.read(np.zeros(2, np.int64), occurred[[7, -1]] + DAY - 10)
     assert present.all()
     sums = next(columns[name] for name, state, _ in view.columns if state.name in parts)
