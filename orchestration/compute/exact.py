@@ -27,5 +27,7 @@ def summable(values: np.ma.MaskedArray[Any, Any]) -> NDArray[Any]:
     """The millionths `(n,)`, 0 where masked, as numbers that hold any sum of them."""
     filled: NDArray[Any] = np.ma.filled(values, 0)
     # Where a running total could leave 64 bits, Python's own numbers hold it.
+    if filled.dtype == np.int64 and len(filled) * float(np.abs(filled).max(initial=0)) < _SAFE_SUM:
+        return filled
     fits = np.abs(filled.astype(np.float64)).sum() < _SAFE_SUM
     return filled.astype(np.int64 if fits else object)

@@ -64,10 +64,13 @@ def newest_known(lake: Lake, connection: psycopg.Connection) -> datetime | None:
     return None if micros is None else datetime.fromtimestamp(0, UTC) + timedelta(microseconds=micros)
 
 
-def load_interactions(lake: Lake, connection: psycopg.Connection, known_until: datetime | None = None) -> Interactions:
+def load_interactions(
+    lake: Lake, connection: psycopg.Connection, known_until: datetime | None = None, *, as_served: bool = False
+) -> Interactions:
     """All events of the lake with items that are in the catalogue (others cannot be scored), as arrays.
 
-    `known_until` leaves out what the store learned of later.
+    `known_until` leaves out what the store learned of later. `as_served` leaves out late events (learned of on a later
+    day) that came after the person's next one: no request saw them where they stand in that history.
     """
     catalogue = connection.execute(
         'SELECT item_id, (extract(epoch FROM available_at) * 1000000)::bigint FROM items ORDER BY item_id COLLATE "C"'
@@ -78,9 +81,12 @@ def load_interactions(lake: Lake, connection: psycopg.Connection, known_until: d
     with duck() as db:
         db.register("lake_events", lake.events(connection))
         rows = db.execute(
-            "SELECT user_id, item_id, epoch_us(occurred_at) AS occurred_at, kind, value FROM lake_events "
-            "WHERE known_at <= COALESCE(CAST(? AS TIMESTAMPTZ), 'infinity') ORDER BY user_id, occurred_at, event_id",
-            [known_until],
+            "SELECT user_id, item_id, epoch_us(occurred_at) AS occurred_at, kind, value FROM (SELECT *, "
+            "CAST(known_at AS DATE) > CAST(occurred_at AS DATE) "
+            "AND known_at > lead(occurred_at) OVER (PARTITION BY user_id ORDER BY occurred_at, event_id) AS overtaken "
+            "FROM lake_events WHERE known_at <= COALESCE(CAST(? AS TIMESTAMPTZ), 'infinity')) "
+            "WHERE NOT (? AND COALESCE(overtaken, false)) ORDER BY user_id, occurred_at, event_id",
+            [known_until, as_served],
         ).fetchnumpy()
     users = rows["user_id"].astype(np.str_)
     items = rows["item_id"].astype(np.str_)

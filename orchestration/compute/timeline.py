@@ -64,7 +64,8 @@ class Timeline:
         every = np.ones(len(key), bool)
         days = key * (last - first + 1) + (day - first)
         # What is known of a key's rows in the order in which they happened needs no order of its own.
-        in_order = not len(late) and bool(np.all((np.diff(occurred[rows]) >= 0) | self._order.starts[1:]))
+        here, starts = occurred[rows], self._order.starts
+        in_order = not len(late) and bool(np.all((here[1:] >= here[:-1]) | starts[1:]))
 
         given = parts()
 
@@ -80,15 +81,15 @@ class Timeline:
                 case Merge.DECAY:
                     assert state.half_life_days is not None
                     half_life = state.half_life_days * DAY
-                    return _Decayed(part, rows, late, occurred, known, self._order.starts, half_life)
+                    return _Decayed(part, rows, late, occurred, known, here, starts, half_life)
                 case Merge.LAST:
                     by_value = np.argsort(part, kind="stable")
-                    return _Latest(part, by_value, rows, late, occurred, self._order.starts)
+                    return _Latest(part, by_value, rows, late, occurred, starts)
                 case Merge.MAX if state.is_instant and in_order:
-                    return _LastRow(part[rows], occurred[rows])
+                    return _LastRow(part[rows], here)
                 case Merge.MAX if state.is_instant:
                     every_row = np.arange(len(key))
-                    return _Latest(_instants(part, occurred), every_row, rows, late, occurred, self._order.starts)
+                    return _Latest(_instants(part, occurred), every_row, rows, late, occurred, starts)
                 case _:
                     values = _instants(part, occurred) if state.is_instant else part
                     return _Best(np.fmin if state.merge is Merge.MIN else np.fmax, values[rows], values[late])
@@ -318,16 +319,17 @@ class _Decayed:
         late: Ints,
         occurred: Ints,
         known: Ints,
+        here: Ints,
         starts: NDArray[np.bool_],
         half_life: float,
     ) -> None:
         self._half_life, self._starts = half_life, starts
-        self._as_of = np.maximum(occurred, known)[rows]
+        delayed = np.flatnonzero(occurred < known)
+        self._as_of = np.maximum(occurred, known)[rows] if len(delayed) else here
         gap = np.zeros(len(rows))
         np.subtract(self._as_of[:-1], self._as_of[1:], out=gap[1:])
         kept = np.exp2(gap / half_life, where=~starts, out=np.zeros(len(rows)))
         weights = part.astype(np.float64)
-        delayed = np.flatnonzero(occurred < known)
         weights[delayed] *= np.exp2((occurred[delayed] - known[delayed]) / half_life)
         self._total = recur(weights[rows], kept)
         self._late, self._late_at = part[late], occurred[late]

@@ -75,11 +75,11 @@ def too_few(events: int, people: int) -> str | None:
 
 
 def learning_split(lake: Lake, connection: psycopg.Connection[Any], known_until: datetime | None = None) -> Split:
-    """Leave-one-out over the events of the lake that the store knew of at `known_until` (None: all).
+    """Leave-one-out over the events of the lake that the store knew of at `known_until` (None: all), as they were served.
 
     Raises DefinitionError if there is too little to learn from.
     """
-    interactions = load_interactions(lake, connection, known_until)
+    interactions = load_interactions(lake, connection, known_until, as_served=True)
     if words := too_few(len(interactions), len(np.unique(interactions.user))):
         raise DefinitionError(words)
     return leave_one_out(interactions)
