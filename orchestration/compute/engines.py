@@ -50,6 +50,10 @@ class Engine(Protocol):
         ...
 
 
+_MEMORY_LIMIT = "256MB"
+"""What DuckDB asks for two threads; what is more goes to the disk, so that memory does not grow with the events."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Tiles:
     """A table of tiles, and the files of the days that they are of."""
@@ -74,7 +78,7 @@ class DuckDB:
         self._items: pa.Table | None = None
 
     def __enter__(self) -> Self:
-        self._db = self._open.enter_context(duck())
+        self._db = self._open.enter_context(duck(_MEMORY_LIMIT))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -113,7 +117,7 @@ class DuckDB:
         missing = {day: path for day, path in job.files.items() if day not in read}
         if missing or not held:
             table = f"tiles_{next(self._number)}"
-            self._db.register("events", job.lake.dataset(list(missing.values())))
+            job.lake.register(self._db, "events", missing.values())
             self._db.register("items", job.items)
             self._db.execute(f"CREATE TEMP TABLE {table} AS {tile_sql(job.view)}")
             held.append(_Tiles(table, missing))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from orchestration.compute.exact import MICRO, millionths, summable
 from schemas.features import FeatureView, Merge, State
 
-_CELLS = 1_000_000
+_CELLS = 300_000
 """So many keys times days are held at once, once for every state."""
 
 Array = NDArray[Any]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import date, timedelta
+from pathlib import Path
 
 import psycopg
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import TODAY
 from worlds import ListSource
@@ -73,8 +76,10 @@ def engine() -> Iterator[DuckDB]:
 
 def test_each_day_is_read_once(world: World, engine: DuckDB, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    dataset = Lake.dataset
-    monkeypatch.setattr(Lake, "dataset", lambda lake, paths: read.extend(paths) or dataset(lake, paths))
+    register = Lake.register
+    monkeypatch.setattr(
+        Lake, "register", lambda lake, db, name, paths: read.extend(paths) or register(lake, db, name, paths)
+    )
     for last in (7, 4, 1):
         world.build(USER_ACTIVITY, day(last + 2), day(last), engine)
     assert sorted(read) == sorted(world.lake.paths(world.connection, None, YESTERDAY).values())
@@ -109,3 +114,12 @@ def test_views_do_not_share_tiles_and_what_no_window_holds_is_dropped(world: Wor
     world.build(USER_ACTIVITY, after, after, engine)
     assert [tiles.files for tiles in engine._tiles[USER_ACTIVITY]] == [{}]
     assert world.agrees(USER_AFFINITY)
+
+
+def test_columns_of_another_release_are_read_as_the_lake_reads_them(world: World, engine: DuckDB) -> None:
+    older, newer = (Path(f"{world.lake.root}/{world.lake.paths(world.connection)[day(n)]}") for n in (3, 2))
+    pq.write_table(pq.read_table(older, partitioning=None).drop_columns(["value"]), older)
+    table = pq.read_table(newer, partitioning=None)
+    pq.write_table(table.append_column("channel", pa.array(["web"] * len(table))), newer)
+    world.build(USER_ACTIVITY, day(DAYS), YESTERDAY, engine)
+    assert world.rows(USER_ACTIVITY)[-1][2:] == (7, 12, 12, 12, None, 0, *world.rows(USER_ACTIVITY)[-1][8:])
