@@ -18,7 +18,7 @@ HISTORY_LENGTHS = (0, 1, 3, 5)
 """Events that new people have had, for the rise of quality with each."""
 
 _NEIGHBOUR_EVENTS = 10
-"""Events whose mean text stands for a person: between 5 and 20, what finds most hidden items of MovieLens."""
+"""Events whose mean text stands for a person."""
 
 
 def hide_items(interactions: Interactions, *, share: float = 0.1, seed: int = 0) -> Split:
