@@ -30,7 +30,7 @@ from schemas.ranker import TEXT_DIM
 
 START = date(2026, 1, 5)
 COUNTED = ("popularity", "7-day popularity", "co-visitation")
-NOISES = (0.5, 1.0, 2.0, 8.0)
+NOISES = (1.0, 8.0)
 QUICK = World(START, seed=11, people=250, items=200, days=40, events_per_person=40)
 
 
@@ -141,7 +141,7 @@ def test_the_truth_has_the_truest_lists_and_noise_makes_them_less_true() -> None
         lists = best_items(noisy, requests.seen(), 10)
         found.append(float(true_relevance(source, requests, lists).mean()))
     assert found == sorted(found, reverse=True)
-    assert found[0] > found[-1] + 1.5
+    assert found[0] > found[-1] + 1
     assert np.isnan(true_relevance(source, requests, np.full((q, 10), -1, np.int32))).all()
 
 
