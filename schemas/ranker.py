@@ -7,7 +7,7 @@
     prompt_mask          (b,)       float32   1 with a wish
     history_vectors      (b, h, d)  float32   item vectors, oldest first, right-aligned; zeros pad
     history_kinds        (b, h)     int64     index in KINDS + 1; 0 pads
-    history_values       (b, h)     float32   the event's value; 0 where it has none
+    history_values       (b, h)     float32   the event's value; 0 where it has none, ZERO_VALUE where it is 0
     history_gaps         (b, h)     float32   seconds to the next event; the last one's to the request
     history_mask         (b, h)     float32   1 for an event, 0 for padding
     candidate_vectors    (b, n, d)  float32   item vectors of the candidates
@@ -44,6 +44,10 @@ MAX_HISTORY = 200
 MAX_CANDIDATES = 1000
 TEXT_DIM = 384
 """Dimension of the text encoder's vectors."""
+
+
+ZERO_VALUE = 1e-6
+"""How a value of 0 enters the graph, where 0 means that there is none; half precision tells it from 0, too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestration.compute.co_visitation import Neighbours, WindowedPopularity
+from orchestration.compute.interactions import graph_values
 from orchestration.compute.splits import Queries, Split
 from schemas.ranker import MAX_CANDIDATES, MAX_HISTORY
 
@@ -323,7 +324,7 @@ def history_inputs(queries: Queries) -> History:
     return History(
         np.where(real, events.item[row], 0).astype(np.int32),
         np.where(real, events.kind[row], 0),
-        np.where(real, np.nan_to_num(events.value[row]), 0).astype(np.float32),
+        np.where(real, graph_values(events.value[row]), np.float32(0)),
         gaps.astype(np.float32),
         real.astype(np.float32),
     )

@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from orchestration.compute.batches import HistoryWindows, batches
 from orchestration.compute.co_visitation import positive
+from orchestration.compute.devices import Devices
 from orchestration.compute.evaluate import SlateFeatures, history_inputs
-from orchestration.compute.interactions import Interactions
+from orchestration.compute.interactions import Interactions, graph_values
 from orchestration.compute.mining import NEVER, SLATE
 from orchestration.compute.model import FIRST_EVENT, PROMPT, ItemTower, Ranker
 from orchestration.compute.objective import Trends, item_softmax
@@ -37,6 +38,7 @@ class Losses:
         trends: Trends,
         calibration: Tensor,
         config: TrainConfig,
+        devices: Devices,
     ) -> None:
         """`counts (items,) float32` is the items' popularity; `calibration (2,)` scale and offset of slate scores."""
         self.interactions = interactions
@@ -49,15 +51,20 @@ class Losses:
         self.trends = trends
         self.calibration = calibration
         self.config = config
+        self.devices = devices
         self.device = calibration.device
         self.batch_tokens = config.batch_tokens or int(np.clip(len(interactions) // 64, 1024, 8192))
         self.windows = HistoryWindows(interactions, self.batch_tokens, config.seed)
 
+    def window_batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """This process's batches of windows, see `HistoryWindows.epoch`."""
+        return self.devices.share(self.windows.epoch(epoch))
+
     def next_item(self, epoch: int) -> Iterator[Tensor]:
         """One loss per batch: next-item softmax at every position, with and without ids in the item vectors."""
-        generator = np.random.default_rng((self.config.seed, 2, epoch))
+        generator = self._generator(2, epoch)
         events = self.interactions
-        for windows in self.windows.epoch(epoch):
+        for windows in self.window_batches(epoch):
             begin, stop, starts = windows[:, :1], windows[:, 1:2], windows[:, 2:]
             h = max(1, int((stop - begin).max()) - 1)
             row = stop - 1 - h + np.arange(h)  # (b, h) the last event is only a target
@@ -78,10 +85,11 @@ class Losses:
                 functional.embedding(self._tensor(events.item[row]), vectors)
                 * self._tensor(real, vectors.dtype).unsqueeze(-1),
                 self._tensor(np.where(real, events.kind[row], 0)),
-                self._tensor(np.where(real, np.nan_to_num(events.value[row]), 0), torch.float32),
+                self._tensor(np.where(real, graph_values(events.value[row]), 0), torch.float32),
                 self._tensor(gaps, torch.float32),
             )
-            states, _ = self.ranker.encode(tokens, None, self.ranker.biases(self._tensor(real, torch.float32)))
+            with self._autocast():
+                states, _ = self.ranker.encode(tokens, None, self.ranker.biases(self._tensor(real, torch.float32)))
             # Padding never reaches the loss, so its states are dropped before the widest product.
             place, rows = self.windows.predictions(windows, target_row, counted)
             users = self.ranker.user_vectors(states[:, PROMPT:].flatten(0, 1)[self._tensor(place)])  # (m, d)
@@ -99,12 +107,13 @@ class Losses:
         target = self._tensor(self.interactions.item[rows]).long()
         when = self._tensor(self.trends.when(self.interactions.occurred_at[rows]))
         trend = self.trends.present(self.trends.gains(self.ranker.trend.weight))
-        loss = item_softmax(users, target, vectors, trend, when, self.config, self.counts, generator)
-        if self.config.text_only_weight:
-            part = self._tensor(generator.random(len(users)) < self.config.text_only_rate)
-            loss = loss + self.config.text_only_weight * item_softmax(
-                users[part], target[part], text_only, trend, when[part], self.config, self.counts, generator
-            )
+        with self._autocast():
+            loss = item_softmax(users, target, vectors, trend, when, self.config, self.counts, generator)
+            if self.config.text_only_weight:
+                part = self._tensor(generator.random(len(users)) < self.config.text_only_rate)
+                loss = loss + self.config.text_only_weight * item_softmax(
+                    users[part], target[part], text_only, trend, when[part], self.config, self.counts, generator
+                )
         return loss
 
     def _window_wishes(
@@ -124,37 +133,34 @@ class Losses:
         return self.tower.project_text(self._tensor(texts)) * mask.unsqueeze(1), mask
 
     def slate_batches(self, labels: Queries, epoch: int) -> list[NDArray[np.int64]]:
-        """Batches of indices into `labels`, at most `slate_rows` an epoch, of similar history length."""
+        """This process's batches of indices into `labels`, at most `slate_rows` an epoch, of similar history length."""
         generator = np.random.default_rng((self.config.seed, 4, epoch))
         chosen = generator.permutation(len(labels))[: self.config.slate_rows]
         length = np.minimum(labels.stop - labels.start, MAX_HISTORY)[chosen]
         order = np.argsort(length * generator.uniform(0.9, 1.1, len(length)), kind="stable")
         tokens = length[order] + FIRST_EVENT + SLATE
-        return [batch[:, 0] for batch in batches(chosen[order][:, None], tokens, 2 * self.batch_tokens, generator)]
+        cut = batches(chosen[order][:, None], tokens, 2 * self.batch_tokens, generator)
+        return self.devices.share([batch[:, 0] for batch in cut])
 
     def slates(
         self,
         labels: Queries,
         candidates: NDArray[np.int32],
         log_q: NDArray[np.float32],
+        wished: NDArray[np.float32],
         features: SlateFeatures,
         epoch: int,
     ) -> Iterator[Tensor]:
         """One loss per batch: softmax through u over all items, softmax and calibrated BCE over the slate.
 
-        `candidates` and `log_q`, both `(labels, 64)`, are as `mine` gives them.
+        `candidates` and `log_q`, both `(labels, 64)`, are as `mine` gives them, by the wishes `wished (labels, 384)`.
         """
-        generator = np.random.default_rng((self.config.seed, 5, epoch))
+        generator = self._generator(5, epoch)
         for batch in self.slate_batches(labels, epoch):
             part, slate = labels.take(batch), candidates[batch]
             keep_context = (generator.random(len(batch)) >= self.config.null_rate).astype(np.float32)[:, None]
-            prompt = torch.zeros(len(batch), self.ranker.user.out_features, device=self.device)
-            prompt_mask = torch.zeros(len(batch), device=self.device)
-            if self.wishes is not None:
-                texts, meant = self.wishes.draw(part.target, generator)
-                given = meant.any(1) & (generator.random(len(batch)) >= self.config.null_rate)
-                prompt_mask = self._tensor(given, torch.float32)
-                prompt = self.tower.project_text(self._tensor(texts)) * prompt_mask.unsqueeze(1)
+            prompt_mask = self._tensor(np.any(wished[batch] != 0, axis=1), torch.float32)
+            prompt = self.tower.project_text(self._tensor(wished[batch])) * prompt_mask.unsqueeze(1)
             vectors, text_only = self.tower()
             history = history_inputs(part)
             real = self._tensor(history.mask)
@@ -187,8 +193,17 @@ class Losses:
             next_item = self._item_losses(user, part.label, vectors, text_only, generator)
             yield next_item + self.config.slate_weight * listwise + self.config.calibration_weight * binary
 
+    def _generator(self, purpose: int, epoch: int) -> np.random.Generator:
+        """What an epoch draws from; processes draw apart, the first as if it were alone."""
+        rank = (self.devices.rank,) if self.devices.rank else ()
+        return np.random.default_rng((self.config.seed, purpose, epoch, *rank))
+
     def _tensor(self, array: NDArray[Any], dtype: torch.dtype | None = None) -> Tensor:
         return to_tensor(array, self.device, dtype)
+
+    def _autocast(self) -> torch.autocast:
+        """Products in bfloat16 where the processor has them; sums, norms and softmax stay in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16)
 
     def _no_context(self, b: int) -> tuple[Tensor, Tensor]:
         empty = torch.zeros(b, self.ranker.shape.context_features, device=self.device)

@@ -40,6 +40,7 @@ class RankerShape:
     size: str = "small"
     context_features: int = 1
     candidate_features: int = 1
+    gaps: bool = True  # False: the time between events and to the request's clock is not looked at
     temperature: float = 0.05  # vectors have length 1, so logits reach ±20: sharp enough for 10^5 items
     dropout: float = 0.2
 
@@ -263,16 +264,18 @@ class Ranker(nn.Module):
         nn.init.zeros_(self.correction.bias)
 
     def fit_values(self, values: Tensor) -> None:
-        """Standardise event values by those of `values (n,)` that are not NaN."""
-        present = values[~values.isnan()].double()
+        """Standardise event values by those of `values (n,)` that are finite; NaN is none."""
+        present = values[values.isfinite()].double()
         if len(present):
             std = present.std(correction=0)
             self.value_stats.copy_(torch.stack([present.mean(), torch.where(std > 1e-6, std, torch.ones_like(std))]))
 
     def event_tokens(self, vectors: Tensor, kinds: Tensor, values: Tensor, gaps: Tensor) -> Tensor:
-        """`(b, h, d)`: item + kind + value + time to the next event."""
+        """`(b, h, d)`: item + kind + value + time to the next event, if the shape has that."""
         scaled = vectors * math.sqrt(vectors.shape[-1])  # unit vectors have tiny components; tokens are of order one
         # Counting passed edges, not a logarithm: two runtimes must never disagree about a bucket.
+        if not self.shape.gaps:
+            gaps = gaps * 0.0  # still an input of the exported graph, whose contract is one for both
         bucket = (gaps.unsqueeze(-1) >= self.gap_edges).long().sum(-1)  # (b, h)
         present = (values != 0).to(values.dtype)
         value = ((values - self.value_stats[0]) / self.value_stats[1]).clamp(-CLIP, CLIP) * present

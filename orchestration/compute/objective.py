@@ -8,7 +8,7 @@ Items that were not there by then take no part, or every newcomer would have bee
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from orchestration.compute.interactions import Interactions
 from orchestration.compute.model import FeatureEncoder
 from orchestration.compute.train_config import TrainConfig
 
-MOST_CELLS = 1 << 21
-"""Instants × items held at most, 200 MB: more items are looked at less often."""
+MOST_CELLS = {"cpu": 1 << 21, "cuda": 1 << 24}
+"""Instants × items held at most by kind of device, 200 MB and 1.6 GB: more items are looked at less often."""
 ABSENT = -1e4
 
 
@@ -38,9 +38,12 @@ class Trends:
     ) -> None:
         items = len(interactions.item_ids)
         days = np.unique(interactions.occurred_at // DAY_MICROSECONDS) * DAY_MICROSECONDS
-        self._instants = days[:: -(-len(days) * items // MOST_CELLS)]
+        if features is None and interactions.available_at is None:
+            days = days[:1]  # nothing differs from day to day
+        self.learned = features is not None
+        self._instants = days[:: -(-len(days) * items // MOST_CELLS[device.type])]
         if features is None:
-            self._features = torch.zeros(len(self._instants), items, 2 * len(encoder.mean), device=device)
+            self._features = torch.zeros(len(self._instants), items, 1, device=device)
         else:
             values, mask = (torch.from_numpy(part).to(device) for part in features(self._instants))
             self._features = encoder.standardise(values, mask)
@@ -57,7 +60,9 @@ class Trends:
         return np.maximum(np.searchsorted(self._instants, at, side="right") - 1, 0)
 
     def gains(self, weight: Tensor) -> Tensor:
-        """`(t, items)`: what `weight (1, 2 g)` makes of every item's features at each instant."""
+        """`(t, items)`: what `weight (1, 2 g)` makes of every item's features at each instant; constant without features."""
+        if not self.learned:
+            return self._features[..., 0]
         return functional.linear(self._features, weight).squeeze(-1)
 
     def present(self, gains: Tensor) -> Tensor:
@@ -106,42 +111,52 @@ def item_softmax(
 class AllItemsSoftmax(torch.autograd.Function):
     """Mean cross-entropy over all items, with its gradient made in the forward pass (as in Liger Kernel, 2024).
 
-    The (m, items) table of logits is built piece by piece, turned into its own gradient in place and dropped: written
-    once where autograd would keep and rewrite it four times. Unit vectors bound the logits, so exp needs no maximum
-    of its own in every row.
+    The (m, items) table of logits is built piece by piece, turned into its own gradient and dropped: written twice where
+    autograd would keep and rewrite it four times. Under autocast its products are those of bfloat16.
     """
 
-    CELLS = 1 << 19  # of the table at a time: two megabytes stay in a core's cache
+    CELLS: ClassVar = {"cpu": 1 << 21, "cuda": 1 << 27}
+    """Of the table at a time, by kind of device: enough rows for the products, few enough for its memory."""
 
     @staticmethod
     def forward(
         ctx: Any, users: Tensor, vectors: Tensor, target: Tensor, temperature: float, trend: Tensor, when: Tensor
     ) -> Tensor:
         m, items = len(users), len(vectors)
-        rows = max(16, min(m, AllItemsSoftmax.CELLS // items))
+        kind = users.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else users.dtype
+        rows = max(16, min(m, AllItemsSoftmax.CELLS[kind] // items))
         user_gradient, item_gradient = torch.empty_like(users), torch.zeros_like(vectors)
-        trend_gradient, most = torch.zeros_like(trend), 1 / temperature + float(trend.max())
-        table, index = users.new_empty(rows, items), torch.arange(rows, device=users.device)
+        trend_gradient = torch.zeros_like(trend) if ctx.needs_input_grad[4] else None
+        logits, shares = users.new_empty(rows, items), users.new_empty(rows, items)
+        index, candidates = torch.arange(rows, device=users.device), vectors.to(dtype)
         total = users.new_zeros(())
         for begin in range(0, m, rows):
             part, wanted, then = (array[begin : begin + rows] for array in (users, target, when))
-            part = part / temperature
-            weight = torch.index_select(trend, 0, then, out=table[: len(part)])  # (rows, items)
-            weight.addmm_(part, vectors.T)
-            own = weight[index[: len(part)], wanted]
-            weight.sub_(most).exp_()
-            normaliser = weight.sum(-1)
-            total = total + (normaliser.log() + most - own).sum()
-            weight.div_(normaliser.unsqueeze(-1) * m)
-            weight[index[: len(part)], wanted] -= 1 / m
-            torch.mm(weight, vectors, out=user_gradient[begin : begin + rows])
-            item_gradient.addmm_(weight.T, part)
-            trend_gradient.index_add_(0, then, weight)
-        ctx.save_for_backward(user_gradient.div_(temperature), item_gradient, trend_gradient)
+            part, here = part / temperature, index[: len(part)]
+            # One instant is added to every row alike: no table of its own to gather.
+            added = trend if len(trend) == 1 else torch.index_select(trend, 0, then, out=shares[: len(part)])
+            table = torch.addmm(added, part, vectors.T, out=logits[: len(part)])  # (rows, items)
+            own, highest = table[here, wanted], table.amax(-1)
+            share = torch.softmax(table, -1, out=shares[: len(part)])
+            # exp(highest − normaliser) is the largest share: at least 1 / items, where the target's own may underflow.
+            total = total + (highest - share.amax(-1).log() - own).sum()
+            share[here, wanted] -= 1
+            if trend_gradient is not None:
+                trend_gradient.index_add_(0, then, share)
+            share, part = share.to(dtype), part.to(dtype)
+            user_gradient[begin : begin + rows] = share @ candidates
+            item_gradient += share.T @ part
+        ctx.save_for_backward(
+            user_gradient.div_(temperature * m),
+            item_gradient.div_(m),
+            None if trend_gradient is None else trend_gradient.div_(m),
+        )
         return total / m
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor | None, None]:
         user_gradient, item_gradient, trend_gradient = ctx.saved_tensors
         given = gradients[0]
-        return given * user_gradient, given * item_gradient, None, None, given * trend_gradient, None
+        by_trend = None if trend_gradient is None else given * trend_gradient
+        return given * user_gradient, given * item_gradient, None, None, by_trend, None

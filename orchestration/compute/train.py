@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from orchestration.compute import checkpoint as checkpoints
 from orchestration.compute.co_visitation import WindowedPopularity, co_visitation, popularity, positive
+from orchestration.compute.devices import Devices
 from orchestration.compute.evaluate import (
     MakeSlates,
     RankerScorer,
@@ -34,28 +35,17 @@ from orchestration.compute.evaluate import (
 )
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.losses import Losses, to_tensor
-from orchestration.compute.mining import SLATE, mine, newest_labels, random_slates, recent_rows, slate_labels
+from orchestration.compute.mining import SLATE, Sources, mine, newest_labels, random_slates, recent_rows, slate_labels
 from orchestration.compute.model import ItemTower, Ranker, RankerShape
 from orchestration.compute.objective import Trends
 from orchestration.compute.optimizer import adamw
 from orchestration.compute.splits import Queries
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import Progress, TrainedRanker
+from orchestration.compute.training_features import FiniteFeatures, LabelFeatures
 from orchestration.compute.wishes import Wishes
-from schemas.errors import DefinitionError
+from schemas.errors import DefinitionError, GateError
 from schemas.ranker import TEXT_DIM
-
-
-class LabelFeatures(Protocol):
-    """What was known at a label's time, for training."""
-
-    def __call__(self, rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
-        """A `MakeSlates`: features of label rows `(l,)` and candidate items `(l, n)`."""
-        ...
-
-    def trends(self, instants: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Candidate features of every item at `instants (t,)`, microseconds UTC: values and mask `(t, items, g)`."""
-        ...
 
 
 def train(
@@ -78,16 +68,24 @@ def train(
     learns from histories alone. With `checkpoint`, state is saved after every epoch, an interrupted run continues from it
     and ends where an uninterrupted one would, and a finished one has no epoch to repeat; a file left by other data (of
     `features`, a sample is compared) or another configuration is ignored and overwritten. The file is the caller's to
-    remove once the model is kept. `device` defaults to CUDA where there is one.
+    remove once the model is kept. `device` defaults to CUDA where there is one. In each of several processes started by
+    `accelerate launch`, all given the same, the run is one run on all their devices; the first reports and saves.
 
-    Raises DefinitionError if the text vectors do not fit the catalogue, the validation labels are rows of another table
-    or there is nothing to learn from.
+    Raises DefinitionError if the text vectors do not fit the catalogue or hold what is no number, the validation labels
+    are rows of another table or there is nothing to learn from, and GateError where a loss or gradient is not finite.
     """
     config = config or TrainConfig()
     if text_vectors.shape != (len(interactions.item_ids), TEXT_DIM):
         raise DefinitionError(
             f"text vectors have shape {text_vectors.shape}; the catalogue needs ({len(interactions.item_ids)}, {TEXT_DIM})"
         )
+    if not np.isfinite(text_vectors).all():
+        broken = interactions.item_ids[~np.isfinite(text_vectors).all(1)]
+        raise DefinitionError(
+            f"the text vectors of {len(broken)} items hold NaN or infinity: {broken[:5]}; encode again"
+        )
+    if features is not None:
+        features = FiniteFeatures(features)
     if validation is None:
         validation = newest_labels(interactions, config)
     judged = validation.interactions
@@ -134,23 +132,31 @@ class _Run:
         self.features = features
         self.on_progress = on_progress
         self.checkpoint = checkpoint
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.devices = Devices(device)
+        self.device = self.devices.device
         self.validation = validation
         self.counts = popularity(interactions)
         self.neighbours = co_visitation(interactions)
+        self.trending = WindowedPopularity(interactions)
         self.sources = (
-            score_windowed_popularity(WindowedPopularity(interactions)),
+            score_windowed_popularity(self.trending),
             score_co_visitation(self.neighbours, self.counts),
         )
         self.labels = slate_labels(interactions, recent, config)
+        self.texts = text_vectors
+        self.wished = np.zeros((len(self.labels), TEXT_DIM), np.float32)
+        if wishes is not None:
+            drawn = np.random.default_rng((config.seed, 8))
+            self.wished = wishes.draw_some(self.labels.target, drawn, config.null_rate)
         probe = self._label_features(*random_slates(interactions, self.counts, config.seed))
         torch.manual_seed(config.seed)
         self.shape = RankerShape(
             config.size,
             probe.context_features.shape[1],
             probe.candidate_features.shape[2],
-            config.temperature,
-            config.dropout,
+            gaps=config.gaps,
+            temperature=config.temperature,
+            dropout=config.dropout,
         )
         self.ranker = Ranker(self.shape).to(self.device)
         self.ranker.fit_values(torch.from_numpy(interactions.value))
@@ -165,7 +171,15 @@ class _Run:
         )
         self.calibration = nn.Parameter(torch.tensor([1.0, -math.log(SLATE - 1)], device=self.device))
         self.losses = Losses(
-            interactions, self.counts, wishes, self.ranker, self.tower, self.trends, self.calibration, config
+            interactions,
+            self.counts,
+            wishes,
+            self.ranker,
+            self.tower,
+            self.trends,
+            self.calibration,
+            config,
+            self.devices,
         )
         self.modules = nn.ModuleDict({"ranker": self.ranker, "tower": self.tower})
         self.stage, self.epoch, self.stale = 1, 0, 0
@@ -183,7 +197,7 @@ class _Run:
         )
 
     def train(self) -> TrainedRanker:
-        steps = self.config.epochs * len(self.losses.windows.epoch(0))
+        steps = self.config.epochs * len(self.losses.window_batches(0))
         optimizer, schedule = adamw(self.modules, self.calibration, self.config, self.config.learning_rate, steps)
         if self._resume() and self.stage == 1:
             self._load_optimizer(optimizer, schedule)
@@ -214,7 +228,16 @@ class _Run:
         began = time.monotonic()
         self.modules.eval()
         if self.mined is None:
-            self.mined = mine(self.labels, self._similarity, self.neighbours, self.trends.absent, self.config.seed)
+            offered = Sources(
+                self._wished_similarity,
+                self.neighbours,
+                self.trending,
+                self.counts,
+                self.labels.interactions.available_at,
+                self.texts,
+                self.wished,
+            )
+            self.mined = mine(self.labels, offered, self.trends.absent, self.config.seed)
         candidates, log_q = self.mined
         features = self._all_features(self.labels.label, candidates)
         steps = len(self.losses.slate_batches(self.labels, 0)) * self.config.slate_epochs
@@ -234,7 +257,7 @@ class _Run:
             self.best = {"ndcg": float(gains.mean()), "state": self._state(), "gains": torch.from_numpy(gains)}
         self.elapsed += time.monotonic() - began
         while self.epoch < self.config.slate_epochs:
-            losses = self.losses.slates(self.labels, candidates, log_q, features, self.epoch)
+            losses = self.losses.slates(self.labels, candidates, log_q, self.wished, features, self.epoch)
             self._epoch(optimizer, schedule, losses, self.config.slate_epochs, self._slate_scorer)
 
     def _epoch(
@@ -248,18 +271,27 @@ class _Run:
         """Step through `losses`, validate when due, keep the best, save."""
         began = time.monotonic()
         # Each epoch has its own seed, so a run resumed after epoch k draws what the uninterrupted one drew.
-        torch.manual_seed(self.config.seed * 1_000_003 + self.stage * 1009 + self.epoch)
+        torch.manual_seed(self.config.seed * 1_000_003 + self.stage * 1009 + self.epoch + self.devices.rank * 500_009)
         self.modules.train()
         total, steps = 0.0, 0
         for loss in losses:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            self.devices.average_gradients([*self.modules.parameters(), self.calibration])
             # Not the calibration, whose first gradients exceed the norm: within it they would decide how far the model's is
             # cut; clipped by itself, the scale ended at 0.02 instead of 0.25 (MovieLens-100K without features).
-            nn.utils.clip_grad_norm_(self.modules.parameters(), self.config.gradient_norm)
+            norm = float(nn.utils.clip_grad_norm_(self.modules.parameters(), self.config.gradient_norm))
+            value = float(loss.detach())
+            if not math.isfinite(value + norm):
+                # Before the step: one such update and every weight is NaN, which nothing after it would tell.
+                raise GateError(
+                    f"stage {self.stage}, epoch {self.epoch + 1}, step {steps + 1}: the loss is {value}, its gradient's norm "
+                    f"{norm}; nothing of this epoch is kept. Look for wild values in the events or features, or train with "
+                    f"a lower learning rate than {optimizer.param_groups[0]['lr']:.3g}"
+                )
             optimizer.step()
             schedule.step()
-            total, steps = total + float(loss.detach()), steps + 1
+            total, steps = total + value, steps + 1
         self.epoch += 1
         ndcg = None
         if len(self.validation) and (
@@ -276,7 +308,7 @@ class _Run:
         self.elapsed += seconds
         self.progress.append(Progress(self.stage, self.epoch, epochs, total / max(steps, 1), ndcg, seconds))
         self._save(optimizer, schedule)
-        if self.on_progress:
+        if self.on_progress and self.devices.first:
             self.on_progress(self.progress[-1])
 
     # ---- features
@@ -309,7 +341,9 @@ class _Run:
 
     def _validation_gains(self, scorer: Scorer) -> NDArray[np.float64]:
         """`(labels,)` NDCG@10 of each validation label."""
-        return gain(ranks(scorer, self.validation), 10)
+        gains = torch.from_numpy(gain(ranks(scorer, self.validation), 10))
+        agreed: NDArray[np.float64] = self.devices.agreed(gains).numpy()
+        return agreed
 
     def _keeps(self, gains: NDArray[np.float64]) -> bool:
         """Whether a validation `(labels,)` replaces the best so far.
@@ -323,7 +357,12 @@ class _Run:
         return bool(interval(difference, self.validation.user)[1] >= 0)
 
     def _scorer(
-        self, *, rerank: int | None, slates: MakeSlates | None, sources: tuple[Scorer, ...] = ()
+        self,
+        *,
+        rerank: int | None,
+        slates: MakeSlates | None,
+        sources: tuple[Scorer, ...] = (),
+        wish_vectors: Callable[[Queries], NDArray[np.float32]] | None = None,
     ) -> RankerScorer:
         def run(inputs: dict[str, NDArray[Any]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
             with torch.no_grad():
@@ -340,12 +379,26 @@ class _Run:
             slates=slates,
             rerank=rerank,
             sources=sources,
+            wish_vectors=wish_vectors,
         )
 
     def _similarity(self, queries: Queries) -> NDArray[np.float32]:
         """⟨u, v⟩/τ of every item: what the ANN index will see."""
         logits: NDArray[np.float32] = self._scorer(rerank=0, slates=None)(queries) / np.float32(self.config.temperature)
         return logits
+
+    def _wished_similarity(self, labels: Queries) -> NDArray[np.float32]:
+        """The same for some of the slates' labels, each with its wish: what serving asks the index with."""
+        scorer = self._scorer(rerank=0, slates=None, wish_vectors=self._wishes)
+        logits: NDArray[np.float32] = scorer(labels) / np.float32(self.config.temperature)
+        return logits
+
+    def _wishes(self, labels: Queries) -> NDArray[np.float32]:
+        """`(q, d)`: the wishes of some of the slates' labels in item space; zeros without one."""
+        wished = self.wished[np.searchsorted(self.labels.label, labels.label)]
+        with torch.no_grad():
+            projected = self.tower.project_text(to_tensor(wished, self.device)).cpu().numpy()
+        return np.where(wished.any(1, keepdims=True), projected, np.float32(0))
 
     def _stage_1_scorer(self, queries: Queries) -> NDArray[np.float32]:
         """⟨u, v⟩/τ + what every item gains by its features: what stage 1 learns."""
@@ -372,7 +425,7 @@ class _Run:
             self._restore(self.best["state"])
 
     def _save(self, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
-        if self.checkpoint is None:
+        if self.checkpoint is None or not self.devices.first:
             return
         state = {
             "position": (self.stage, self.epoch, self.stale, self.elapsed),

@@ -11,6 +11,7 @@ class TrainConfig:
 
     size: str = "small"
     seed: int = 0
+    gaps: bool = True  # whether the time between events and to the request's clock is looked at
     epochs: int = 16  # the cosine schedule ends here; a million events still gain from 30
     learning_rate: float = 6e-3  # unit vectors and τ = 0.05 bear it; at 3e-3 few events are not learned in time
     weight_decay: float = 0.01
@@ -33,6 +34,9 @@ class TrainConfig:
     slate_body_rate: float = 0.05  # of it: the retriever is not to be unlearned on a tenth of its labels
     slate_weight: float = 0.5
     calibration_weight: float = 0.2
+    bfloat16: bool = (
+        False  # products of the body and the softmax, for processors that multiply it; weights stay float32
+    )
     validate_every: int = 3  # epochs
     patience: int = 4  # validations in a row worse than the best before stage 1 ends early
     validation_rate: float = 0.05  # labels come from the newest events, this share of them: tomorrow is what counts

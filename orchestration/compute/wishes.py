@@ -28,3 +28,11 @@ class Wishes:
         vectors = meant.astype(np.float32) @ self.category_vectors
         norm = np.linalg.norm(vectors, axis=1, keepdims=True)
         return (vectors / np.maximum(norm, 1e-9)).astype(np.float32), meant
+
+    def draw_some(
+        self, items: NDArray[np.int32], generator: np.random.Generator, null_rate: float
+    ) -> NDArray[np.float32]:
+        """`(m, 384)` wishes for `items (m,)`, a share `null_rate` of them withheld; zeros are no wish."""
+        vectors, meant = self.draw(items, generator)
+        given = meant.any(1) & (generator.random(len(items)) >= null_rate)
+        return np.where(given[:, None], vectors, np.float32(0))

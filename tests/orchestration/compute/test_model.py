@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from orchestration.compute.export import random_inputs
+from orchestration.compute.export import export_fp32, random_inputs, session_runner
 from orchestration.compute.model import ItemTower, Ranker, RankerShape
 from schemas.ranker import TEXT_DIM
 
@@ -96,6 +97,18 @@ def test_padding_changes_nothing(trained: Ranker) -> None:
     }
     for one, two in zip(run(trained, given), run(trained, padded), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-4)
+
+
+def test_a_ranker_without_gaps_takes_the_same_inputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    timeless = Ranker(RankerShape(context_features=F, candidate_features=G, gaps=False)).eval()
+    export_fp32(timeless, tmp_path / "ranker.onnx", f=F, g=G, d=D)
+    given = inputs()
+    answer = session_runner(tmp_path / "ranker.onnx")  # feeds every input by name
+    later = given | {"history_gaps": given["history_gaps"] * 1000 + 7}
+    for one, two, three in zip(answer(given), answer(later), run(timeless, given), strict=True):
+        np.testing.assert_array_equal(one, two)
+        np.testing.assert_allclose(one, three, atol=1e-4)
 
 
 def test_without_history_the_wish_speaks(trained: Ranker) -> None:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from orchestration.compute.batches import HistoryWindows
 from orchestration.compute.co_visitation import popularity
-from orchestration.compute.evaluate import SlateFeatures, evaluate, score_popularity
-from orchestration.compute.interactions import Interactions
+from orchestration.compute.evaluate import SlateFeatures, evaluate, history_inputs, score_popularity
+from orchestration.compute.interactions import Interactions, graph_values
 from orchestration.compute.mining import SLATE, newest_labels, recent_rows
 from orchestration.compute.model import FeatureEncoder
 from orchestration.compute.objective import ABSENT, AllItemsSoftmax, Trends
@@ -24,9 +24,9 @@ from orchestration.compute.train import train
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import Progress, TrainedRanker
 from orchestration.compute.wishes import Wishes
-from schemas.errors import DefinitionError
+from schemas.errors import DefinitionError, GateError
 from schemas.events import KINDS
-from schemas.ranker import TEXT_DIM
+from schemas.ranker import TEXT_DIM, ZERO_VALUE
 
 ITEMS, CYCLE = 80, 8
 QUICK = TrainConfig(epochs=2, validate_every=1, batch_tokens=512)
@@ -316,6 +316,87 @@ def test_the_fused_softmax_has_the_gradient_of_cross_entropy() -> None:
     wanted = [users, items, trend]
     for mine, reference in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted), strict=True):
         torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-4)
+
+
+def test_the_fused_softmax_bears_logits_far_apart() -> None:
+    """At a low temperature, beside one item that everybody wants, the others' shares are below what a float holds."""
+    torch.manual_seed(0)
+    users, items = (torch.nn.functional.normalize(torch.randn(n, 8), dim=1).requires_grad_() for n in (30, 20))
+    trend = torch.zeros(2, 20)
+    trend[1, 3] = 300.0
+    trend.requires_grad_()
+    target, when = torch.randint(0, 20, (30,)), torch.arange(30) % 2
+    ours = AllItemsSoftmax.apply(users, items, target, 0.005, trend, when)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    theirs = torch.nn.functional.cross_entropy(users @ items.T / 0.005 + trend[when], target)
+    torch.testing.assert_close(ours, theirs)
+    wanted = [users, items, trend]
+    for mine, reference in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted), strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-4, rtol=1e-4)
+
+
+def test_a_value_that_is_no_number_counts_as_missing(uninterrupted: TrainedRanker) -> None:
+    class Broken(Features):
+        def __call__(self, rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
+            known = super().__call__(rows, candidates)
+            known.candidate_features[:, :, 1] = np.nan
+            known.context_features[::2, 0] = np.inf
+            return known
+
+        def trends(self, instants: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            values, mask = super().trends(instants)
+            values[:, :, 1] = np.nan
+            return values, mask
+
+    class Missing(Broken):
+        """The same, said by the mask."""
+
+        def __call__(self, rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
+            known = super().__call__(rows, candidates)
+            known.candidate_mask[:, :, 1] = 0
+            known.context_mask[::2, 0] = 0
+            return known
+
+        def trends(self, instants: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            values, mask = super().trends(instants)
+            mask[:, :, 1] = 0
+            return values, mask
+
+    config = replace(QUICK, epochs=1)
+    one, two = (train(world(), texts(), config, features=given) for given in (Broken(), Missing()))
+    assert_same(one, two)
+    assert all(value.isfinite().all() for value in parameters(one).values())
+
+
+def test_a_training_that_diverges_is_refused() -> None:
+    with pytest.raises(GateError, match=r"stage 1, epoch 1, step \d+: the loss is .*lower learning rate"):
+        train(world(), texts(), replace(QUICK, learning_rate=1e30), validation=nothing())
+
+
+def test_text_vectors_with_nan_are_refused() -> None:
+    broken = texts()
+    broken[7, 3] = np.nan
+    with pytest.raises(DefinitionError, match=r"1 items hold NaN or infinity: \['i7'\]"):
+        train(world(), broken, QUICK)
+
+
+def test_a_value_of_zero_is_a_value() -> None:
+    assert graph_values(np.array([np.nan, 0, 2, np.inf], np.float32)).tolist() == [
+        0,
+        pytest.approx(ZERO_VALUE),
+        2,
+        0,
+    ]
+    zero = replace(world(), value=np.zeros(len(world()), np.float32))
+    history = history_inputs(newest_labels(zero, QUICK))
+    assert ((history.values != 0) == (history.mask > 0)).all()
+
+
+def test_without_gaps_the_clock_says_nothing() -> None:
+    slow = replace(world(), occurred_at=world().occurred_at * 50)
+    config = replace(QUICK, epochs=1, slate_epochs=0)
+    for gaps, same in ((False, True), (True, False)):
+        one, two = (train(events, texts(), replace(config, gaps=gaps)).item_vectors() for events in (world(), slow))
+        assert np.array_equal(one, two) is same
 
 
 def test_an_event_is_also_predicted_from_the_last_earlier_second() -> None:
