@@ -144,7 +144,8 @@ def encode(made: Recipe, raw: Floats, *, log1p: bool) -> tuple[NDArray[np.float3
 
     `log1p`: counts and ages as the ranker gets them; without it everything stays in its own unit.
     """
-    valid = np.isfinite(raw)
+    # What float32 cannot hold is no value either: it would be infinite behind the cast below.
+    valid = np.abs(raw) <= np.finfo(np.float32).max
     np.copyto(raw, 0.0, where=~valid)
     if log1p:
         raw[:, made.logs] = np.log1p(np.maximum(raw.take(made.logs, axis=1), 0.0))
@@ -156,9 +157,11 @@ def crossed(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Features by category, carried over to items: the mean over an item's categories of those present.
 
-    `values`, `mask` `(c, f)`; `membership (n, c)` is 1 where item n has category c. Returns `(n, f)` values and mask.
+    `values`, `mask` `(c, f)`, values of anything where the mask is 0; `membership (n, c)` is 1 where item n has category c.
+    Returns `(n, f)` values and mask.
     """
     weight = membership @ mask
+    values = np.where(mask > 0, values, np.float32(0))  # 0 times NaN would be NaN for every item
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = np.where(weight > 0, (membership @ (values * mask)) / weight, 0.0)
     return mean.astype(np.float32), (weight > 0).astype(np.float32)

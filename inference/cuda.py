@@ -7,6 +7,7 @@ padded to the smallest bucket that holds them: history to the left, candidates t
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,24 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from schemas.errors import ArtifactError
-from schemas.ranker import INPUTS, OUTPUTS
+from schemas.ranker import OUTPUTS
 
 PROVIDER = "CUDAExecutionProvider"
+
+
+def device_count() -> int:
+    """NVIDIA GPUs that the driver shows and this build of ONNX Runtime could use; asks for nothing and loads no library
+    but the driver's own."""
+    if PROVIDER not in ort.get_available_providers():
+        return 0
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # no driver, no card
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -56,11 +72,27 @@ class CudaSession:
     Raises ArtifactError if any operator would run anywhere but on the GPU: a silent fall-back costs more than it saves.
     """
 
-    def __init__(self, file: Path, buckets: Sequence[Bucket], *, device: int = 0) -> None:
+    def __init__(
+        self,
+        file: Path,
+        buckets: Sequence[Bucket],
+        *,
+        device: int = 0,
+        addresses: Mapping[str, int] | None = None,
+    ) -> None:
+        """`addresses` are places on the device, by name, of inputs that the caller fills: contiguous, as wide as the one
+        bucket, and kept for as long as the session."""
+        if addresses and len(set(buckets)) != 1:
+            raise ValueError(f"addresses belong to one bucket, {len(set(buckets))} are given")
         # cuBLAS, cuRAND and the CUDA runtime from their wheels, where they are installed; no cuDNN is needed.
         ort.preload_dlls(cudnn=False)
         self._lock = threading.Lock()
-        self._buckets = {bucket: _Bound(file, bucket, device) for bucket in sorted(set(buckets))}
+        self._buckets = {bucket: _Bound(file, bucket, device, addresses or {}) for bucket in sorted(set(buckets))}
+        self.provider = PROVIDER  # each bucket's session has shown it, or there is no bucket
+
+    def holds(self, inputs: Mapping[str, NDArray[np.generic]]) -> bool:
+        """Whether a bucket is wide enough."""
+        return any(bucket.holds(inputs) for bucket in self._buckets)
 
     def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """`user_vector (b, d)` and `scores (b, n)`. Raises ValueError for shapes that no bucket holds."""
@@ -86,7 +118,7 @@ class CudaSession:
 class _Bound:
     """One bucket: its session, and the tensors on the device that its CUDA graph reads and writes."""
 
-    def __init__(self, file: Path, bucket: Bucket, device: int) -> None:
+    def __init__(self, file: Path, bucket: Bucket, device: int, addresses: Mapping[str, int]) -> None:
         self.bucket = bucket
         options = ort.SessionOptions()
         for letter in ("b", "h", "n"):
@@ -110,6 +142,10 @@ class _Bound:
         self.inputs: dict[str, ort.OrtValue] = {}
         for entry in self._session.get_inputs():
             shape = [getattr(bucket, size) if isinstance(size, str) else size for size in entry.shape]
+            if entry.name in addresses:
+                kind = types[entry.type]
+                self._binding.bind_input(entry.name, "cuda", device, kind, shape, addresses[entry.name])
+                continue
             self.inputs[entry.name] = ort.OrtValue.ortvalue_from_numpy(
                 np.zeros(shape, types[entry.type]), "cuda", device
             )
@@ -122,7 +158,7 @@ class _Bound:
         self._session.run_with_iobinding(self._binding)  # records the CUDA graph
 
     def feed(self, inputs: Mapping[str, NDArray[np.generic]]) -> None:
-        for name in INPUTS:
+        for name in self.inputs:
             self.inputs[name].update_inplace(self.bucket.padded(name, inputs[name]))
 
     def launch(self) -> None:

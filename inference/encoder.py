@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from inference import telemetry
+from inference.cuda import PROVIDER as CUDA_PROVIDER
 from schemas.errors import ArtifactError
 from schemas.manifest import ArtifactFile
 from schemas.ranker import TEXT_DIM
@@ -33,6 +34,8 @@ CACHED_WISHES = 256
 # Dynamic quantisation scales activations by the whole batch, so int8 texts run alone: a wish's vector
 # must not depend on who asked beside them. Padding makes batches slower than single texts there anyway.
 BATCH_ROWS: dict[Precision, int] = {"fp32": 32, "int8": 1}
+
+CUDA_BATCH_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +76,11 @@ class EncoderManifest:
 class TextEncoder:
     """The encoder in `folder`, one session with `threads` threads. Safe to call from several threads.
 
-    Raises ArtifactError if a file is missing, differs from the manifest or has another dimension.
+    With `cuda` it runs on the GPU, in float. Raises ArtifactError if a file is missing, differs from the manifest or has
+    another dimension, or if the GPU was asked for and is not what the session got.
     """
 
-    def __init__(self, folder: Path, threads: int = 1, precision: Precision = "fp32") -> None:
+    def __init__(self, folder: Path, threads: int = 1, precision: Precision = "fp32", *, cuda: bool = False) -> None:
         if precision not in ONNX_FILES:
             raise ArtifactError(f"there is no encoder of precision {precision!r}; known: {', '.join(ONNX_FILES)}")
         self.manifest = EncoderManifest.read(folder)
@@ -86,12 +90,15 @@ class TextEncoder:
                 "export one whose dimension is TEXT_DIM"
             )
         self.precision = precision
-        self._batch_rows = BATCH_ROWS[precision]
+        if cuda and precision != "fp32":
+            raise ArtifactError(f"the GPU has no {precision} products that would be faster; ask for fp32 there")
+        self._batch_rows = CUDA_BATCH_ROWS if cuda else BATCH_ROWS[precision]
         self._tokenizer = Tokenizer.from_str(verified(folder, TOKENIZER, self.manifest).decode("utf-8"))
         # The file brings its own length limit and pads to it; the original model overrides both.
         self._tokenizer.enable_truncation(self.manifest.max_tokens)
         self._tokenizer.no_padding()
-        self._session = _session(verified(folder, ONNX_FILES[precision], self.manifest), threads)
+        self._session = _session(verified(folder, ONNX_FILES[precision], self.manifest), threads, cuda)
+        self.provider: str = self._session.get_providers()[0]
         self._inputs = {entry.name for entry in self._session.get_inputs()}
         width = self._session.get_outputs()[0].shape[-1]
         unknown = self._inputs - {"input_ids", "attention_mask", "token_type_ids"}
@@ -165,14 +172,22 @@ def verified(folder: Path, name: str, manifest: EncoderManifest) -> bytes:
     return data
 
 
-def _session(graph: bytes, threads: int) -> Any:
+def _session(graph: bytes, threads: int, cuda: bool) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    # A spinning thread takes the core from the thread that has the next request.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads wait for each other within a run; once it is over, a spinning one would take the core from the next request.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if cuda:
+        ort.preload_dlls(cudnn=False)
+        # Half's precision is not enough for what is compared with vectors made on a CPU.
+        providers.insert(0, (CUDA_PROVIDER, {"use_tf32": "0"}))
     try:
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(graph, options, providers=providers)
     except Exception as error:  # onnxruntime raises its own unrelated types for a malformed graph
         raise ArtifactError(f"ONNX Runtime cannot load the encoder ({error}); export the encoder again") from error
+    if cuda and session.get_providers()[0] != CUDA_PROVIDER:
+        raise ArtifactError(f"the encoder was to run on the GPU and got {session.get_providers()}")
+    return session

@@ -2,31 +2,76 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from inference.artifacts import verify
+from inference.cuda import PROVIDER, Bucket, CudaSession, device_count
 from inference.telemetry import span
 from schemas.errors import ArtifactError
-from schemas.manifest import RANKER_FP32, RANKER_INT8, TEXT_PROJECTION
-from schemas.ranker import INPUTS, OUTPUTS
+from schemas.manifest import RANKER_FP16, RANKER_FP32, RANKER_INT8, TEXT_PROJECTION
+from schemas.ranker import INPUTS, MAX_CANDIDATES, MAX_HISTORY, OUTPUTS
 from schemas.views import candidate_features, context_features, fingerprint
+
+logger = logging.getLogger(__name__)
+
+Inputs = Mapping[str, NDArray[np.generic]]
+Answer = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+class Engine(Protocol):
+    """What runs a graph; `inference.cuda.CudaSession` is one."""
+
+    provider: str
+
+    def holds(self, inputs: Inputs) -> bool: ...
+
+    def run(self, inputs: Inputs) -> Answer: ...
+
+
+class CpuEngine:
+    """`file` on ONNX Runtime's CPU provider, for inputs of any shape."""
+
+    def __init__(self, file: Path, threads: int) -> None:
+        self._session = _session(file, threads)
+        self.provider: str = self._session.get_providers()[0]
+
+    def holds(self, inputs: Inputs) -> bool:
+        return True
+
+    def run(self, inputs: Inputs) -> Answer:
+        user_vector, scores = self._session.run(list(OUTPUTS), {name: inputs[name] for name in INPUTS})
+        return user_vector, scores
 
 
 class Ranker:
     """Scores candidates for one request at a time; safe to share between threads.
 
-    `precision` asks for a file, `int8` or `fp32`; an artefact whose int8 did not pass its gate has fp32 alone, and
-    `self.precision` says so. Raises ArtifactError if the artefact was changed, expects other features than this code
-    assembles, or has another signature.
+    `precision` asks for a file, `int8` or `fp32`; an artefact whose int8 did not pass its gate has fp32 alone. The CPU
+    answers first. Where there is a GPU and the artefact has a graph for it, that graph is made ready beside the requests
+    and takes over once its sessions have really got the CUDA provider; if they have not, or the card fails later, the
+    CPU goes on. `provider` and `precision` say what answers now. Raises ArtifactError if the artefact was changed,
+    expects other features than this code assembles, or has another signature.
     """
 
-    def __init__(self, folder: Path, *, version: str | None = None, precision: str = "int8", threads: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        version: str | None = None,
+        precision: str = "int8",
+        threads: int = 0,
+        open_gpu: Callable[[Path], Engine] | None = None,
+    ) -> None:
+        """`open_gpu` opens the artefact's graph for the GPU; by default `open_cuda` where the driver shows a card."""
         self.manifest = verify(folder)
         self.version = self.manifest.version
         if version is not None and version != self.version:
@@ -40,12 +85,42 @@ class Ranker:
             )
         self.folder = folder
         self.dim = self.manifest.dim
-        self.precision = precision if RANKER_INT8 in self.manifest.files else "fp32"
-        self._session = _session(folder / (RANKER_INT8 if self.precision == "int8" else RANKER_FP32), threads)
-        self.provider = self._session.get_providers()[0]
+        self._cpu_precision = precision if RANKER_INT8 in self.manifest.files else "fp32"
+        self._cpu = CpuEngine(folder / (RANKER_INT8 if self._cpu_precision == "int8" else RANKER_FP32), threads)
+        self._gpu: Engine | None = None
         with np.load(folder / TEXT_PROJECTION, allow_pickle=False) as arrays:
             self._weight = arrays["weight"].astype(np.float32)
             self._bias = arrays["bias"].astype(np.float32)
+        if open_gpu is None and device_count() > 0:
+            open_gpu = open_cuda
+        self.warming: threading.Thread | None = None
+        """Makes the GPU ready, if there is one; done when it has joined."""
+        if open_gpu is not None and RANKER_FP16 in self.manifest.files:
+            self.warming = threading.Thread(target=self._take_over, args=(open_gpu,), name="gpu", daemon=True)
+            self.warming.start()
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that answers now."""
+        return (self._gpu or self._cpu).provider
+
+    @property
+    def precision(self) -> str:
+        """The precision of what answers now: `int8` or `fp32` on the CPU, `fp16` on the GPU."""
+        return _precision(self._gpu, self._cpu_precision)
+
+    def _take_over(self, open_gpu: Callable[[Path], Engine]) -> None:
+        try:
+            engine = open_gpu(self.folder / RANKER_FP16)
+        except Exception:  # whatever a driver does, requests must not feel it
+            logger.exception("the GPU cannot run model %s; the CPU goes on", self.version)
+            return
+        if engine.provider != PROVIDER:
+            logger.error(
+                "the graph for the GPU got %s instead of %s; the CPU goes on with its own", engine.provider, PROVIDER
+            )
+            return
+        self._gpu = engine
 
     def project(self, text_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         """Texts `(n, 384)` in item space `(n, dim)`, normalised."""
@@ -53,17 +128,38 @@ class Ranker:
         norm = np.linalg.norm(projected, axis=-1, keepdims=True)
         return np.asarray(projected / np.maximum(norm, 1e-12), np.float32)
 
-    def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def run(self, inputs: Inputs) -> Answer:
         """`user_vector (b, d)` and `scores (b, n)` for the inputs described in schemas/ranker.py."""
+        gpu = self._gpu  # one reference for the whole request: it may be taken away meanwhile
+        if gpu is not None and gpu.holds(inputs):
+            try:
+                return self._run(gpu, _precision(gpu, self._cpu_precision), inputs)
+            except Exception:  # a lost card raises one of ONNX Runtime's own types
+                logger.exception("the GPU failed with model %s; the CPU takes over again", self.version)
+                self._gpu = None
+        return self._run(self._cpu, self._cpu_precision, inputs)
+
+    def _run(self, engine: Engine, precision: str, inputs: Inputs) -> Answer:
         attributes = {
             "recsys.model.version": self.version,
-            "recsys.model.provider": self.provider,
-            "recsys.precision": self.precision,
+            "recsys.model.provider": engine.provider,
+            "recsys.precision": precision,
             "recsys.rank.rows": int(inputs["candidate_vectors"].shape[1]),
         }
         with span("rank", attributes=attributes):
-            user_vector, scores = self._session.run(list(OUTPUTS), {name: inputs[name] for name in INPUTS})
-        return user_vector, scores
+            return engine.run(inputs)
+
+
+def open_cuda(file: Path) -> CudaSession:
+    """`file` on the GPU for one request: a bucket for the user vector alone and three for candidates.
+
+    Raises ArtifactError if any operator would run elsewhere.
+    """
+    return CudaSession(file, [Bucket(1, MAX_HISTORY, n) for n in (1, 128, 500, MAX_CANDIDATES)])
+
+
+def _precision(gpu: Engine | None, cpu_precision: str) -> str:
+    return cpu_precision if gpu is None else "fp16"
 
 
 def _session(file: Path, threads: int) -> ort.InferenceSession:
@@ -71,8 +167,9 @@ def _session(file: Path, threads: int) -> ort.InferenceSession:
     options.intra_op_num_threads = threads or os.cpu_count() or 1
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    # Spinning threads would burn the processor that other requests, and the database beside us, need.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads wait for each other some two hundred times in a run: sleeping in between costs a quarter of it (2.7 ms for
+    # 2.1). Once the run is over nobody may spin: other requests, and the database beside us, need the processor.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     names = {entry.name for entry in session.get_inputs()}, {entry.name for entry in session.get_outputs()}
     if names != (set(INPUTS), set(OUTPUTS)):

@@ -23,20 +23,18 @@ def person_inputs(
     seconds = at.timestamp()
     parts = [_one_row(view, person.views[view.name], seconds) for view in CONTEXT_VIEWS]
     history = person.history
-    h = max(len(history.item_ids), 1)
+    # An item that has left the catalogue says nothing. Its event is left out, not masked: the newest must stand last.
+    kept = [row for row, vector in enumerate(history.vectors) if vector is not None and len(vector) == dim]
+    h = max(len(kept), 1)
     vectors = np.zeros((1, h, dim), np.float32)
     kinds = np.zeros((1, h), np.int64)
     values, gaps, mask = (np.zeros((1, h), np.float32) for _ in range(3))
-    if history.item_ids:
-        gaps[0] = history_gaps(history.occurred_at, seconds)
-        values[0] = [0.0 if value is None else value for value in history.values]
-        for row, (kind, vector) in enumerate(zip(history.kinds, history.vectors, strict=True)):
-            if vector is not None and len(vector) == dim:  # an item that has left the catalogue says nothing
-                vectors[0, row] = vector
-                kinds[0, row] = KINDS.index(kind) + 1
-                mask[0, row] = 1.0
-        values[0] *= mask[0]
-        gaps[0] *= mask[0]
+    if kept:
+        vectors[0] = [history.vectors[row] for row in kept]
+        kinds[0] = [KINDS.index(history.kinds[row]) + 1 for row in kept]
+        values[0] = np.nan_to_num(np.array([history.values[row] for row in kept], np.float32))  # None is NaN here
+        gaps[0] = history_gaps(history.occurred_at[kept], seconds)
+        mask[0] = 1.0
     return {
         "context_features": np.concatenate([values_ for values_, _ in parts], 1),
         "context_mask": np.concatenate([mask_ for _, mask_ in parts], 1),

@@ -16,6 +16,8 @@ from schemas.errors import ArtifactError
 MANIFEST_FILE = "manifest.json"
 RANKER_FP32 = "ranker.cpu-fp32.onnx"
 RANKER_INT8 = "ranker.cpu-int8.onnx"
+RANKER_FP16 = "ranker.cuda-fp16.onnx"
+"""For the CUDA provider: products in half precision, inputs and outputs float; not for the CPU, which emulates it."""
 TEXT_PROJECTION = "text_projection.npz"
 """Arrays `weight (d, 384) float32` and `bias (d,) float32`: item space = normalise(weight·text + bias)."""
 ITEM_RESIDUALS = "item_residuals.npz"

@@ -6,34 +6,63 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from orchestration.compute.evaluate import MakeSlates, RunRanker
-from orchestration.compute.export import calibration_requests, export_fp32, quantise, random_inputs, session_runner
-from orchestration.compute.parity import INT8_BATCH_TOLERANCE_RATE, check_int8, check_parity, compare_int8
-from orchestration.compute.splits import Queries
+from orchestration.compute.co_visitation import WindowedPopularity, co_visitation, popularity
+from orchestration.compute.evaluate import (
+    MakeSlates,
+    RunRanker,
+    Scorer,
+    score_co_visitation,
+    score_windowed_popularity,
+)
+from orchestration.compute.export import (
+    Inputs,
+    calibration_requests,
+    export_fp32,
+    quantise,
+    random_inputs,
+    session_runner,
+)
+from orchestration.compute.folded import fold
+from orchestration.compute.half import half
+from orchestration.compute.mining import recent_rows
+from orchestration.compute.parity import (
+    FP32_SHIFT_RATE,
+    HALF_TOLERANCE_RATE,
+    INT8_BATCH_TOLERANCE_RATE,
+    check_half,
+    check_int8,
+    check_invariance,
+    check_parity,
+    compare_int8,
+)
+from orchestration.compute.splits import Queries, queries_for
 from orchestration.compute.trained_ranker import TrainedRanker
 from schemas.errors import ArtifactError, GateError
 from schemas.manifest import (
     ITEM_RESIDUALS,
     MANIFEST_FILE,
     POPULAR_ITEMS,
+    RANKER_FP16,
     RANKER_FP32,
     RANKER_INT8,
     TEXT_PROJECTION,
     ArtifactFile,
     Manifest,
 )
-from schemas.ranker import MAX_HISTORY
+from schemas.ranker import MAX_CANDIDATES, MAX_HISTORY
 
-LEAST_REQUESTS = 2
-"""One calibrates int8, one judges it."""
+CALIBRATION_REQUESTS = 512
+WISH_EVERY = 4
+"""One in so many calibrating requests carries a wish."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +92,10 @@ def write_artifact(
 ) -> Manifest:
     """Export, quantise, pass the gate and write every file of the artefact into `folder`, the manifest last.
 
-    `item_ids (items,)` is the catalogue in training order; `requests` are real ones (1,024 or more are wanted): a random
-    half calibrates int8 (ranges only, no label is looked at), the other half judges it. Raises ArtifactError, before
-    `folder` is touched, if the labels name other features than the model takes; GateError if a graph does not pass:
-    `folder` then has no manifest, so nothing can load it.
+    `item_ids (items,)` is the catalogue in training order. `requests` are real ones whose labels were held out (500 or
+    more are wanted): they judge int8. Other, recent events of the same table calibrate it, of which no label is looked at.
+    Raises ArtifactError, before `folder` is touched, if the labels name other features than the model takes; GateError if
+    a graph does not pass: `folder` then has no manifest, so nothing can load it.
     """
     shape = trained.ranker.shape
     f, g, d = shape.context_features, shape.candidate_features, trained.ranker.user.out_features
@@ -77,22 +106,33 @@ def write_artifact(
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    if len(requests) < LEAST_REQUESTS:
+    if len(requests) == 0:
+        raise GateError("0 requests are too few to judge int8 on: give one or more, 500 judge well")
+    calibrating = calibration_queries(requests, trained.config.seed)
+    if len(calibrating) == 0:
         raise GateError(
-            f"int8 is calibrated on one half of the requests and judged on the other; {len(requests)} are too few: "
-            f"give {LEAST_REQUESTS} or more, 1,024 judge well"
+            f"every event of the table is among the {len(requests)} requests that judge int8, none is left to calibrate it: "
+            "give a table with more events"
         )
-    export_fp32(trained.ranker, folder / RANKER_FP32, f=f, g=g, d=d)
+    export_fp32(fold(trained.ranker), folder / RANKER_FP32, f=f, g=g, d=d)
     run_fp32 = session_runner(folder / RANKER_FP32)
     parity: dict[str, Any] = {"fp32_max_difference": check_parity(trained.ranker, run_fp32, f=f, g=g, d=d)}
-    scorer = trained.scorer(slates, rerank=200)
+    scorer = trained.scorer(slates, rerank=200, sources=_sources(requests))
     fp32 = replace(scorer, run=run_fp32)
-    order = np.random.default_rng(trained.config.seed).permutation(len(requests))
-    half = (len(requests) + 1) // 2
-    calibration = calibration_requests(fp32, requests.take(np.sort(order[:half])), seed=trained.config.seed)
-    quantise(folder / RANKER_FP32, folder / RANKER_INT8, calibration)
+    some = requests.take(slice(0, 32))
+    real = fp32.inputs(some, fp32.offered(some, 100))
+    parity["fp32_shift_rate"] = check_invariance(run_fp32, real)
+    parity["fp32_shift_tolerance_rate"] = FP32_SHIFT_RATE
+    longest = random_inputs(1, MAX_HISTORY, MAX_CANDIDATES, f=f, g=g, d=d, seed=0)
+    parity["fp16"] = _write_half(trained, folder / RANKER_FP16, (real, longest), f=f, g=g, d=d)
+    wishing = replace(fp32, wish_vectors=_wishes(trained))
+    quantise(
+        folder / RANKER_FP32,
+        folder / RANKER_INT8,
+        calibration_requests(wishing, calibrating, seed=trained.config.seed),
+    )
     run_int8 = session_runner(folder / RANKER_INT8)
-    report = compare_int8(fp32, replace(scorer, run=run_int8), requests.take(np.sort(order[half:])))
+    report = compare_int8(fp32, replace(scorer, run=run_int8), requests)
     runs = {"cpu-fp32": (RANKER_FP32, run_fp32), "cpu-int8": (RANKER_INT8, run_int8)}
     refused = None
     try:
@@ -103,7 +143,12 @@ def write_artifact(
         del runs["cpu-int8"]
         (folder / RANKER_INT8).unlink()
     figures = {name: value if np.isfinite(value) else None for name, value in asdict(report).items()}  # JSON has no NaN
-    parity["int8"] = {**figures, "batch_tolerance_rate": INT8_BATCH_TOLERANCE_RATE, "refused": refused}
+    parity["int8"] = {
+        **figures,
+        "calibration_requests": len(calibrating),
+        "batch_tolerance_rate": INT8_BATCH_TOLERANCE_RATE,
+        "refused": refused,
+    }
     weight, bias = trained.text_projection()
     np.savez(folder / TEXT_PROJECTION, weight=weight, bias=bias)
     residuals = trained.item_residuals()
@@ -115,6 +160,9 @@ def write_artifact(
         for name, (_, run) in runs.items()
         for quantile, value in latency_ms(run, f=f, g=g, d=d).items()
     }
+    graphs = [file for file, _ in runs.values()]
+    if parity["fp16"]["refused"] is None:
+        graphs.append(RANKER_FP16)
     scale, offset = trained.calibration
     manifest = Manifest(
         name=labels.name,
@@ -129,8 +177,7 @@ def write_artifact(
         trained_until=labels.trained_until,
         seed=trained.config.seed,
         files={
-            name: describe_file(folder / name)
-            for name in (*(file for file, _ in runs.values()), TEXT_PROJECTION, ITEM_RESIDUALS, POPULAR_ITEMS)
+            name: describe_file(folder / name) for name in (*graphs, TEXT_PROJECTION, ITEM_RESIDUALS, POPULAR_ITEMS)
         },
         quality={
             **(quality or {}),
@@ -144,6 +191,53 @@ def write_artifact(
     part.write_text(manifest.to_json(), encoding="utf-8")
     os.replace(part, folder / MANIFEST_FILE)
     return manifest
+
+
+def _write_half(
+    trained: TrainedRanker, path: Path, requests: Sequence[Inputs], *, f: int, g: int, d: int
+) -> dict[str, float | str | None]:
+    """Write the graph for a GPU to `path` and give its figures; one that fails its gate is left out.
+
+    It is judged on ONNX Runtime's CPU provider, which has the roundings of the graph but not those of a card's products;
+    `make bench-gpu` judges those.
+    """
+    export_fp32(half(trained.ranker), path, f=f, g=g, d=d)
+    figures: dict[str, float | str | None] = {"shift_tolerance_rate": HALF_TOLERANCE_RATE, "refused": None}
+    try:
+        figures["shift_rate"] = check_half(trained.ranker, session_runner(path), requests)
+    except GateError as error:
+        figures["refused"] = str(error)
+        path.unlink()
+    return figures
+
+
+def calibration_queries(requests: Queries, seed: int, count: int = CALIBRATION_REQUESTS) -> Queries:
+    """At most `count` requests of the same table as `requests`, recent where there are enough, none of them judged."""
+    events = requests.interactions
+    for rows in (recent_rows(events), np.arange(len(events), dtype=np.int64)):
+        other = queries_for(events, rows[~np.isin(rows, requests.label)], strictly_earlier=True)
+        if len(other) >= count:
+            break
+    chosen = np.random.default_rng((seed, 8)).permutation(len(other))[:count]
+    return other.take(np.sort(chosen))
+
+
+def _sources(requests: Queries) -> tuple[Scorer, Scorer]:
+    """Where serving's candidates come from besides the user vector: what is trending and what follows, labels left out."""
+    kept = np.ones(len(requests.interactions), bool)
+    kept[requests.label] = False
+    events = requests.interactions.take(kept)
+    return (
+        score_windowed_popularity(WindowedPopularity(events)),
+        score_co_visitation(co_visitation(events), popularity(events)),
+    )
+
+
+def _wishes(trained: TrainedRanker) -> Callable[[Queries], NDArray[np.float32]]:
+    """Every fourth label's item, known by its text alone, as what its person asked for: `(q, d)`, zeros without a wish."""
+    with torch.no_grad():
+        texts: NDArray[np.float32] = trained.tower.text_only().numpy()  # (items, d)
+    return lambda queries: texts[queries.target] * (queries.label % WISH_EVERY == 0)[:, None].astype(np.float32)
 
 
 def latency_ms(run: RunRanker, *, f: int, g: int, d: int, n: int = 500, runs: int = 30) -> dict[str, float]:

@@ -255,12 +255,20 @@ def _processor() -> str:
     return "avx512_vnni" if {"avx512_vnni", "avx_vnni"} & set(flags.split()) else "avx2"
 
 
-def _torch_vectors(source: Path, texts: Sequence[str]) -> NDArray[np.float32]:
-    """`texts` through the original model and its own pipeline: `(n, 384) float32`."""
+def original_encoder(model_name: str = MODEL_NAME) -> Any:
+    """The torch model that is exported, in its own pipeline: a `SentenceTransformer` on the CPU."""
+    return _original(_source(model_name)[0])
+
+
+def _original(source: Path) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(source), device="cpu", local_files_only=True)
-    vectors = model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+    return SentenceTransformer(str(source), device="cpu", local_files_only=True)
+
+
+def _torch_vectors(source: Path, texts: Sequence[str]) -> NDArray[np.float32]:
+    """`texts` through the original model: `(n, 384) float32`."""
+    vectors = _original(source).encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
     return np.asarray(vectors, dtype=np.float32)
 
 

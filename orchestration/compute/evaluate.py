@@ -434,3 +434,8 @@ class RankerScorer:
             taken[here, best] = True
             picked.append(best)
         return np.concatenate(picked, axis=1).astype(np.int32)
+
+    def offered(self, queries: Queries, count: int) -> NDArray[np.int32]:
+        """`(q, count)` different items: those that serving would re-rank, fewer where the catalogue is smaller."""
+        user, _ = self._run(queries, np.zeros((len(queries), 1), np.int32), self._known_of_people(queries))
+        return self._candidates(queries, user @ self.item_vectors.T, min(count, len(self.item_vectors)))

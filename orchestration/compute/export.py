@@ -130,7 +130,25 @@ def export_fp32(ranker: Ranker | nn.Module, path: Path, *, f: int, g: int, d: in
         # The tracing exporter that Optimum 2.1 uses announces its successor; nothing here can act on that.
         warnings.simplefilter("ignore")
         export(model, RankerOnnxConfig(model.config), path, opset=18)
-    onnx.checker.check_model(str(path))
+    graph = onnx.load(path)
+    _name_weights(graph.graph)
+    onnx.checker.check_model(graph)
+    onnx.save(graph, path)
+
+
+def _name_weights(graph: onnx.GraphProto) -> None:
+    """Let every product name its weight itself: the exporter stores equal tensors once and puts an Identity before each
+    further use, behind which a quantiser, or a runtime that packs weights in advance, sees no weight."""
+    weights = {tensor.name for tensor in graph.initializer}
+    copies = {
+        node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity" and node.input[0] in weights
+    }
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = copies.get(name, name)
+    kept = [node for node in graph.node if not (node.op_type == "Identity" and node.output[0] in copies)]
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def random_inputs(b: int, h: int, n: int, *, f: int, g: int, d: int, seed: int) -> Inputs:
@@ -191,19 +209,10 @@ def quantise(fp32: Path, int8: Path, requests: Iterable[Inputs]) -> None:
 
     Only products with a weight inside the blocks are quantised; activation × activation products, the projections into
     and out of the body and the correction head stay in float, and so does the way down from SwiGLU, whose input is a
-    product with outliers (measured: top-10 overlap 0.961 with it, 0.987 without). Weights have 7 bits: without VNNI
-    the 8-bit product saturates (0.942), and a score would depend on the machine.
+    product with outliers. Weights have 7 bits: without VNNI the 8-bit product saturates, and a score would depend on the
+    machine.
     """
-    graph = onnx.load(fp32).graph
-    weights = {tensor.name for tensor in graph.initializer}
-    nodes = [
-        node.name
-        for node in graph.node
-        if node.op_type == "MatMul"
-        and "/blocks." in node.name
-        and "/down/" not in node.name
-        and any(name in weights for name in node.input)
-    ]
+    nodes = quantisable(onnx.load(fp32).graph)
     if not nodes:
         raise GateError(f"{fp32.name} has no product with a weight inside its blocks: nothing to quantise")
     calibration = CalibrationConfig(
@@ -232,7 +241,48 @@ def quantise(fp32: Path, int8: Path, requests: Iterable[Inputs]) -> None:
         quantizer.quantize(configuration, folder, calibration_tensors_range=calibrator.compute_data())
         # Optimum takes what follows the first dot of the name for a suffix, so the name is looked up, not built.
         (written,) = Path(folder).glob("*.onnx")
-        os.replace(written, int8)
+        graph = onnx.load(written)
+    _keep_products_in_float(graph.graph)
+    onnx.checker.check_model(graph)
+    part = int8.with_name(f"{int8.name}.part")
+    onnx.save(graph, part)
+    os.replace(part, int8)
+
+
+def quantisable(graph: onnx.GraphProto) -> list[str]:
+    """Names of the products that int8 computes; see `quantise`."""
+    weights = {tensor.name for tensor in graph.initializer}
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type == "MatMul"
+        and "/blocks." in node.name
+        and "/down" not in node.name
+        and any(name in weights for name in node.input)
+    ]
+
+
+def _keep_products_in_float(graph: onnx.GraphProto) -> None:
+    """Take away the rounding of what a quantised product gives: all that reads it is float, so the quantiser's pair of
+    operators behind each product would cost precision and time for nothing."""
+    products = {name for node in graph.node if node.op_type == "MatMul" for name in node.output}
+    rounded = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] in products
+    }
+    back = {node.output[0]: rounded[node.input[0]] for node in graph.node if node.input and node.input[0] in rounded}
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = back.get(name, name)
+    gone = {*rounded, *back}
+    kept = [node for node in graph.node if node.output[0] not in gone]
+    del graph.node[:]
+    graph.node.extend(kept)
+    used = {name for node in graph.node for name in node.input}
+    initializers = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(initializers)
 
 
 @contextmanager
@@ -247,15 +297,16 @@ def _quiet() -> Iterator[None]:
 
 
 def calibration_requests(
-    scorer: RankerScorer, queries: Queries, *, candidates: int = 64, seed: int = 0
+    scorer: RankerScorer, queries: Queries, *, offered: int = 500, candidates: int = 64, seed: int = 0
 ) -> Iterator[Inputs]:
-    """Each of `queries` as one request of its own with random candidates: padding would blur the ranges."""
+    """Each of `queries` as one request of its own (padding would blur the ranges) with `candidates` at random of those
+    `offered` that serving would re-rank: items that nobody would offer would widen the ranges for nothing."""
     generator = np.random.default_rng(seed)
     for begin in range(0, len(queries), 64):
         # Features are asked for in batches, because one question costs about as much as sixty-four.
         part = queries.take(slice(begin, begin + 64))
-        offered = generator.integers(0, len(scorer.item_vectors), (len(part), candidates)).astype(np.int32)
-        inputs = scorer.inputs(part, offered)
+        near = generator.permuted(scorer.offered(part, offered), axis=1)[:, :candidates]
+        inputs = scorer.inputs(part, near)
         yield from (alone(inputs, row) for row in range(len(part)))
 
 

@@ -121,6 +121,7 @@ class FeatureEncoder(nn.Module):
     def fit(self, values: Tensor, mask: Tensor) -> None:
         """Take mean and standard deviation of the present `values (…, features)`; `mask` of the same shape."""
         values, mask = values.reshape(-1, values.shape[-1]).double(), mask.reshape(-1, mask.shape[-1]).double()
+        values = torch.where(mask > 0, values, torch.zeros_like(values))
         count = mask.sum(0).clamp_min(1)
         mean = (values * mask).sum(0) / count
         std = (((values - mean) * mask).square().sum(0) / count).sqrt()
@@ -128,7 +129,8 @@ class FeatureEncoder(nn.Module):
         self.std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
 
     def standardise(self, values: Tensor, mask: Tensor) -> Tensor:
-        """`(…, features)` twice to `(…, 2 * features)`: values and mask."""
+        """`(…, features)` twice to `(…, 2 * features)`: values and mask. What is masked may be anything, NaN too."""
+        values = torch.where(mask > 0, values, torch.zeros_like(values))
         return torch.cat([((values - self.mean) / self.std).clamp(-CLIP, CLIP) * mask, mask], dim=-1)
 
     def forward(self, standardised: Tensor) -> Tensor:

@@ -3,18 +3,23 @@
 Answers are checked before anything is timed: every graph must agree with PyTorch in float32 over a sweep of shapes, and
 every operator must be placed on the GPU. Then, in one run and as medians:
 
-    request   one request, full history, 500 and 1,000 candidates, numpy in and numpy out
-    batch     many requests at once, inputs on the device: requests per second, and the share of the card's ceilings
-    training  one epoch of next-item training on a simulated world
+    request   one request, full history, 500 and 1,000 candidates, numpy in and numpy out, a CUDA graph for each bucket
+    batch     many requests at once, item vectors resident on the device: requests per second, and the share of the
+              card's ceilings, compared with PyTorch eager and `torch.compile`
+    encoding  item texts through the float encoder, compared with sentence-transformers on the same card
+    training  one epoch of next-item training on random histories, on the card and on this machine's CPU
 
-Without a GPU (`--cpu`, which CI runs) the same graphs go through ONNX Runtime's CPU provider, in small: that proves the
-script and the graphs, and measures nothing worth keeping. The weights are random: speed does not depend on them.
+ONNX Runtime takes cuBLAS, cuRAND and the CUDA runtime from their wheels; those that are missing are installed first. Where
+there is no card it says so and ends with status 2. With `--cpu`, which CI runs, every part goes through the CPU, in small:
+that proves the script and the graphs, and measures nothing worth keeping. Weights and histories are random: speed does not
+depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.metadata
 import json
 import os
 import platform
@@ -32,18 +37,28 @@ import onnxruntime
 import torch
 
 import orchestration  # first: it sets how OpenMP waits
-from inference.cuda import PROVIDER, Bucket, CudaSession
+from inference.cuda import PROVIDER, Bucket, CudaSession, device_count
+from inference.encoder import TextEncoder
+from orchestration.compute.encoder import export_encoder, original_encoder
 from orchestration.compute.export import export_fp32, random_inputs, session_runner
+from orchestration.compute.folded import fold
 from orchestration.compute.half import half
+from orchestration.compute.interactions import Interactions
 from orchestration.compute.model import Ranker
-from schemas.ranker import MAX_HISTORY, OUTPUTS, SIZES
+from orchestration.compute.parity import HALF_TOLERANCE_RATE
+from orchestration.compute.train import train
+from orchestration.compute.train_config import TrainConfig
+from schemas.ranker import MAX_HISTORY, OUTPUTS, SIZES, TEXT_DIM
 from schemas.views import candidate_features, context_features
+from tests.benchmarks.encoder_speed import FP32_COSINE, catalogue
 from tests.rankers import random_ranker
 
 assert orchestration is not None
 F, G = len(context_features()), len(candidate_features())
-HALF_TOLERANCE_RATE = 1e-3
-"""Of the spread (standard deviation) of a request's scores."""
+WHEELS = ("nvidia-cublas", "nvidia-curand", "nvidia-cuda-runtime")
+"""What ONNX Runtime's CUDA provider needs for transformers, of CUDA 13; not cuDNN."""
+CATALOGUE = 20_000
+"""Items whose vectors lie on the device for batch scoring."""
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -53,18 +68,25 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the dated JSON (default: %(default)s)")
     arguments = parser.parse_args()
-    if not arguments.cpu and not torch.cuda.is_available():
-        print(
-            "no CUDA device is visible to PyTorch; run on a machine with an NVIDIA GPU, or with --cpu", file=sys.stderr
-        )
-        return 2
+    if not arguments.cpu:
+        if device_count() == 0:
+            print("the driver shows no NVIDIA GPU; run on a machine with one, or with --cpu", file=sys.stderr)
+            return 2
+        if not torch.cuda.is_available():
+            print(
+                f"PyTorch {torch.__version__} cannot use this machine's GPU, and without it there is nothing to compare "
+                "with; install a build for CUDA: pip install --force-reinstall torch==2.13.0",
+                file=sys.stderr,
+            )
+            return 2
+        install()
     report: dict[str, Any] = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(arguments.cpu)}
     say("machine", report["machine"])
     with tempfile.TemporaryDirectory() as folder:
         for size in arguments.sizes:
             ranker = random_ranker(size, F, G)
             path = Path(folder) / f"{size}.onnx"
-            export_fp32(ranker if arguments.cpu else half(ranker), path, f=F, g=G, d=SIZES[size].dim)
+            export_fp32(fold(ranker) if arguments.cpu else half(ranker), path, f=F, g=G, d=SIZES[size].dim)
             if arguments.cpu:
                 report[size] = on_cpu(ranker, path)
             else:
@@ -82,12 +104,32 @@ def main() -> int:
                 f"b={b}, n={n}": batch(ranker, path, b, n, report["ceilings"]) for b, n in ((16, 1000), (64, 500))
             }
             say("batch", report["batch"])
+        report["encoding"] = encoding(Path(folder) / "encoder", cpu=arguments.cpu)
+        say("encoding", report["encoding"])
+        report["training"] = training(arguments.sizes[-1], cpu=arguments.cpu)
+        say("training", report["training"])
     if not arguments.cpu:
         arguments.out.mkdir(parents=True, exist_ok=True)
         name = f"gpu-{report['at'][:10]}-{report['machine']['gpu'].replace(' ', '-').lower()}.json"
         (arguments.out / name).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report))
     return 0
+
+
+def install() -> None:
+    """The wheels that are missing here, into this environment."""
+    missing = []
+    for wheel in WHEELS:
+        try:
+            importlib.metadata.version(wheel)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(wheel)
+    if missing:
+        say("installing", missing)
+        # Their versions count as CUDA's do, but for cuRAND, which counts as its library does: 10 in CUDA 12 and 13.
+        pinned = [wheel if wheel == "nvidia-curand" else f"{wheel}>=13,<14" for wheel in missing]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pinned]
+        subprocess.run(pip, check=True, stdout=sys.stderr)
 
 
 def say(title: str, value: object) -> None:
@@ -240,38 +282,121 @@ def operations(size: str, b: int, h: int, n: int) -> float:
 
 
 def batch(ranker: Ranker, path: Path, b: int, n: int, ceiling: dict[str, float]) -> dict[str, Any]:
-    """`b` requests at once, inputs on the device."""
+    """`b` requests at once. All inputs lie on the device; candidates are named by number and their vectors fetched there."""
     d = SIZES[ranker.shape.size].dim
     inputs = random_inputs(b, MAX_HISTORY, n, f=F, g=G, d=d, seed=b)
+    table = torch.nn.functional.normalize(torch.randn(CATALOGUE, d, generator=torch.Generator().manual_seed(b)), dim=-1)
+    numbers = torch.randint(CATALOGUE, (b, n), generator=torch.Generator().manual_seed(b))
+    inputs["candidate_vectors"] = table[numbers].numpy()
     reference = expected(ranker, {name: value[:2] for name, value in inputs.items()})[1]
-    session = CudaSession(path, [Bucket(b, MAX_HISTORY, n)])
-    if shift(session.run(inputs)[1][:2], reference) > HALF_TOLERANCE_RATE:
-        raise SystemExit("the batch does not give the scores of its requests")
+    resident, asked = table.cuda(), numbers.flatten().cuda()
+    vectors = torch.empty(b * n, d, device="cuda")
+    session = CudaSession(path, [Bucket(b, MAX_HISTORY, n)], addresses={"candidate_vectors": vectors.data_ptr()})
     (bound,) = session._buckets.values()
+    bound.feed({name: value for name, value in inputs.items() if name != "candidate_vectors"})
+
+    def score() -> None:
+        torch.index_select(resident, 0, asked, out=vectors)
+        torch.cuda.synchronize()  # the graph runs on a stream of its own
+        bound.launch()
+
+    score()
+    if shift(bound.outputs["scores"].numpy()[:2], reference) > HALF_TOLERANCE_RATE:
+        raise SystemExit("the batch does not give the scores of its requests")
     work = operations(ranker.shape.size, b, MAX_HISTORY, n)
-    report: dict[str, Any] = {"operations": work}
+    moved = traffic(ranker.shape.size, b, MAX_HISTORY, n)
+    # No run can be shorter than the longer of the two.
+    least_ms = max(work / ceiling["fp16_tflops"], moved / ceiling["copy_tb_per_s"]) / 1e9
+    report: dict[str, Any] = {"operations": work, "bytes_at_least": moved, "ceiling_ms": round(least_ms, 4)}
 
     def note(name: str, ms: float) -> None:
         report[name] = {
             "p50_ms": round(ms, 4),
             "requests_per_s": round(b / ms * 1000, 1),
             "share_of_matrix_rate": round(work / ms / 1e9 / ceiling["fp16_tflops"], 4),
+            "times_the_ceiling": round(ms / least_ms, 3),
         }
 
-    note("larder", milliseconds(bound.launch, runs=50, warm=10)["p50_ms"])
-    note("larder, numpy to numpy", milliseconds(lambda: session.run(inputs), runs=20, warm=3)["p50_ms"])
+    note("larder", milliseconds(score, runs=50, warm=10)["p50_ms"])
+    whole = CudaSession(path, [Bucket(b, MAX_HISTORY, n)])
+    note("larder, numpy to numpy", milliseconds(lambda: whole.run(inputs), runs=20, warm=3)["p50_ms"])
     on_device = {name: torch.from_numpy(value).cuda() for name, value in inputs.items()}
     for name, run in torch_rankers(ranker, "max-autotune-no-cudagraphs"):
 
         def ask(run: Callable[..., Any] = run) -> Any:
             with torch.inference_mode():
-                answer = run(**on_device)
+                torch.index_select(resident, 0, asked, out=vectors)
+                answer = run(**on_device | {"candidate_vectors": vectors.view(b, n, d)})
             torch.cuda.synchronize()
             return answer
 
         if shift(ask()[1][:2].float().cpu().numpy(), reference) > 0.1:
             raise SystemExit(f"{name} does not give the same scores; nothing to compare with")
         note(name, milliseconds(ask, runs=50, warm=10)["p50_ms"])
+    return report
+
+
+def traffic(size: str, b: int, h: int, n: int) -> float:
+    """Bytes that no arrangement can spare: inputs and outputs in float, weights in half precision, each moved once."""
+    d, layers = SIZES[size].dim, SIZES[size].layers
+    hidden = 16 * -(-d * 8 // 3 // 16)
+    given = b * (2 * F + d + 1 + h * (d + 5) + n * (d + 2 * G) + d + n)
+    return 4.0 * given + 2.0 * layers * (4 * d * d + 3 * d * hidden)
+
+
+def encoding(folder: Path, *, cpu: bool) -> dict[str, Any]:
+    """Item texts a second through our float encoder and through sentence-transformers, on the card (or both on the CPU)."""
+    texts = catalogue(24 if cpu else 2_000)
+    export_encoder(folder)
+    ours, theirs = TextEncoder(folder, cuda=not cpu), original_encoder()
+    if not cpu:
+        theirs = theirs.to("cuda")
+
+    def ask() -> np.ndarray[Any, Any]:
+        return np.asarray(theirs.encode(texts, batch_size=256, normalize_embeddings=True, show_progress_bar=False))
+
+    cosine = float((ours.encode(texts) * ask()).sum(axis=1).min())
+    if not cosine >= FP32_COSINE:
+        raise SystemExit(f"a text's cosine to sentence-transformers is {cosine:.5f}, below {FP32_COSINE}")
+    runs = {"runs": 1, "warm": 0} if cpu else {"runs": 10, "warm": 2}
+    took = {
+        "larder": milliseconds(lambda: ours.encode(texts), **runs)["p50_ms"],
+        "sentence-transformers": milliseconds(ask, **runs)["p50_ms"],
+    }
+    return {"texts": len(texts), "provider": ours.provider, "cosine_min": round(cosine, 6)} | {
+        name: {"p50_ms": ms, "texts_per_s": round(len(texts) / ms * 1000, 1)} for name, ms in took.items()
+    }
+
+
+def training(size: str, *, cpu: bool) -> dict[str, Any]:
+    """One epoch of stage 1 on random histories, on the card and on the CPU (only there with `cpu`)."""
+    people, items, length = (40, 50, 20) if cpu else (2_000, 5_000, 100)
+    generator = np.random.default_rng(0)
+    n = people * length
+    events = Interactions(
+        np.array([f"u{number:05}" for number in range(people)]),
+        np.array([f"i{number:05}" for number in range(items)]),
+        np.repeat(np.arange(people), length).astype(np.int32),
+        np.concatenate([generator.permutation(items)[:length] for _ in range(people)]).astype(np.int32),
+        np.arange(n, dtype=np.int64) * 60_000_000,
+        np.ones(n, np.int64),
+        np.full(n, np.nan, np.float32),
+    )
+    texts = generator.standard_normal((items, TEXT_DIM)).astype(np.float32)
+    config = TrainConfig(size=size, epochs=2, slate_epochs=0, validation_labels=50)
+    report: dict[str, Any] = {"events": n, "items": items, "size": size}
+    for device in ("cpu",) if cpu else ("cuda", "cpu"):
+        trained = train(events, texts, config, device=device)
+        last = trained.progress[-1]  # the first epoch warms up
+        if not np.isfinite(last.loss):
+            raise SystemExit(f"the loss on {device} is {last.loss}")
+        report[device] = {
+            "epoch_seconds": round(last.seconds, 3),
+            "events_per_s": round(n / last.seconds),
+            "loss": round(last.loss, 4),
+        }
+    if not cpu and abs(report["cuda"]["loss"] - report["cpu"]["loss"]) > 0.05 * report["cpu"]["loss"]:
+        raise SystemExit(f"the card and the CPU end at different losses: {report}")
     return report
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from inference.cuda import device_count
 from inference.encoder import MANIFEST, ONNX_FILES, TOKENIZER, EncoderManifest, TextEncoder
 from orchestration.compute import encoder as export
 from orchestration.compute.encoder import MODEL_VARIABLE, export_encoder
@@ -159,6 +160,15 @@ def test_a_manifest_is_no_path_to_other_files(copy: Path) -> None:
     replace(copy / MANIFEST, json.dumps(raw).encode())
     with pytest.raises(ArtifactError, match=r"names no encoder\.fp32\.onnx"):
         TextEncoder(copy)
+
+
+def test_a_gpu_that_is_not_there_is_refused_not_replaced(folder: Path) -> None:
+    if device_count():
+        pytest.skip("tests what happens without a GPU")
+    with pytest.raises(ArtifactError, match=r"to run on the GPU and got|cannot load the encoder"):
+        TextEncoder(folder, cuda=True)
+    with pytest.raises(ArtifactError, match="ask for fp32 there"):
+        TextEncoder(folder, precision="int8", cuda=True)
 
 
 def test_a_valid_folder_is_reused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

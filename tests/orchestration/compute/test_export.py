@@ -3,28 +3,56 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
+from rankers import random_ranker
 from torch import Tensor, nn
 
 from inference.artifacts import verify
 from orchestration.compute.artifact import ArtifactLabels, write_artifact
-from orchestration.compute.export import calibration_requests, export_fp32, quantise, random_inputs, session_runner
+from orchestration.compute.export import (
+    Inputs,
+    calibration_requests,
+    export_fp32,
+    quantisable,
+    quantise,
+    random_inputs,
+    session_runner,
+)
+from orchestration.compute.folded import fold
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.model import Ranker, RankerShape
-from orchestration.compute.parity import Int8Report, check_int8, check_parity
+from orchestration.compute.parity import (
+    FP32_SHIFT_RATE,
+    INT8_BATCH_TOLERANCE_RATE,
+    Int8Report,
+    check_int8,
+    check_invariance,
+    check_parity,
+    invariance,
+)
 from orchestration.compute.splits import leave_one_out
 from orchestration.compute.train import train
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import TrainedRanker
 from schemas.errors import ArtifactError, GateError
-from schemas.manifest import ITEM_RESIDUALS, MANIFEST_FILE, RANKER_INT8, TEXT_PROJECTION, Manifest
-from schemas.ranker import INPUTS, OUTPUTS, TEXT_DIM
+from schemas.manifest import (
+    ITEM_RESIDUALS,
+    MANIFEST_FILE,
+    RANKER_FP16,
+    RANKER_FP32,
+    RANKER_INT8,
+    TEXT_PROJECTION,
+    Manifest,
+)
+from schemas.ranker import INPUTS, OUTPUTS, SIZES, TEXT_DIM
 
 F, G, D = 3, 4, 64
 LABELS = ArtifactLabels("fingerprint", ("a",), ("b",), "encoder", "item.v1", "wish.v1", "2026-01-01")
@@ -102,16 +130,22 @@ class Keywords(nn.Module):
         return user, scores
 
 
-def test_parity_holds_over_the_sweep(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    ranker = Ranker(RankerShape(context_features=F, candidate_features=G)).eval()
-    nn.init.normal_(ranker.correction.weight)
-    export_fp32(ranker, tmp_path / "ranker.onnx", f=F, g=G, d=D)
+@pytest.mark.parametrize("size", ["small", "standard"])
+def test_parity_holds_over_the_sweep(tmp_path: Path, size: str) -> None:
+    ranker, d = random_ranker(size, F, G), SIZES[size].dim
+    export_fp32(fold(ranker), tmp_path / "ranker.onnx", f=F, g=G, d=d)
     graph = onnx.load(tmp_path / "ranker.onnx").graph
     assert [entry.name for entry in graph.input] == list(INPUTS)
     assert [entry.name for entry in graph.output] == list(OUTPUTS)
-    worst = check_parity(ranker, session_runner(tmp_path / "ranker.onnx", threads=1), f=F, g=G, d=D)
+    worst = check_parity(ranker, session_runner(tmp_path / "ranker.onnx", threads=1), f=F, g=G, d=d)
     assert max(worst.values()) <= 1e-4
+
+
+def test_folding_leaves_the_model_as_it_was() -> None:
+    ranker = random_ranker("small", F, G)
+    before = {name: value.clone() for name, value in ranker.state_dict().items()}
+    fold(ranker)
+    assert all(torch.equal(value, before[name]) for name, value in ranker.state_dict().items())
 
 
 def test_a_baked_length_is_refused(tmp_path: Path) -> None:
@@ -147,32 +181,162 @@ def test_vectors_can_be_rebuilt_from_the_artifact(artifact: tuple[Path, Manifest
     np.testing.assert_allclose(vectors, trained.item_vectors(), atol=1e-5)
 
 
-def test_int8_products_are_the_weights_of_the_blocks_only(artifact: tuple[Path, Manifest]) -> None:
-    graph = onnx.load(artifact[0] / RANKER_INT8).graph
+LAYERS = 2
+
+
+def half_tensors(graph: onnx.GraphProto) -> set[str]:
+    inferred = onnx.shape_inference.infer_shapes(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    )
+    return {
+        entry.name
+        for entry in inferred.graph.value_info
+        if entry.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    }
+
+
+# Of each layer, for the prefix and for the candidates: query, key, value, out, gate, up and down are products with a
+# weight; logits and weighted values are products of activations. Two Exp for the candidates: seen, and own.
+PER_LAYER = {
+    RANKER_FP32: {"product with a weight": 14, "product of activations": 4, "Exp": 3, "LayerNormalization": 4},
+    RANKER_INT8: {
+        "quantised product with a weight": 12,
+        "product with a weight": 2,
+        "product of activations": 4,
+        "Exp": 3,
+        "LayerNormalization": 4,
+    },
+    # The model's own attention: qkv, out, up, down twice; logits and values twice; the norms stay in float.
+    RANKER_FP16: {
+        "half product with a weight": 8,
+        "half product of activations": 4,
+        "Softmax": 2,
+        "LayerNormalization": 4,
+    },
+}
+COUNTED = ("Exp", "Softmax", "LayerNormalization", "QLinearMatMul", "DynamicQuantizeLinear")
+
+
+def operators(graph: onnx.GraphProto, layer: int) -> dict[str, int]:
+    """What the layer's products multiply, and how often each operator that matters stands in it."""
+    weights = {tensor.name: tensor for tensor in graph.initializer}
     producer = {name: node for node in graph.node for name in node.output}
+    in_half = half_tensors(graph)
+    found: Counter[str] = Counter()
+    for node in graph.node:
+        if f"/blocks.{layer}/" not in node.name:
+            continue
+        if node.op_type in COUNTED:
+            found[node.op_type] += 1
+        if node.op_type != "MatMul":
+            continue
+        sources = [producer[name].op_type if name in producer else "weight" for name in node.input]
+        words = []
+        if set(sources) == {"DequantizeLinear"}:
+            assert producer[node.input[1]].input[0] in weights
+            words.append("quantised product with a weight")
+        else:
+            weight = next((weights[name] for name in node.input if name in weights), None)
+            words.append("product of activations" if weight is None else "product with a weight")
+            if node.output[0] in in_half:
+                words.insert(0, "half")
+        found[" ".join(words)] += 1
+    return dict(found)
 
-    def quantised(name: str) -> bool:
-        return name in producer and producer[name].op_type == "DequantizeLinear"
 
-    products = [node for node in graph.node if node.op_type == "MatMul"]
-    integer = [node for node in products if all(quantised(name) for name in node.input)]
-    assert integer
-    assert len(integer) < len(products)
-    assert all("/blocks." in node.name for node in integer)
+@pytest.mark.parametrize("name", [RANKER_FP32, RANKER_INT8, RANKER_FP16])
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_each_layer_multiplies_what_it_should_as_it_should(
+    artifact: tuple[Path, Manifest], name: str, layer: int
+) -> None:
+    assert operators(onnx.load(artifact[0] / name).graph, layer) == PER_LAYER[name]
 
 
-def test_an_int8_score_does_not_depend_on_the_batch(artifact: tuple[Path, Manifest], trained: TrainedRanker) -> None:
+def test_what_lies_outside_the_layers_is_float(artifact: tuple[Path, Manifest]) -> None:
+    graph = onnx.load(artifact[0] / RANKER_INT8).graph
+    quantised = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    # Rounded is what six weights of each layer multiply, thrice for the prefix and thrice for the candidates; in the last
+    # layer once more, for the two states that ask there. Behind a product nothing is rounded.
+    found = Counter(node.op_type for node in graph.node)
+    assert (found["QuantizeLinear"], found["DequantizeLinear"]) == (6 * LAYERS + 1, 12 * LAYERS + 1)
+    outside = [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and "/blocks." not in node.name]
+    assert len(outside) == len(
+        [
+            node
+            for node in onnx.load(artifact[0] / RANKER_FP32).graph.node
+            if node.op_type in ("MatMul", "Gemm") and "/blocks." not in node.name
+        ]
+    )
+    assert not [node.name for node in outside if quantised.intersection(node.input)]
+
+
+def test_the_runtime_multiplies_integers(artifact: tuple[Path, Manifest], tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(artifact[0] / RANKER_INT8, options, providers=["CPUExecutionProvider"])
+    found = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+    integer = {name: count for name, count in found.items() if "Integer" in name or name.startswith("QLinearMat")}
+    assert integer == {"MatMulIntegerToFloat": 12 * LAYERS}
+    assert "DequantizeLinear" not in found
+
+
+def test_a_weight_that_is_used_twice_is_quantised_twice(artifact: tuple[Path, Manifest]) -> None:
+    nodes = quantisable(onnx.load(artifact[0] / RANKER_FP32).graph)
+    assert len(nodes) == len(set(nodes)) == 12 * LAYERS
+    assert not any("/down" in name for name in nodes)
+
+
+def padded_requests(trained: TrainedRanker) -> Inputs:
+    """Real requests of different lengths, so that a batch pads."""
     events, _ = world()
     queries = leave_one_out(events).queries
-    # Different lengths, so that a batch pads.
     queries = replace(queries, stop=np.maximum(queries.start + 1, queries.stop - np.arange(len(queries)) % 9))
-    scorer = replace(trained.scorer(), run=session_runner(artifact[0] / RANKER_INT8, threads=1))
-    candidates = np.tile(np.arange(40, dtype=np.int32), (len(queries), 1))
-    together = scorer.run(scorer.inputs(queries, candidates))[1]
-    for row in range(0, len(queries), 7):
-        part = slice(row, row + 1)
-        alone = scorer.run(scorer.inputs(queries.take(part), candidates[part]))[1][0]
-        assert np.abs(alone - together[row]).max() <= 0.01 * alone.std()
+    return trained.scorer().inputs(queries, np.tile(np.arange(40, dtype=np.int32), (len(queries), 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [(RANKER_FP32, FP32_SHIFT_RATE), (RANKER_INT8, INT8_BATCH_TOLERANCE_RATE)]
+)
+def test_company_order_and_padding_change_no_score(
+    artifact: tuple[Path, Manifest], trained: TrainedRanker, name: str, tolerance: float
+) -> None:
+    assert invariance(session_runner(artifact[0] / name, threads=1), padded_requests(trained)) <= tolerance
+
+
+def test_padding_changes_no_bit_of_a_folded_graph(tmp_path: Path) -> None:
+    export_fp32(fold(random_ranker("small", F, G)), tmp_path / "a.onnx", f=F, g=G, d=D)
+    run = session_runner(tmp_path / "a.onnx", threads=1)
+    for length in (1, 17, 100):
+        inputs = random_inputs(1, length, 30, f=F, g=G, d=D, seed=length)
+        user, scores = run(inputs)
+        for more in (1, 16, 99):
+            wider = {
+                key: np.pad(value, [(0, 0), (more, 0), *[(0, 0)] * (value.ndim - 2)]) if "history" in key else value
+                for key, value in inputs.items()
+            }
+            for answer, expected in zip(run(wider), (user, scores), strict=True):
+                np.testing.assert_array_equal(answer, expected)
+
+
+@pytest.mark.parametrize("broken", ["batch", "candidates", "order", "padding"])
+def test_a_score_that_depends_on_company_is_found(trained: TrainedRanker, broken: str) -> None:
+    inputs = padded_requests(trained)
+
+    def run(given: Inputs) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+        user, scores = trained.run(given)
+        b, n = scores.shape
+        more = {
+            "batch": b > 1,
+            "candidates": n < 40,
+            "order": not np.array_equal(given["candidate_vectors"][:, :5], inputs["candidate_vectors"][:b, :5]),
+            "padding": given["history_mask"].shape[1] > inputs["history_mask"].shape[1],
+        }[broken]
+        return user, scores + np.float32(0.1 * scores.std() * more)
+
+    assert invariance(run, inputs) >= 0.05
+    with pytest.raises(GateError, match="with company, order or padding"):
+        check_invariance(run, inputs)
 
 
 def test_a_tampered_or_missing_file_is_refused(artifact: tuple[Path, Manifest], tmp_path: Path) -> None:
@@ -219,6 +383,14 @@ def test_quantising_leaves_logging_as_it_was(tmp_path: Path) -> None:
 
 def test_calibration_requests_are_one_request_each(trained: TrainedRanker) -> None:
     events, _ = world()
-    requests = list(calibration_requests(trained.scorer(), leave_one_out(events).queries.take(slice(0, 3))))
+    queries = leave_one_out(events).queries.take(slice(0, 3))
+    requests = list(calibration_requests(trained.scorer(), queries, offered=20, candidates=8))
     assert len(requests) == 3
     assert all(request["history_mask"].all() for request in requests)
+    # What calibrates is what serving would offer: among the nearest that the person has not had.
+    offered = trained.scorer().offered(queries, 20)
+    vectors = trained.item_vectors()
+    for row, request in enumerate(requests):
+        near = {vectors[item].tobytes() for item in offered[row]}
+        assert {vector.tobytes() for vector in request["candidate_vectors"][0]} <= near
+    assert not queries.seen()[np.arange(3)[:, None], offered].any()

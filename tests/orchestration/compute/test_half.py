@@ -78,3 +78,5 @@ def test_the_benchmark_script_runs_where_there_is_no_gpu() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["small"]["score_shift_rate"]["half"] <= 1e-3
+    assert report["encoding"]["provider"] == "CPUExecutionProvider"
+    assert report["training"]["cpu"]["events_per_s"] > 0

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from orchestration.compute.evaluate import RankerScorer
+from orchestration.compute.export import random_inputs
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.model import Ranker, RankerShape
-from orchestration.compute.parity import Int8Report, check_int8, check_parity, compare_int8
+from orchestration.compute.parity import Int8Report, check_half, check_int8, check_parity, compare_int8
 from orchestration.compute.splits import Queries
 from schemas.errors import GateError
 
@@ -80,7 +82,7 @@ def test_a_shift_that_is_not_a_number_is_not_passed_over() -> None:
     def shaky(inputs: dict[str, NDArray[Any]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         user, scores = scorer().run(inputs)
         alone = len(scores) == 1
-        # The first answers differ by a number, the last one by none: a maximum taken one by one keeps the number.
+        # Of the requests that are answered alone, the last one has no score: a maximum taken one by one would pass over it.
         return user, scores * np.float32(math.nan) if alone and next(turn) == 5 else scores
 
     turn = iter(range(6))
@@ -100,3 +102,31 @@ def test_a_failure_of_the_runtime_is_told_with_its_likely_cause_only(said: str) 
 
     with pytest.raises(GateError, match=r"b=1, h=1, n=1: (out of memory|RuntimeError\(.*\)); the likely cause"):
         check_parity(Ranker(RankerShape(context_features=1, candidate_features=1)), run, f=1, g=1, d=64)
+
+
+def test_the_loss_has_an_interval_over_people() -> None:
+    def worse(inputs: dict[str, NDArray[Any]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        user, scores = scorer().run(inputs)
+        # Every second request loses its label to the item before it.
+        order = np.arange(len(scores))[:, None] % 2 * (inputs["candidate_vectors"][:, :, 0] == 1)
+        return user, scores - np.float32(0.06) * order.astype(np.float32)
+
+    report = compare_int8(scorer(), replace(scorer(), run=worse), requests(40))
+    assert report.ndcg_loss_rate == pytest.approx(0.5 * (1 - 1 / math.log2(3)))
+    assert 0 < report.ndcg_loss_low < report.ndcg_loss_rate < report.ndcg_loss_high
+    same = compare_int8(scorer(), scorer(), requests(40))
+    assert (same.ndcg_loss_low, same.ndcg_loss_high) == (0, 0)
+
+
+def test_half_that_strays_is_refused() -> None:
+    ranker = Ranker(RankerShape(context_features=1, candidate_features=1)).eval()
+
+    def run(inputs: dict[str, NDArray[Any]], by: float = 0.0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        with torch.no_grad():
+            user, scores = ranker(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+        return user.numpy(), scores.numpy() + np.float32(by) * scores.std(dim=1, keepdim=True).numpy()
+
+    asked = [random_inputs(2, 5, n, f=1, g=1, d=64, seed=n) for n in (9, 17)]
+    assert check_half(ranker, run, asked) == 0
+    with pytest.raises(GateError, match=r"half precision moves a score by 2\.\d+e-03"):
+        check_half(ranker, lambda inputs: run(inputs, 0.00205), asked)
