@@ -123,7 +123,7 @@ def table(numbers: Mapping[str, float], keys: tuple[str, ...], peer: str, prefix
     width = max(len(key) for key in keys)
     for key in keys:
         if key in numbers:
-            beside = f"   {peer} {numbers[prefix + key]:>12,.2f}" if prefix + key in numbers else ""
+            beside = f"   {peer} {numbers[prefix + key]:>12,.3f}" if prefix + key in numbers else ""
             print(f"{key:<{width}} {numbers[key]:>14,.3f}{beside}")
 
 
