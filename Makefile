@@ -7,7 +7,7 @@ PORT ?= 8080
 DATA ?=
 USER_ID ?=
 .DEFAULT_GOAL := help
-.PHONY: help install run ui backfill serve forget features explain training-set vacuum test prove check bench-features bench-gpu format pictures clean
+.PHONY: help install run ui backfill serve forget features explain training-set vacuum test prove check bench-features bench-ranker bench-gpu format pictures clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -65,6 +65,9 @@ check: install ## format, lint, types, import contracts, Dagster definitions
 
 bench-features: install ## reads, loads, backfill and training sets, measured; PEERS=1 measures Feast beside; [QUICK=1] [ONLY=section,…]; writes tests/benchmarks/results/
 	@$(BIN)/python -W ignore -m tests.benchmarks.bench_features $(if $(QUICK),--quick) $(if $(ONLY),--only '$(ONLY)') $(if $(filter 1,$(PEERS)),--peers)
+
+bench-ranker: install ## quality, size and speed of the ranker, measured; PEERS=1 measures RecTools beside; [QUICK=1] [ONLY=section,…] [WORK=folder: keep and go on]; writes tests/benchmarks/results/
+	@$(BIN)/python -W ignore -m tests.benchmarks.bench_ranker $(if $(QUICK),--quick) $(if $(ONLY),--only '$(ONLY)') $(if $(WORK),--work '$(WORK)') $(if $(filter 1,$(PEERS)),--peers)
 
 bench-gpu: install ## the ranker on an NVIDIA GPU against PyTorch and the card's ceilings; writes tests/benchmarks/results/
 	@$(BIN)/python -W ignore -m tests.benchmarks.bench_gpu

@@ -16,11 +16,8 @@ finished is kept there, and a repeat goes on from it.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -30,9 +27,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.features_world import BENCH_VIEWS, QUICK, Sizes, elsewhere, install, place
+from tests.benchmarks import frame
+from tests.benchmarks.features_world import BENCH_VIEWS, QUICK, Sizes, install, place
+from tests.benchmarks.frame import note, say
 
-RESULTS = Path(__file__).parent / "results"
 SECTIONS = ("online", "load", "backfill", "growth", "pit", "pit_many")
 KEYS = (
     "read_501x50_p50_ms",
@@ -56,18 +54,7 @@ KEYS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="small sizes: proves the bench and its answers, measures nothing"
-    )
-    parser.add_argument("--only", help=f"comma-separated sections of {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument("--peers", action="store_true", help="measure Feast too; its environment is made on first use")
-    parser.add_argument("--work", type=Path, help="keep what is finished here, and go on from it (default: begin anew)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the dated JSON (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    chosen = tuple(options.only.split(",")) if options.only else SECTIONS
-    if unknown := [name for name in chosen if name not in SECTIONS]:
-        parser.error(f"there is no section {unknown[0]!r}; known: {', '.join(SECTIONS)}")
+    options, chosen = frame.options(__doc__, SECTIONS, "Feast", arguments)
     sizes = QUICK if options.quick else Sizes()
     with tempfile.TemporaryDirectory(prefix="larder-bench-") as scratch:
         work = options.work or Path(scratch)
@@ -83,20 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("machine", report["machine"])
         numbers: dict[str, float] = {}
         for name in chosen:
-            numbers |= _kept(work, name, lambda name=name: _section(name, server, Path(scratch), sizes))
+            numbers |= frame.kept(work, name, lambda name=name: _section(name, server, Path(scratch), sizes))
             say(name, {key: numbers[key] for key in list(numbers) if key in KEYS})
         if options.peers:
             from tests.benchmarks.feast_peer import measure
 
-            found = _kept(work, "feast", lambda: measure(server, Path(scratch), sizes, note))
+            found = frame.kept(work, "feast", lambda: measure(server, Path(scratch), sizes, note))
             numbers |= {f"feast_{key}": value for key, value in found.items()}
     report["numbers"] = {key: round(value, 4) for key, value in numbers.items()}
-    options.out.mkdir(parents=True, exist_ok=True)
-    kind = "quick-" if options.quick else ""
-    file = options.out / f"features-{kind}{report['at'][:10]}.json"
-    file.write_text(json.dumps(report, indent=1) + "\n")
-    note(f"written to {file}")
-    table(numbers)
+    frame.write(options.out, "features", report)
+    frame.table(numbers, KEYS, "Feast", "feast_")
     last = {key: round(numbers[key], 4) for key in KEYS if key in numbers}
     print(json.dumps(last | {key: round(value, 4) for key, value in numbers.items() if key.startswith("feast_")}))
     return 0
@@ -106,21 +89,17 @@ def _section(name: str, server: str, scratch: Path, sizes: Sizes) -> dict[str, f
     began = time.monotonic()
     if name == "growth":
         few, many = replace(sizes, events=sizes.events // 10), sizes
-        small, large = (_apart(name, server, scratch / label, one) for label, one in (("tenth", few), ("whole", many)))
+        small, large = (
+            frame.apart(name, run, name, server, scratch / label, one)
+            for label, one in (("tenth", few), ("whole", many))
+        )
         found = {"backfill_growth_10x": large["seconds"] / small["seconds"]} | {
             f"growth_{key}_{label}": one[key] for label, one in (("tenth", small), ("whole", large)) for key in one
         }
     else:
-        found = _apart(name, server, scratch, sizes)
+        found = frame.apart(name, run, name, server, scratch, sizes)
     note(f"{name} took {time.monotonic() - began:.0f} s")
     return found
-
-
-def _apart(name: str, server: str, scratch: Path, sizes: Sizes) -> dict[str, float]:
-    """A section in a fresh process."""
-    note(f"{name} …")
-    with elsewhere() as pool:
-        return pool.submit(run, name, server, scratch, sizes).result()
 
 
 def run(name: str, server: str, scratch: Path, sizes: Sizes) -> dict[str, float]:
@@ -137,63 +116,15 @@ def run(name: str, server: str, scratch: Path, sizes: Sizes) -> dict[str, float]
     return found
 
 
-def _kept(work: Path, name: str, make: Any) -> dict[str, float]:
-    file = work / f"{name}.json"
-    if file.exists():
-        note(f"{name}: taken from {file}")
-        found: dict[str, float] = json.loads(file.read_text())
-        return found
-    found = make()
-    file.write_text(json.dumps(found))
-    return found
-
-
 def machine(server: str) -> dict[str, Any]:
-    """What it ran on."""
+    """What it runs on, the server included."""
+    import duckdb
     import psycopg
 
-    cpu = next(
-        (line.split(":")[1].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")), "unknown"
-    )
-    memory = next((line.split()[1] for line in _read("/proc/meminfo") if line.startswith("MemTotal")), "0")
     with psycopg.connect(server) as connection:
         (version,) = connection.execute("SHOW server_version").fetchone() or ("",)
         (fsync,) = connection.execute("SHOW fsync").fetchone() or ("",)
-    import duckdb
-
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_gib": round(int(memory) / 2**20, 1),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "postgres": version,
-        "fsync": fsync,
-        "duckdb": duckdb.__version__,
-    }
-
-
-def _read(file: str) -> list[str]:
-    path = Path(file)
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def note(line: str) -> None:
-    """Progress, for whoever watches; the last line of standard output is kept for the result."""
-    print(f"  {line}", file=sys.stderr, flush=True)
-
-
-def say(title: str, numbers: dict[str, Any]) -> None:
-    note(f"{title}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()))
-
-
-def table(numbers: dict[str, float]) -> None:
-    """The figures, and Feast's beside them where there are any."""
-    width = max(len(key) for key in KEYS)
-    for key in KEYS:
-        if key in numbers:
-            peer = f"   Feast {numbers[f'feast_{key}']:>12,.2f}" if f"feast_{key}" in numbers else ""
-            print(f"{key:<{width}} {numbers[key]:>14,.3f}{peer}")
+    return {**frame.machine(), "postgres": version, "fsync": fsync, "duckdb": duckdb.__version__}
 
 
 if __name__ == "__main__":

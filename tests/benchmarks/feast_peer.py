@@ -22,29 +22,16 @@ from psycopg.conninfo import conninfo_to_dict
 
 from schemas.features import USER
 from tests.benchmarks.features_world import BENCH_VIEWS, TODAY, Sizes, events, names
+from tests.benchmarks.frame import environment
 
 REQUIREMENT = "feast[postgres,duckdb]==0.67.0"
 ENVIRONMENT = Path(__file__).parents[2] / "build" / "bench-feast-0.67.0"
 """Below build/, which git ignores; delete it to have it made again."""
 
 
-def environment(say: Callable[[str], None]) -> Path:
-    """The Python of Feast's own environment, made on first use."""
-    python = ENVIRONMENT / "bin" / "python"
-    ready = ENVIRONMENT / ".installed"
-    if not ready.exists():
-        say(f"making {ENVIRONMENT} with {REQUIREMENT} (a few minutes, once)")
-        if not python.exists():
-            subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", REQUIREMENT]
-        subprocess.run(pip, check=True, stdout=sys.stderr)
-        ready.touch()
-    return python
-
-
 def measure(server: str, scratch: Path, sizes: Sizes, say: Callable[[str], None]) -> dict[str, float]:
     """Feast's figures, by the names of ours."""
-    python = environment(say)
+    python = environment(ENVIRONMENT, ([REQUIREMENT],), say)
     folder = scratch / "feast"
     folder.mkdir(parents=True, exist_ok=True)
     database = "larder_bench_feast"

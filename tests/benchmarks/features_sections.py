@@ -32,15 +32,14 @@ from tests.benchmarks.features_world import (
     Events,
     Place,
     Sizes,
-    elsewhere,
     events,
     fill,
     fingerprint,
     names,
     peak_rss_mb,
-    timed,
     yesterday,
 )
+from tests.benchmarks.frame import elsewhere, timed
 
 Say = Callable[[str], None]
 Numbers = dict[str, float]

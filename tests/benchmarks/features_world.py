@@ -6,10 +6,7 @@ Nothing here may import what reads `schemas.views` before `install` has put the 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -24,6 +21,7 @@ import pyarrow.parquet as pq
 from schemas import features as declare
 from schemas import views as declared
 from schemas.features import ITEM, USER, Entity, FeatureView
+from tests.benchmarks.frame import elsewhere
 
 LIKED = "value >= 4"
 TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
@@ -192,11 +190,6 @@ def place(server: str, folder: Path, name: str) -> Iterator[Place]:
             connection.execute(f"DROP DATABASE {database} WITH (FORCE)")
 
 
-def elsewhere() -> ProcessPoolExecutor:
-    """A fresh process, whose memory is its own."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-
-
 def fill(where: Place, sizes: Sizes, count: int) -> None:
     """Put `events(sizes, count)` into the lake, and nothing else anywhere; what that takes is not this process's memory."""
     with elsewhere() as pool:
@@ -215,16 +208,6 @@ def _fill(url: str, folder: Path, lake_url: str, sizes: Sizes, count: int) -> No
 
 def yesterday() -> date:
     return (TODAY - timedelta(days=1)).date()
-
-
-def timed(ask: Callable[[], object], repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls."""
-    found = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        ask()
-        found.append(time.perf_counter() - began)
-    return found
 
 
 def peak_rss_mb() -> float:
