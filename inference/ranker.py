@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,8 @@ class Ranker:
         theirs = (self.manifest.context_features, self.manifest.candidate_features, self.manifest.feature_fingerprint)
         if ours != theirs:
             raise ArtifactError(
-                f"model {self.version} learned features {self.manifest.feature_fingerprint}, this code assembles {ours[2]}; "
-                "train again after changing schemas/views.py"
+                f"model {self.version} learned features {self.manifest.feature_fingerprint}, this code assembles {ours[2]}"
+                f"{_first_difference(theirs[0] + theirs[1], ours[0] + ours[1])}; train again after changing schemas/views.py"
             )
         self.folder = folder
         self.dim = self.manifest.dim
@@ -64,6 +65,14 @@ class Ranker:
         with span("rank", attributes=attributes):
             user_vector, scores = self._session.run(list(OUTPUTS), {name: inputs[name] for name in INPUTS})
         return user_vector, scores
+
+
+def _first_difference(theirs: tuple[str, ...], ours: tuple[str, ...]) -> str:
+    """Where two orders of features part, in words; nothing where they do not."""
+    for place, (its, own) in enumerate(zip_longest(theirs, ours)):
+        if its != own:
+            return f": at place {place + 1} it has {its!r} where this code has {own!r}"
+    return ""
 
 
 def _session(file: Path, threads: int) -> ort.InferenceSession:
