@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,19 @@ from orchestration.compute.splits import Queries, Split
 from schemas.ranker import MAX_CANDIDATES, MAX_HISTORY
 
 CUTOFFS = (5, 10, 50)
+LISTED = 20
+"""Items of a request's list that an evaluation keeps, for what is judged beyond accuracy."""
 _PIECE = 32
 """Requests in one run of the graph."""
+_DRAWN = 4_000_000
+"""People drawn at once for a bootstrap: 32 MB."""
 
 
 Scorer = Callable[[Queries], NDArray[np.float32]]
-"""Takes a batch of queries, gives `(q, items) float32`: higher is better, every item of the catalogue scored."""
+"""Takes a batch of queries, gives `(q, items) float32`: higher is better, every item of the catalogue scored.
+
+It may look at the person, the instant and the history, never at the label: labels of one request are scored once.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,24 @@ class Row:
     mrr: dict[int, float]
     interval: tuple[float, float]
     ranks: NDArray[np.int64] = field(repr=False, compare=False)  # (q,) 1 is best; for paired comparisons
+    lists: NDArray[np.int32] | None = field(default=None, repr=False, compare=False)  # (r, LISTED); see `Judged`
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a scorer makes of `q` queries with `r` different requests (`Queries.requests`)."""
+
+    ranks: NDArray[np.int64]  # (q,) 1 is best
+    lists: NDArray[np.int32]  # (r, LISTED) items not seen before, best first; −1 where there are no more
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """How much more NDCG one scorer has than another on the same labels, and the paired 95 % interval over people."""
+
+    mean: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +67,7 @@ class Evaluation:
     labels: int
     people: int
     rows: tuple[Row, ...]
+    user: NDArray[np.int32] | None = field(default=None, repr=False, compare=False)  # (q,) whose each label is
 
     def row(self, name: str) -> Row:
         """The row called `name`; KeyError with the known names if there is none."""
@@ -50,11 +76,20 @@ class Evaluation:
                 return row
         raise KeyError(f"no row {name!r}; known: {', '.join(row.name for row in self.rows)}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, without the ranks."""
-        raw = asdict(self)
-        for row in raw["rows"]:
-            del row["ranks"]
+    def gain(self, ranker: str, floor: str, *, k: int = 10, seed: int = 0, resamples: int = 1000) -> Gain:
+        """What the row `ranker` has more of NDCG@k than the row `floor`; it beats it where `low` is above 0."""
+        if self.user is None:
+            raise ValueError("this evaluation does not say whose labels it judged; make it by `evaluate`")
+        difference = gain(self.row(ranker).ranks, k) - gain(self.row(floor).ranks, k)
+        return Gain(float(difference.mean()), *interval(difference, self.user, seed=seed, resamples=resamples))
+
+    def to_dict(self, judged: str | None = None) -> dict[str, Any]:
+        """Plain JSON values, without what is kept by label; with `judged`, the gain of that row over each other."""
+        raw: dict[str, Any] = {"split": self.split, "labels": self.labels, "people": self.people}
+        per_label = ("ranks", "lists")
+        raw["rows"] = [{key: value for key, value in _fields(row).items() if key not in per_label} for row in self.rows]
+        if judged is not None:
+            raw["gains"] = {row.name: asdict(self.gain(judged, row.name)) for row in self.rows if row.name != judged}
         return raw
 
     def table(self) -> str:
@@ -64,33 +99,83 @@ class Evaluation:
         for row in self.rows:
             figures = [f"{metric[k]:.4f}" for metric in (row.hr, row.ndcg, row.mrr) for k in CUTOFFS]
             lines.append([row.name, *figures, f"{row.interval[0]:.4f}–{row.interval[1]:.4f}"])
-        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-        text = [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        ]
-        return "\n".join([*text, f"{self.labels} labels of {self.people} people, all items ranked, seen items removed"])
+        text = aligned(lines)
+        return f"{text}\n{self.labels} labels of {self.people} people, all items ranked, seen items removed"
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    return {entry.name: getattr(row, entry.name) for entry in fields(row)}
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text: the first column to the left, the others to the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def judge(scorer: Scorer, queries: Queries, *, batch: int = 256) -> Judged:
+    """Rank each label among all items not seen before, and keep each request's list; ties go to the item listed first.
+
+    Each request is scored once, whatever its labels: of MovieLens' events three quarters share their second.
+    """
+    first, request = queries.requests()
+    asked = queries.take(first)
+    result = np.empty(len(queries), np.int64)
+    lists = np.full((len(asked), LISTED), -1, np.int32)
+    # Similar lengths together: a scorer that pads histories then pads little.
+    order = np.argsort(asked.stop - asked.start, kind="stable")
+    place = np.empty(len(asked), np.int64)
+    place[order] = np.arange(len(asked))
+    by_place = np.argsort(place[request], kind="stable")
+    label_place = place[request][by_place]
+    for begin in range(0, len(asked), batch):
+        rows = order[begin : begin + batch]
+        part = asked.take(rows)
+        scores = scorer(part)
+        if not np.isfinite(scores).all():
+            raise ValueError("a scorer gave a score that is not finite; mask unseen items with a low score instead")
+        seen = part.seen()
+        lists[rows] = best_items(scores, seen, LISTED)
+        until = int(np.searchsorted(label_place, begin + len(rows)))
+        # A request may have any number of labels: as many at a time as there are requests in a batch.
+        for some in range(int(np.searchsorted(label_place, begin)), until, batch):
+            labels = by_place[some : min(some + batch, until)]
+            row, target = place[request[labels]] - begin, queries.target[labels]
+            offered = scores[row]
+            own = offered[np.arange(len(labels)), target][:, None]
+            earlier = np.arange(scores.shape[1])[None, :] < target[:, None]
+            better = (offered > own) | ((offered == own) & earlier)
+            result[labels] = 1 + (better & ~seen[row]).sum(1)
+    return Judged(result, lists)
+
+
+def best_items(scores: NDArray[np.float32], left_out: NDArray[np.bool_], k: int) -> NDArray[np.int32]:
+    """`(q, k)`: the best items of `scores (q, items)` but those `left_out (q, items)`, best first; −1 where there are no more.
+
+    Ties go to the item listed first, as in `ranks`.
+    """
+    q, items = scores.shape
+    # One integer that orders as (score, place in the catalogue) does: a partition then breaks ties as ranks do.
+    bits = np.ascontiguousarray(scores + np.float32(0), np.float32).view(np.int32)  # + 0: −0 is 0
+    ordered = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits).astype(np.int64)
+    key = np.where(left_out, np.iinfo(np.int64).max, np.arange(items) - (ordered << 32))  # smallest first
+    within = min(k, items)
+    here = np.arange(q)[:, None]
+    top = np.argpartition(key, within - 1, axis=1)[:, :within]
+    top = top[here, np.argsort(key[here, top], axis=1)]
+    best = np.full((q, k), -1, np.int32)
+    best[:, :within] = np.where(left_out[here, top], -1, top)
+    return best
 
 
 def ranks(scorer: Scorer, queries: Queries, *, batch: int = 256) -> NDArray[np.int64]:
     """`(q,) int64` rank of each label among all items not seen before; ties go to the item listed first."""
-    result = np.empty(len(queries), np.int64)
-    # Similar lengths together: a scorer that pads histories then pads little.
-    order = np.argsort(queries.stop - queries.start, kind="stable")
-    for begin in range(0, len(queries), batch):
-        rows = order[begin : begin + batch]
-        part = queries.take(rows)
-        scores = scorer(part)
-        if not np.isfinite(scores).all():
-            raise ValueError("a scorer gave a score that is not finite; mask unseen items with a low score instead")
-        target = part.target
-        own = scores[np.arange(len(part)), target][:, None]
-        earlier = np.arange(scores.shape[1])[None, :] < target[:, None]
-        better = (scores > own) | ((scores == own) & earlier)
-        result[rows] = 1 + (better & ~part.seen()).sum(1)
-    return result
+    return judge(scorer, queries, batch=batch).ranks
 
 
 def evaluate(
@@ -98,11 +183,16 @@ def evaluate(
 ) -> Evaluation:
     """Every scorer on the split's queries."""
     queries = split.queries
-    rows = tuple(
-        summarise(name, ranks(scorer, queries, batch=batch), queries.user, seed=seed, resamples=resamples)
-        for name, scorer in scorers.items()
-    )
-    return Evaluation(split.name, len(queries), len(np.unique(queries.user)), rows)
+    rows = []
+    for name, scorer in scorers.items():
+        judged = judge(scorer, queries, batch=batch)
+        rows.append(
+            replace(
+                summarise(name, judged.ranks, queries.user, seed=seed, resamples=resamples),
+                lists=judged.lists,
+            )
+        )
+    return Evaluation(split.name, len(queries), len(np.unique(queries.user)), tuple(rows), queries.user)
 
 
 def summarise(
@@ -131,11 +221,38 @@ def interval(
 
     Give differences of two scorers' gains for a paired comparison.
     """
+    low, high = intervals(values[:, None], user, seed=seed, resamples=resamples)
+    return float(low[0]), float(high[0])
+
+
+def intervals(
+    values: NDArray[np.float64], user: NDArray[np.int32], *, seed: int = 0, resamples: int = 1000
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`interval` of each column of `values (q, m)`, from the same draws; NaN is a label that a column leaves out.
+
+    Returns low `(m,)` and high `(m,)`; NaN for a column without any label.
+    """
     people, index = np.unique(user, return_inverse=True)
-    total, count = np.bincount(index, values), np.bincount(index).astype(np.float64)
-    draws = np.random.default_rng(seed).multinomial(len(people), np.full(len(people), 1 / len(people)), resamples)
-    low, high = np.quantile((draws @ total) / (draws @ count), [0.025, 0.975])
-    return float(low), float(high)
+    counted = ~np.isnan(values)
+    columns = [np.bincount(index, column, len(people)) for column in np.where(counted, values, 0).T]
+    columns += [np.bincount(index, column, len(people)) for column in counted.T.astype(np.float64)]
+    per_person = np.stack(columns, axis=1)  # (people, 2 m): sums, then counts
+    generator = np.random.default_rng(seed)
+    at_once = max(1, _DRAWN // max(len(people), 1))
+    sums = []
+    for begin in range(0, resamples, at_once):
+        n = min(at_once, resamples - begin)
+        drawn = generator.integers(0, len(people), (n, len(people))) + np.arange(n)[:, None] * len(people)
+        times = np.bincount(drawn.ravel(), minlength=n * len(people)).reshape(n, len(people))
+        sums.append(times.astype(np.float64) @ per_person)
+    total, count = np.split(np.concatenate(sums), 2, axis=1)
+    # A draw may miss everybody of a small column: it says nothing of its mean.
+    mean = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+    known = counted.any(axis=0)
+    low, high = np.full((2, values.shape[1]), np.nan)
+    if known.any():
+        low[known], high[known] = np.nanquantile(mean[:, known], [0.025, 0.975], axis=0)
+    return low, high
 
 
 def score_popularity(counts: NDArray[np.float32]) -> Scorer:
@@ -145,13 +262,17 @@ def score_popularity(counts: NDArray[np.float32]) -> Scorer:
 
 def score_windowed_popularity(windowed: WindowedPopularity) -> Scorer:
     """What was popular just before each request; the counts go on after the cut, as the feature store's do."""
-    return lambda queries: np.stack([windowed.at(int(at)) for at in queries.at])
+    return lambda queries: windowed.at_each(queries.at)
 
 
 def score_co_visitation(neighbours: Neighbours, counts: NDArray[np.float32]) -> Scorer:
     """Neighbours of the history; whatever they leave equal, and people without history, by popularity `(items,)`."""
     fallback = counts / max(float(counts.max(initial=0)), 1.0) * 1e-6
-    return lambda queries: neighbours.score_histories(queries.histories()) + fallback
+
+    def score(queries: Queries) -> NDArray[np.float32]:
+        return neighbours.score_histories(queries.histories()) + fallback
+
+    return score
 
 
 @dataclass(frozen=True, slots=True)

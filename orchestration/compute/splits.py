@@ -17,13 +17,15 @@ SECOND_MICROSECONDS = 1_000_000
 class Queries:
     """`q` labels to predict, each from the slice of its person's events that could be known.
 
-    Label `i` is row `label[i]` of `interactions`; its history is rows `start[i]:stop[i]`, oldest first.
+    Label `i` is row `label[i]` of `interactions`; its history is rows `start[i]:stop[i]`, oldest first. Where a history
+    was shortened on purpose, `seen_from[i]` is where it began: what was cut off is forgotten, but not offered again.
     """
 
     interactions: Interactions
     label: NDArray[np.int64]  # (q,)
     start: NDArray[np.int64]  # (q,)
     stop: NDArray[np.int64]  # (q,)
+    seen_from: NDArray[np.int64] | None = None  # (q,); None: start
 
     def __len__(self) -> int:
         return len(self.label)
@@ -45,7 +47,23 @@ class Queries:
 
     def take(self, rows: slice | NDArray[np.int64] | NDArray[np.bool_]) -> Queries:
         """The same events with only these labels."""
-        return Queries(self.interactions, self.label[rows], self.start[rows], self.stop[rows])
+        seen_from = None if self.seen_from is None else self.seen_from[rows]
+        return Queries(self.interactions, self.label[rows], self.start[rows], self.stop[rows], seen_from)
+
+    def requests(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The `r` different requests behind the labels: a label of each `(r,)`, and each label's request `(q,)`.
+
+        Labels of one person, instant and history are one request: a scorer has one answer for all of them.
+        """
+        begin = self.start if self.seen_from is None else self.seen_from
+        key = np.stack([self.user.astype(np.int64), self.at, self.start, self.stop, begin])
+        # Sorted by column tuples: np.unique over an axis takes several times as long.
+        order = np.lexsort(key[::-1])
+        new = np.ones(len(order), bool)
+        new[1:] = (key[:, order[1:]] != key[:, order[:-1]]).any(axis=0)
+        request = np.empty(len(order), np.int64)
+        request[order] = np.cumsum(new) - 1
+        return order[new], request
 
     def histories(self) -> list[NDArray[np.int32]]:
         """The items each label's person had before, oldest first."""
@@ -54,10 +72,8 @@ class Queries:
     def seen(self) -> NDArray[np.bool_]:
         """`(q, items)`: what the person already had and must not be offered again."""
         mask = np.zeros((len(self), len(self.interactions.item_ids)), bool)
-        length = self.stop - self.start
-        row = np.repeat(np.arange(len(self)), length)
-        step = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
-        mask[row, self.interactions.item[np.repeat(self.start, length) + step]] = True
+        row, event = rows_between(self.start if self.seen_from is None else self.seen_from, self.stop)
+        mask[row, self.interactions.item[event]] = True
         return mask
 
 
@@ -68,6 +84,14 @@ class Split:
     name: str
     train: Interactions
     queries: Queries
+
+
+def rows_between(start: NDArray[np.int64], stop: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The slices `start[i]:stop[i]` one after the other: number of the slice `(m,)` and row `(m,)`."""
+    length = stop - start
+    number = np.repeat(np.arange(len(start)), length)
+    step = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
+    return number, np.repeat(start, length) + step
 
 
 def queries_for(interactions: Interactions, labels: NDArray[np.int64], *, strictly_earlier: bool) -> Queries:
@@ -120,7 +144,8 @@ def leave_one_out(interactions: Interactions, *, holdout: str = "test", least_ev
 def time_split(interactions: Interactions, *, cut_rate: float = 0.9, until_rate: float = 1.0) -> Split:
     """Train on the first `cut_rate` of the events by time; predict every later one from strictly earlier seconds.
 
-    Models stay frozen at the cut while histories go on; people and items that appear only later are included.
+    Models stay frozen at the cut while histories go on; people and items that appear only later are included. Every
+    positive event after the cut is a label, except of an item that the person already had.
     `until_rate` < 1 leaves the newest events out altogether: that is how a validation slice before the cut is made.
     """
     ordered = np.sort(interactions.occurred_at)

@@ -56,3 +56,16 @@ def test_the_popularity_window_ends_before_its_instant() -> None:
     assert windowed.at(10 * DAY_MICROSECONDS).tolist() == [0, 1, 0, 0]
     assert windowed.at(10 * DAY_MICROSECONDS + 1).tolist() == [0, 0, 1, 0]
     assert windowed.at(7 * DAY_MICROSECONDS).tolist() == [1, 1, 0, 0]
+
+
+def test_popularity_at_many_instants_is_that_at_each() -> None:
+    generator = np.random.default_rng(0)
+    rows = [(int(u), int(i), int(d)) for u, i, d in generator.integers(0, (5, 4, 90), (300, 3))]
+    windowed = WindowedPopularity(world(rows), days=7)
+    instants = generator.permutation(np.append(np.arange(-1, 100), 40)) * DAY_MICROSECONDS
+    expected = [
+        np.bincount([item for _, item, day in rows if at - 7 <= day < at], minlength=4).tolist()
+        for at in (instants // DAY_MICROSECONDS).tolist()
+    ]
+    assert windowed.at_each(instants).tolist() == expected
+    assert windowed.at_each(np.empty(0, np.int64)).shape == (0, 4)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import ir_measures
 import numpy as np
 import pytest
+from ir_measures import RR, Qrel, ScoredDoc, Success, nDCG
+from numpy.typing import NDArray
 
-from orchestration.compute.evaluate import evaluate, history_inputs, interval, ranks, summarise
+from orchestration.compute.evaluate import CUTOFFS, LISTED, evaluate, history_inputs, interval, judge, ranks, summarise
 from orchestration.compute.interactions import Interactions
-from orchestration.compute.splits import Queries, leave_one_out, queries_for, time_split
+from orchestration.compute.splits import Queries, Split, leave_one_out, queries_for, time_split
 from schemas.events import KINDS
 
 SECOND = 1_000_000
@@ -98,6 +101,107 @@ def test_history_is_right_aligned_with_gaps_to_the_next_event_and_the_request() 
     assert history.items.tolist() == [[0, 1], [0, 3]]
     assert history.gaps.tolist() == [[10, 20], [0, 1]]
     assert history.mask.tolist() == [[1, 1], [0, 1]]
+
+
+def late_queries(people: int = 20, items: int = 200, events: int = 600) -> Queries:
+    """A time split whose clock is coarse: many labels share their second with another of the same person."""
+    generator = np.random.default_rng(0)
+    user, second = np.sort(generator.integers(0, people, events)), generator.integers(0, 120, events)
+    order = np.lexsort((second, user))
+    item = generator.integers(0, items, events)
+    rows = list(zip(user[order].tolist(), item.tolist(), second[order].tolist(), strict=True))
+    return time_split(world(rows, items=items), cut_rate=0.5).queries
+
+
+def random_scores(queries: Queries) -> NDArray[np.float32]:
+    """Different for every person and instant, never twice the same number in a row."""
+    items = len(queries.interactions.item_ids)
+    return np.stack(
+        [
+            np.random.default_rng((int(user), int(at))).permutation(items) / items
+            for user, at in zip(queries.user, queries.at, strict=True)
+        ]
+    ).astype(np.float32)
+
+
+def test_labels_of_one_request_are_scored_once_and_ranked_each() -> None:
+    queries = late_queries()
+    first, request = queries.requests()
+    assert len(first) < len(queries)
+    for field in ("user", "at", "start", "stop"):
+        assert np.array_equal(getattr(queries, field)[first][request], getattr(queries, field)), field
+    asked = 0
+
+    def count(part: Queries) -> NDArray[np.float32]:
+        nonlocal asked
+        asked += len(part)
+        return random_scores(part)
+
+    together = ranks(count, queries, batch=7)
+    assert asked == len(first)
+    alone = [int(ranks(random_scores, queries.take(slice(row, row + 1)))[0]) for row in range(len(queries))]
+    assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("levels", [1, 3, 1000])
+def test_a_label_stands_in_its_list_where_its_rank_says(levels: int) -> None:
+    """Also among ties, negative scores and −0."""
+    queries = late_queries()
+    judged = judge(lambda part: np.round((random_scores(part) - 0.5) * levels).astype(np.float32), queries)
+    _, request = queries.requests()
+    high = judged.ranks <= LISTED
+    assert high.any()
+    found = judged.lists[request[high], judged.ranks[high] - 1]
+    assert found.tolist() == queries.target[high].tolist()
+    assert all(len(set(row)) == LISTED for row in judged.lists.tolist())
+
+
+def test_a_list_holds_only_what_was_not_seen() -> None:
+    queries = leave_one_out(world([(0, 0, 0), (0, 5, 1), (0, 3, 2)])).queries
+    judged = judge(lambda _: np.array([[9, -2, 1, 0, -np.float32(0), 9]], np.float32), queries)
+    assert judged.lists[0].tolist() == [2, 3, 4, 1] + [-1] * (LISTED - 4)
+
+
+def test_metrics_are_those_of_ir_measures() -> None:
+    queries = late_queries()
+    scores, seen = random_scores(queries), queries.seen()
+    row = summarise("random", ranks(random_scores, queries), queries.user)
+    names = [str(number) for number in range(len(queries))]
+    qrels = [Qrel(name, str(target), 1) for name, target in zip(names, queries.target.tolist(), strict=True)]
+    run = [
+        ScoredDoc(name, str(item), float(scores[number, item]))
+        for number, name in enumerate(names)
+        for item in np.flatnonzero(~seen[number])
+    ]
+    theirs = ir_measures.calc_aggregate([measure @ k for measure in (nDCG, Success, RR) for k in CUTOFFS], qrels, run)
+    for k in CUTOFFS:
+        assert row.ndcg[k] == pytest.approx(theirs[nDCG @ k], abs=1e-9)
+        assert row.hr[k] == pytest.approx(theirs[Success @ k], abs=1e-9)
+        assert row.mrr[k] == pytest.approx(theirs[RR @ k], abs=1e-9)
+    assert 0 < row.hr[5] < row.hr[50] < 1
+
+
+def test_a_gain_is_paired_over_people() -> None:
+    """Noise that two scorers share is no doubt about which of them is better."""
+    queries = late_queries()
+    split = Split("late", queries.interactions, queries)
+
+    def knowing(part: Queries) -> NDArray[np.float32]:
+        scores = random_scores(part)
+        scores[:, ::2] *= 0.5  # half of the catalogue moves down: whoever looks for it loses, the others gain
+        return scores
+
+    found = evaluate({"random": random_scores, "other": random_scores, "half": knowing}, split)
+    same = found.gain("other", "random")
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    half = found.gain("half", "random", k=50)
+    assert half.mean == pytest.approx(found.row("half").ndcg[50] - found.row("random").ndcg[50])
+    assert half.low < half.mean < half.high
+    again = found.gain("random", "half", k=50)
+    assert (again.low, again.high) == pytest.approx((-half.high, -half.low), abs=1e-3)
+    written = found.to_dict(judged="half")
+    assert set(written["gains"]) == {"random", "other"}
+    assert written["gains"]["random"]["mean"] == pytest.approx(found.gain("half", "random").mean)
 
 
 def test_the_interval_draws_people_not_labels() -> None:
