@@ -14,7 +14,7 @@ import multiprocessing
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,17 @@ from numpy.typing import NDArray
 
 from inference import artifacts
 from inference.encoder import TextEncoder
-from orchestration.compute import co_visitation as floor
 from orchestration.compute import learning_steps
 from orchestration.compute.artifact import ArtifactLabels, write_artifact
+from orchestration.compute.baselines import FLOORS, floors
+from orchestration.compute.beyond_accuracy import BeyondAccuracy, beyond_accuracy
+from orchestration.compute.candidate_recall import CandidateRecall, candidate_recall, sources_of
+from orchestration.compute.co_visitation import WindowedPopularity, co_visitation, popularity
 from orchestration.compute.evaluate import (
     Evaluation,
     Scorer,
     evaluate,
-    gain,
-    interval,
     score_co_visitation,
-    score_popularity,
     score_windowed_popularity,
 )
 from orchestration.compute.lake import Lake
@@ -44,13 +44,14 @@ from orchestration.compute.mining import newest_labels
 from orchestration.compute.point_in_time import PointInTime
 from orchestration.compute.prompt_following import UNMEASURED_WEIGHT, PromptFollowing, measure_following
 from orchestration.compute.prompt_records import PromptVersions, read_versions
+from orchestration.compute.segments import Segment, segment_table, segments
 from orchestration.compute.slates import Slates
-from orchestration.compute.splits import Split, time_split
+from orchestration.compute.splits import Queries, Split, time_split
 from orchestration.compute.train import train
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import Progress, TrainedRanker
 from orchestration.compute.training_set import learning_split, load_categories, load_training_set
-from orchestration.compute.vectors import load_text_vectors, written_by
+from orchestration.compute.vectors import load_text_vectors, text_vectors_as, written_by
 from orchestration.compute.wish_texts import wishes_for
 from schemas.errors import DefinitionError, LarderError
 from schemas.manifest import ENCODER_PATH, Manifest
@@ -61,7 +62,8 @@ TIME_SPLIT_PATH = "training/time_split.pt"
 EVALUATION_PATH = "training/evaluation.json"
 CHECKPOINTS = ("ranker.ckpt", "time_split.ckpt")
 RANKER = "ranker"
-FLOOR = ("popularity", "7-day popularity", "co-visitation")
+FLOOR = FLOORS
+"""Rows that the ranker must beat, every one of them, to serve."""
 RERANKED = 200
 """Candidates an evaluation re-ranks per label."""
 JUDGED_LABELS = 2_000
@@ -82,10 +84,37 @@ class TrainingReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Judgement:
+    """One split: every row's figures, the ranker's by segment, what lists are like, what candidates hold."""
+
+    evaluation: Evaluation
+    segments: tuple[Segment, ...]
+    segment_table: str
+    beyond_accuracy: dict[str, BeyondAccuracy]
+    candidate_recall: CandidateRecall
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return self.evaluation.to_dict(RANKER) | {
+            "segments": [asdict(segment) for segment in self.segments],
+            "beyond_accuracy": {name: asdict(row) for name, row in self.beyond_accuracy.items()},
+            "candidate_recall": asdict(self.candidate_recall),
+        }
+
+    def summary(self) -> str:
+        """The ranker in one line, beside what the table says of it."""
+        lists, found = self.beyond_accuracy[RANKER], self.candidate_recall
+        return (
+            f"ranker's lists: {lists.coverage_rate:.0%} of the catalogue shown, {lists.novelty_bits:.1f} bits of novelty; "
+            f"{found.union:.1%} of labels among {found.candidates_mean:.0f} candidates"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationReport:
     """Leave-one-out first, then the time split; how wishes are followed, None where none could be made up."""
 
-    evaluations: tuple[Evaluation, Evaluation]
+    judgements: tuple[Judgement, Judgement]
     following: PromptFollowing | None
     seconds: float
 
@@ -204,25 +233,49 @@ def evaluate_ranker(
     later = time_split(everything)
     chosen = np.random.default_rng(0).permutation(len(later.queries))[:JUDGED_LABELS]
     later = Split(later.name, later.train, later.queries.take(np.sort(chosen)))
-    evaluations = []
+    learned = load_learned(artifacts_url, TRAINED_PATH)
+    encoders = artifacts.fetch(artifacts_url, ENCODER_PATH)
+    item_encoder = TextEncoder(encoders, precision="fp32")
+    if item_encoder.version != learned.encoder_version:
+        raise DefinitionError(
+            f"the ranker learned from texts encoded by {learned.encoder_version}, the encoder is now {item_encoder.version}; "
+            "train again (make run RETRAIN=1)"
+        )
+    # As it learned them, also where another template has won since.
+    texts = text_vectors_as(connection, everything.item_ids, learned.prompts.item, item_encoder)
+    wishes = wishes_for(connection, split.train, TextEncoder(encoders, precision="int8"), learned.prompts)
+    judgements = []
     with PointInTime(lake, connection) as ask:
         for judged, path in ((split, TRAINED_PATH), (later, TIME_SPLIT_PATH)):
-            floors = _floor(judged)
+            rows = floors(judged)
             # Re-ranked is what serving re-ranks: neighbours of the user vector, what is trending, what follows.
             ranker = load_learned(artifacts_url, path).ranker.scorer(
                 Slates(ask, judged.queries.interactions, categories),
                 rerank=min(RERANKED, len(everything.item_ids)),
-                sources=(floors["7-day popularity"], floors["co-visitation"]),
+                sources=(rows["7-day popularity"], rows["co-visitation"]),
             )
-            evaluations.append(evaluate({**floors, RANKER: ranker}, judged))
-            progress(evaluations[-1].table())
-        following = _following(connection, artifacts_url, ask, split)
-        if following is not None:
-            progress(following.words())
-    first, second = evaluations
+            evaluation = evaluate({**rows, RANKER: ranker}, judged)
+            judgements.append(
+                _look_closer(evaluation, judged, replace(ranker, rerank=0), texts, wishes.item_categories)
+            )
+            progress(evaluation.table())
+            progress(judgements[-1].summary())
+        validation = newest_labels(split.train, learned.ranker.config)
+        following = measure_following(
+            learned.ranker,
+            validation,
+            Slates(ask, split.train, categories),
+            wishes,
+            texts,
+            _sources_without(validation),
+            rerank=min(RERANKED, len(everything.item_ids)),
+        )
+    if following is not None:
+        progress(following.words())
+    first, second = judgements
     record = {
-        "leave_one_out": first.to_dict() | {"against": against(first, split.queries.user)},
-        "time_split": second.to_dict() | {"against": against(second, later.queries.user)},
+        "leave_one_out": first.to_dict(),
+        "time_split": second.to_dict(),
         "prompt_following": None if following is None else asdict(following),
     }
     artifacts.put(artifacts_url, EVALUATION_PATH, json.dumps(record).encode())
@@ -282,19 +335,6 @@ def export_ranker(lake: Lake, connection: psycopg.Connection[Any], artifacts_url
     return Exported(manifest, known.version, passed, record, words)
 
 
-def against(evaluation: Evaluation, user: NDArray[np.int32]) -> dict[str, dict[str, float]]:
-    """The ranker's gain in NDCG@10 over each other row: its mean and 95 % interval, paired by label, drawn by person."""
-    ranker = evaluation.row(RANKER)
-    own = gain(ranker.ranks, 10)
-    found = {}
-    for row in evaluation.rows:
-        if row.name != RANKER:
-            difference = own - gain(row.ranks, 10)
-            low, high = interval(difference, user)
-            found[row.name] = {"gain": float(difference.mean()), "low": low, "high": high}
-    return found
-
-
 def verdict(evaluation: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
     """Whether the ranker beats every floor on both splits (NDCG@10), and that in words.
 
@@ -312,7 +352,7 @@ def verdict(evaluation: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
         passed &= beats
         words.append(
             f"{name}: ranker {scores[RANKER]:.4f} NDCG@10 {'beats' if beats else 'does not beat'} {best} {scores[best]:.4f}"
-            f"{_beyond_chance(evaluation[key]['against'][best], beats)}"
+            f"{_beyond_chance(evaluation[key]['gains'][best], beats)}"
         )
     words.append("the ranker may serve" if passed else "the ranker stays on the shelf; the floor keeps serving")
     return passed, tuple(words)
@@ -320,28 +360,41 @@ def verdict(evaluation: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
 
 def _beyond_chance(found: dict[str, float], beats: bool) -> str:
     """The paired gain in words."""
-    figures = f"{found['gain']:+.4f}, 95 % {found['low']:+.4f} to {found['high']:+.4f}"
+    figures = f"{found['mean']:+.4f}, 95 % {found['low']:+.4f} to {found['high']:+.4f}"
     if beats:
         return f" ({figures}{'' if found['low'] > 0 else ': not beyond chance'})"
     return f" ({figures}{': worse beyond chance' if found['high'] < 0 else ''})"
 
 
-def _following(
-    connection: psycopg.Connection[Any], artifacts_url: str, ask: PointInTime, split: Split
-) -> PromptFollowing | None:
-    """How the trained ranker follows wishes, on the labels that validated it."""
-    learned = load_learned(artifacts_url, TRAINED_PATH)
-    floors = _floor(Split(split.name, split.train, newest_labels(split.train, learned.ranker.config)))
-    encoder = TextEncoder(artifacts.fetch(artifacts_url, ENCODER_PATH), precision="int8")
-    return measure_following(
-        learned.ranker,
-        newest_labels(split.train, learned.ranker.config),
-        Slates(ask, split.train, load_categories(connection, split.train)),
-        wishes_for(connection, split.train, encoder, learned.prompts),
-        load_text_vectors(connection, split.train.item_ids, written_by(learned.prompts.item, learned.encoder_version)),
-        (floors["7-day popularity"], floors["co-visitation"]),
-        rerank=min(RERANKED, len(split.train.item_ids)),
+def _look_closer(
+    evaluation: Evaluation,
+    split: Split,
+    retriever: Scorer,
+    texts: NDArray[np.float32],
+    item_categories: NDArray[np.bool_],
+) -> Judgement:
+    """What else is to be known of an evaluation's rows; `retriever` scores by the user vector alone."""
+    asked = split.queries.take(split.queries.requests()[0])
+    return Judgement(
+        evaluation,
+        tuple(segments(evaluation.row(RANKER).ranks, split)),
+        segment_table({row.name: row.ranks for row in evaluation.rows}, split),
+        {
+            row.name: beyond_accuracy(row.lists, asked, split.train, text_vectors=texts, item_genres=item_categories)
+            for row in evaluation.rows
+            if row.lists is not None
+        },
+        candidate_recall(split, sources_of(split, similarity=retriever)),
     )
+
+
+def _sources_without(labels: Queries) -> tuple[Scorer, Scorer]:
+    """What is trending and what people went on to, from a table less the labels that are to be found."""
+    keep = np.ones(len(labels.interactions), bool)
+    keep[labels.label] = False
+    known = labels.interactions.take(keep)
+    counts = popularity(known)
+    return score_windowed_popularity(WindowedPopularity(known)), score_co_visitation(co_visitation(known), counts)
 
 
 def _train(
@@ -388,14 +441,3 @@ def load_learned(artifacts_url: str, path: str = TRAINED_PATH) -> Learned:
     if not isinstance(learned, Learned):
         raise DefinitionError(f"{path} was trained by another version of this code; train again (make run RETRAIN=1)")
     return learned
-
-
-def _floor(split: Split) -> dict[str, Scorer]:
-    counts = floor.popularity(split.train)
-    everything = split.queries.interactions
-    return {
-        "popularity": score_popularity(counts),
-        # What was popular lately is public knowledge at the label's time; nothing is fitted.
-        "7-day popularity": score_windowed_popularity(floor.WindowedPopularity(everything, days=7)),
-        "co-visitation": score_co_visitation(floor.co_visitation(split.train), counts),
-    }

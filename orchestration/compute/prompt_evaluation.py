@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import psycopg
 from numpy.typing import NDArray
-from pgvector.psycopg import register_vector
 
 from inference.encoder import TextEncoder
 from orchestration.compute.co_visitation import popularity, positive
@@ -32,6 +31,7 @@ from orchestration.compute.prompt_records import (
 )
 from orchestration.compute.splits import Queries, leave_one_out, queries_for, time_split
 from orchestration.compute.text_taste import LAST, TextTaste, histories_of, learn_taste
+from orchestration.compute.vectors import Encode, unless_known
 from orchestration.compute.wish_texts import category_wishes, membership
 from orchestration.compute.wishes import Wishes
 from schemas import prompts
@@ -50,8 +50,6 @@ SHOWN = 20
 LEAST_ITEMS = 20
 """A category with fewer items cannot fill a list, so its share says nothing."""
 LEAST_LABELS = 100
-
-Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +317,7 @@ def evaluate_template(
     """
     kind = prompts.load(version).kind
     conditions = data.conditions(kind, base, encoder.version)
-    figures = judge(data, version, base, known_or_encoded(connection, encoder), wish_encoder.encode)
+    figures = judge(data, version, base, unless_known(connection, encoder), wish_encoder.encode)
     with connection.transaction():
         # One at a time: of two that judge the last two templates, one must see both.
         connection.execute("SELECT pg_advisory_xact_lock(hashtext('prompt_winners'))")
@@ -331,22 +329,3 @@ def evaluate_template(
             record_winner(connection, best)
     waiting = tuple(name for name in prompts.versions(kind) if name not in {row.version for row in rows})
     return PromptReport(kind, version, figures, rows, current, best.version if best else None, waiting)
-
-
-def known_or_encoded(connection: psycopg.Connection[Any], encoder: TextEncoder) -> Encode:
-    """Encodes texts, but for those whose vectors are in the database: the template in use costs nothing."""
-    register_vector(connection)
-
-    def encode(texts: Sequence[str]) -> NDArray[np.float32]:
-        digests = {prompts.text_hash(encoder.version, text): text for text in texts}
-        found = dict(
-            connection.execute(
-                "SELECT text_hash, vector FROM text_vectors WHERE text_hash = ANY(%s)", (list(digests),)
-            ).fetchall()
-        )
-        missing = [digest for digest in digests if digest not in found]
-        vectors = {digest: np.asarray(vector.to_numpy(), np.float32) for digest, vector in found.items()}
-        vectors |= zip(missing, encoder.encode([digests[digest] for digest in missing]), strict=True)
-        return np.stack([vectors[prompts.text_hash(encoder.version, text)] for text in texts])
-
-    return encode

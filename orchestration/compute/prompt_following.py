@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.rerank import follow_wish
-from orchestration.compute.evaluate import MakeSlates, RankerScorer, Scorer, SlateFeatures, gain, interval
+from orchestration.compute.cold import stranger
+from orchestration.compute.evaluate import MakeSlates, RankerScorer, Scorer, gain, interval
 from orchestration.compute.prompt_evaluation import countable, lift
 from orchestration.compute.splits import Queries
 from orchestration.compute.trained_ranker import TrainedRanker
 from orchestration.compute.wishes import Wishes
-from schemas.views import CROSS_VIEWS
 
 WEIGHTS = (0.0, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0)
 """Logits per unit of cosine that are tried; 0 is the model alone."""
@@ -123,7 +123,7 @@ def measure_following(
     nobody = strangers(labelled, len(categories))
     unknown = WishedScorer(
         # Popularity alone: whoever has no history has nothing that somebody went on to.
-        trained.scorer(without_person(slates), rerank=rerank, sources=sources[:1]),
+        trained.scorer(stranger(slates), rerank=rerank, sources=sources[:1]),
         wished.projection,
         text_vectors,
         nobody.label,
@@ -167,21 +167,3 @@ def strangers(queries: Queries, count: int) -> Queries:
     events = queries.interactions
     newest = np.sort(np.argsort(events.occurred_at, kind="stable")[-count:]) if count else np.empty(0, np.int64)
     return Queries(events, newest, newest, newest)
-
-
-def without_person(slates: MakeSlates) -> MakeSlates:
-    """The same slates where nothing is known of the person: what an item is like at the time stays."""
-    crossed = sum(len(view.features) for view in CROSS_VIEWS)
-
-    def made(rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
-        found = slates(rows, candidates)
-        mask = found.candidate_mask.copy()
-        mask[:, :, mask.shape[2] - crossed :] = 0
-        return SlateFeatures(
-            np.zeros_like(found.context_features),
-            np.zeros_like(found.context_mask),
-            found.candidate_features * mask,
-            mask,
-        )
-
-    return made

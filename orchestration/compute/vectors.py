@@ -24,6 +24,8 @@ from schemas.manifest import ITEM_RESIDUALS
 from schemas.ranker import TEXT_DIM
 from schemas.views import fingerprint
 
+Encode = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Takes n texts, gives `(n, 384) float32`."""
 ENCODE_BATCH = 256
 KEPT_VERSIONS = 3
 """So many of the last versions that passed their gate learn of new items, beside what serves: a rollback goes to one."""
@@ -152,6 +154,35 @@ def load_text_vectors(
             "materialise text_vectors first"
         )
     return np.stack([np.asarray(_plain(found[item_id][0]), np.float32) for item_id in item_ids.tolist()])
+
+
+def unless_known(connection: psycopg.Connection[Any], encoder: TextEncoder) -> Encode:
+    """Encodes texts as `encoder` does, but for those whose vectors are in the database already."""
+    register_vector(connection)
+
+    def encode(texts: Sequence[str]) -> NDArray[np.float32]:
+        digests = {prompts.text_hash(encoder.version, text): text for text in texts}
+        rows = connection.execute(
+            "SELECT text_hash, vector FROM text_vectors WHERE text_hash = ANY(%s)", (list(digests),)
+        ).fetchall()
+        vectors = {digest: np.asarray(_plain(vector), np.float32) for digest, vector in rows}
+        missing = [digest for digest in digests if digest not in vectors]
+        vectors |= zip(missing, encoder.encode([digests[digest] for digest in missing]), strict=True)
+        return np.stack([vectors[prompts.text_hash(encoder.version, text)] for text in texts])
+
+    return encode
+
+
+def text_vectors_as(
+    connection: psycopg.Connection[Any], item_ids: NDArray[np.str_], template: str, encoder: TextEncoder
+) -> NDArray[np.float32]:
+    """`(items, 384)` in the order of `item_ids`, as `template` writes them, whichever template is in use now."""
+    wording = prompts.load(template)
+    rows = connection.execute("SELECT item_id, title, description, categories FROM items").fetchall()
+    items = {row[0]: Item(row[0], row[1], row[2], tuple(row[3])) for row in rows}
+    return unless_known(connection, encoder)(
+        [prompts.render_item(wording, items[item_id]) for item_id in item_ids.tolist()]
+    )
 
 
 def why_not_refreshed(folder: Path, encoder: TextEncoder) -> str | None:

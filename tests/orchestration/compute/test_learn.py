@@ -12,15 +12,14 @@ import psycopg
 import pytest
 import torch
 from conftest import TODAY, days_ago
-from numpy.typing import NDArray
 from worlds import ListSource
 
 from orchestration.compute.evaluate import evaluate, history_inputs, score_popularity
 from orchestration.compute.ingest import ingest
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.lake import Lake
-from orchestration.compute.learn import FLOOR, against, load_learned, verdict
-from orchestration.compute.splits import Queries, Split, leave_one_out, queries_for
+from orchestration.compute.learn import FLOOR, load_learned, verdict
+from orchestration.compute.splits import Split, leave_one_out, queries_for
 from orchestration.compute.train import train
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.training_set import build_training_set
@@ -36,8 +35,8 @@ def evaluation(spread: float = 0.05, **late: float) -> dict[str, Any]:
         gains = {name: scores["ranker"] - value for name, value in scores.items() if name != "ranker"}
         return {
             "rows": [{"name": name, "ndcg": {10: value}} for name, value in scores.items()],
-            "against": {
-                name: {"gain": gain, "low": gain - spread, "high": gain + spread} for name, gain in gains.items()
+            "gains": {
+                name: {"mean": gain, "low": gain - spread, "high": gain + spread} for name, gain in gains.items()
             },
         }
 
@@ -103,26 +102,8 @@ def small_split() -> Split:
 def test_the_verdict_reads_what_an_evaluation_writes() -> None:
     split = small_split()
     made = evaluate({name: score_popularity(np.ones(30, np.float32)) for name in (*FLOOR, "ranker")}, split)
-    record = json.loads(json.dumps(made.to_dict() | {"against": against(made, split.queries.user)}))
+    record = json.loads(json.dumps(made.to_dict("ranker")))
     assert verdict({"leave_one_out": record, "time_split": record})[0] is False
-
-
-def test_gains_are_paired_by_label_and_drawn_by_person() -> None:
-    split = small_split()
-
-    def knows(queries: Queries) -> NDArray[np.float32]:
-        scores = np.zeros((len(queries), 30), np.float32)
-        scores[np.arange(len(queries)), queries.target] = 1
-        return scores
-
-    rows = {name: score_popularity(np.ones(30, np.float32)) for name in FLOOR} | {"ranker": knows}
-    made = evaluate(rows, split)
-    for found in against(made, split.queries.user).values():
-        assert found["low"] <= found["gain"] <= found["high"]
-        assert found["low"] > 0
-        assert found["gain"] == pytest.approx(1 - made.rows[0].ndcg[10])
-    same = evaluate(rows | {"ranker": rows["popularity"]}, split)
-    assert against(same, split.queries.user)["popularity"] == {"gain": 0, "low": 0, "high": 0}
 
 
 def test_a_person_with_one_event_is_learned_from_and_never_judged() -> None:

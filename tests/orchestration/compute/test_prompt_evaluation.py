@@ -36,7 +36,8 @@ from schemas.events import Item
 from schemas.ranker import TEXT_DIM
 
 GENRES = ("comedy", "crime", "romance", "space")
-ITEMS, PEOPLE, EVENTS = 120, 150, 14
+ITEMS, PEOPLE, EVENTS = 480, 240, 14
+TITLE_WORDS = 40
 
 
 @cache
@@ -59,7 +60,10 @@ def data() -> PromptData:
     """People who like one genre each; titles say nothing of it, categories do."""
     generator = np.random.default_rng(0)
     genre = np.arange(ITEMS) % len(GENRES)
-    items = [Item(f"i{n:03}", f"title{n}", "", (GENRES[genre[n]],)) for n in range(ITEMS)]
+    titles = generator.integers(0, TITLE_WORDS, (ITEMS, 2))
+    items = [
+        Item(f"i{n:03}", f"title{titles[n, 0]} title{titles[n, 1]}", "", (GENRES[genre[n]],)) for n in range(ITEMS)
+    ]
     taste = np.arange(PEOPLE) % len(GENRES)
     rows = []
     for person in range(PEOPLE):
@@ -84,10 +88,10 @@ def score(data: PromptData, version: str) -> PromptFigures:
 
 def test_a_template_that_says_what_an_item_is_finds_it_before_anybody_had_it(data: PromptData) -> None:
     title, categories = score(data, "item.v2"), score(data, "item.v3")
-    assert categories.cold_item_recall > title.cold_item_recall + 0.2
-    assert categories.neighbours_recall > title.neighbours_recall + 0.2
+    assert categories.cold_item_recall > 2 * title.cold_item_recall
+    assert categories.neighbours_recall > 2 * title.neighbours_recall
     assert categories.genre_lift > 3
-    assert categories.genre_lift > title.genre_lift + 1
+    assert categories.genre_lift > title.genre_lift + 0.5
     assert categories.genre_lift_with_history > title.genre_lift_with_history
     assert categories.cold_item_recall_low <= categories.cold_item_recall <= categories.cold_item_recall_high
     assert categories.categories == len(GENRES)

@@ -27,6 +27,7 @@ from orchestration.compute.vectors import (
     load_text_vectors,
     refresh_item_vectors,
     refresh_text_vectors,
+    text_vectors_as,
     versions_to_refresh,
     why_not_refreshed,
     written_by,
@@ -128,6 +129,15 @@ def test_another_template_encodes_only_what_it_writes_differently(
         DefinitionError, match=r"written by item\.v3 .*, wanted are those by item\.v1 .*materialise text_vectors"
     ):
         load_text_vectors(catalogue, IDS, written_by("item.v1", encoder.version))
+
+
+def test_a_training_that_is_under_way_keeps_its_texts_when_another_template_wins(
+    catalogue: psycopg.Connection, encoder: TextEncoder
+) -> None:
+    refresh_text_vectors(catalogue, encoder, template="item.v1")
+    before = load_text_vectors(catalogue, IDS, written_by("item.v1", encoder.version))
+    refresh_text_vectors(catalogue, encoder, template="item.v2")
+    assert text_vectors_as(catalogue, IDS, "item.v1", encoder) == pytest.approx(before, abs=1e-5)
 
 
 def test_items_without_text_are_counted_and_still_have_a_vector(
