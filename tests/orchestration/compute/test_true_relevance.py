@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from orchestration.compute.baselines import floors
-from orchestration.compute.evaluate import Evaluation, Gain, Scorer, evaluate, interval
+from orchestration.compute.evaluate import Evaluation, Gain, Scorer, best_items, evaluate, interval
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.splits import Split, time_split
 from orchestration.compute.train import train
@@ -23,7 +23,7 @@ from schemas.events import KINDS, Item
 from schemas.ranker import TEXT_DIM
 
 START = date(2026, 1, 5)
-BEST = "truth"
+QUICK = World(START, seed=11, people=250, items=200, days=40, events_per_person=40)
 
 
 @dataclass(frozen=True)
@@ -104,3 +104,27 @@ def confirm(world: World, config: TrainConfig) -> Confirmed:
         assert row.lists is not None
         relevance[row.name] = true_relevance(source, requests, row.lists)
     return Confirmed(split, evaluation, relevance)
+
+
+def test_the_truth_has_the_truest_lists_and_noise_makes_them_less_true() -> None:
+    """The measure itself: a list by the world's own utilities is the best there is, and each doubling of noise costs."""
+    source = Simulator(QUICK, datetime.combine(START, datetime.min.time(), UTC) + timedelta(days=QUICK.days))
+    split = time_split(interactions(source))
+    requests = split.queries.take(split.queries.requests()[0]).take(slice(0, 60))
+    q, items = len(requests), len(requests.interactions.item_ids)
+    utility = np.stack(
+        [
+            true_relevance(source, requests, np.full((q, 1), item, np.int32), k=1)
+            for item in range(items)
+        ],
+        axis=1,
+    )  # fmt: skip
+    generator = np.random.default_rng(0)
+    found = []
+    for noise in (0.0, 1.0, 2.0, 4.0, 100.0):
+        noisy = (utility + noise * generator.standard_normal(utility.shape)).astype(np.float32)
+        lists = best_items(noisy, requests.seen(), 10)
+        found.append(float(true_relevance(source, requests, lists).mean()))
+    assert found == sorted(found, reverse=True)
+    assert found[0] > found[-1] + 1.5
+    assert np.isnan(true_relevance(source, requests, np.full((q, 10), -1, np.int32))).all()
