@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
 
@@ -80,8 +81,8 @@ class Ranker:
         theirs = (self.manifest.context_features, self.manifest.candidate_features, self.manifest.feature_fingerprint)
         if ours != theirs:
             raise ArtifactError(
-                f"model {self.version} learned features {self.manifest.feature_fingerprint}, this code assembles {ours[2]}; "
-                "train again after changing schemas/views.py"
+                f"model {self.version} learned features {self.manifest.feature_fingerprint}, this code assembles {ours[2]}"
+                f"{_first_difference(theirs[0] + theirs[1], ours[0] + ours[1])}; train again after changing schemas/views.py"
             )
         self.folder = folder
         self.dim = self.manifest.dim
@@ -160,6 +161,14 @@ def open_cuda(file: Path) -> CudaSession:
 
 def _precision(gpu: Engine | None, cpu_precision: str) -> str:
     return cpu_precision if gpu is None else "fp16"
+
+
+def _first_difference(theirs: tuple[str, ...], ours: tuple[str, ...]) -> str:
+    """Where two orders of features part, in words; nothing where they do not."""
+    for place, (its, own) in enumerate(zip_longest(theirs, ours)):
+        if its != own:
+            return f": at place {place + 1} it has {its!r} where this code has {own!r}"
+    return ""
 
 
 def _session(file: Path, threads: int) -> ort.InferenceSession:

@@ -8,6 +8,7 @@ released model: co-visitation and trending), `database` (the list that ships wit
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable, Generator
@@ -28,17 +29,16 @@ from inference.served import ServedLog, ServedRead
 from inference.store import Champion, History, PersonRow, Store
 from inference.telemetry import span
 from schemas import prompts
-from schemas.errors import ArtifactError, Unavailable
+from schemas.errors import ArtifactError, DefinitionError, Unavailable
 from schemas.events import LIKED_VALUE, NEGATIVE_KINDS
 from schemas.serving import RecommendationRequest, RecommendationResponse, RecommendedItem
 from schemas.views import CONTEXT_VIEWS
 
+logger = logging.getLogger(__name__)
+
 RECENT_ITEMS = 20
 """So many of the newest items look up their co-visitation neighbours."""
 FLOOR_VERSION = "co-visitation"
-WISH_WEIGHT = 40.0
-"""Logits per unit of cosine between the wish's text and the item's: twice the scale (1/τ) at which the ranker weighs the
-person's own vector. What was asked for must show even where training saw too few wishes to learn to follow them."""
 
 
 class Models(Protocol):
@@ -106,8 +106,10 @@ class Recommender:
             person = self.store.read_person(
                 request.user_id, at, _left_ms(end), live=request.at is None, audited=audited
             )
-        wish_text = self._encode_wish(request.prompt, degraded, steps)
         ranker = self._ranker(person.champion, degraded)
+        # A model has learned wishes as its own template writes them, whichever has won since.
+        template = ranker.manifest.wish_template if ranker else person.wish_template
+        wish_text = self._encode_wish(request.prompt, template, degraded, steps)
         asked = _Asked(request, at, person, wish_text, audited)
         if ranker is None:
             candidates, scores = self._by_floor(asked, end, steps)
@@ -126,17 +128,20 @@ class Recommender:
             request_id=request_id,
             items=items,
             model_version=ranker.version if ranker else FLOOR_VERSION,
-            prompt_version=prompts.WISH_TEMPLATE if wish_text is not None else None,
+            prompt_version=template if wish_text is not None else None,
             degraded=tuple(degraded),
         )
 
-    def _encode_wish(self, prompt: str | None, degraded: list[str], steps: Steps) -> NDArray[np.float32] | None:
+    def _encode_wish(
+        self, prompt: str | None, template: str, degraded: list[str], steps: Steps
+    ) -> NDArray[np.float32] | None:
         if prompt is None:
             return None
         try:
             with steps.step("encode wish"), span("encode wish"):
-                return self.models.encoder().encode_one(prompts.load(prompts.WISH_TEMPLATE).render({"wish": prompt}))
-        except ArtifactError:
+                return self.models.encoder().encode_one(prompts.render_wish(prompts.load(template), prompt))
+        except (ArtifactError, DefinitionError) as error:
+            logger.error("a wish was not followed: %s", error)
             degraded.append("wish")
             return None
 
@@ -150,7 +155,7 @@ class Recommender:
         return None
 
     def _by_floor(self, asked: _Asked, end: float, steps: Steps) -> tuple[Candidates, NDArray[np.float32]]:
-        """Without a model: the wish's neighbours first, then what people went on to, then what is trending."""
+        """Without a model: what is nearest to the wish; without one what people went on to, then what is trending."""
         with steps.step("candidates"):
             candidates = self.store.pick_candidates(
                 at=asked.at,
@@ -163,8 +168,9 @@ class Recommender:
                 live=asked.request.at is None,
                 audited=asked.audited,
             )
-        place = np.arange(len(candidates), 0, -1, dtype=np.float32) / max(len(candidates), 1)
-        return candidates, (candidates.evidence + place * 1e-3 + candidates.wish * WISH_WEIGHT).astype(np.float32)
+        place = np.arange(len(candidates), 0, -1, dtype=np.float32) / max(len(candidates), 1) * 1e-3
+        evidence = candidates.evidence if asked.wish_text is None else candidates.wish
+        return candidates, (evidence + place).astype(np.float32)
 
     def _by_ranker(
         self, ranker: Ranker, asked: _Asked, end: float, steps: Steps, degraded: list[str]
@@ -198,7 +204,8 @@ class Recommender:
         with steps.step("rank"):
             rows = candidate_inputs(candidates, asked.person.views, asked.at)
             _, scores = ranker.run(inputs | rows)
-        return candidates, scores[0] + WISH_WEIGHT * candidates.wish
+        likeness = candidates.wish if asked.wish_text is not None else None
+        return candidates, rerank.follow_wish(scores[0], likeness, ranker.manifest.wish_weight)
 
     def _items(
         self,

@@ -6,6 +6,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def follow_wish(
+    scores: NDArray[np.float32], likeness: NDArray[np.float32] | None, weight: float
+) -> NDArray[np.float32]:
+    """`scores (…, n)` moved towards a wish; unchanged without one. Serving and evaluation both call this.
+
+    `likeness (…, n)` is the cosine of the wish's text and the candidate's, `weight` the model's `wish_weight`: logits per
+    unit of it. The ranker meets the wish in item space, which is made for what people go on to and blurs what texts say.
+    """
+    if likeness is None:
+        return scores
+    return np.asarray(scores + np.float32(weight) * likeness, np.float32)
+
+
 def best(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """Indices `(min(k, n),)` of the highest scores, best first; ties keep their order."""
     return np.argsort(-scores, kind="stable")[:k]

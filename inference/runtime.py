@@ -149,8 +149,9 @@ class LarderApplication:
         text = None
         if request.text is not None:
             try:
-                wording = prompts.load(prompts.WISH_TEMPLATE)
-                text = self.models.encoder().encode_one(wording.render({"wish": request.text}))
+                ranker = self.models.loaded()
+                wording = prompts.load(ranker.manifest.wish_template if ranker else prompts.DEFAULTS["wish"])
+                text = self.models.encoder().encode_one(prompts.render_wish(wording, request.text))
             except ArtifactError as error:
                 raise Unavailable("the text encoder is not there; materialise text_vectors") from error
         found = self.store.similar(

@@ -24,7 +24,7 @@ from inference.candidates import Candidates, Filters, candidates_of, candidates_
 from inference.live import HEAD_MOST, Columns, live_columns, snapshot_columns, utc_day
 from inference.sql_files import half_vectors, statement, vector_literal
 from inference.telemetry import span
-from schemas import online_sql
+from schemas import online_sql, prompts
 from schemas.errors import Unavailable
 from schemas.feature_sql import read_sql
 from schemas.features import Entity, FeatureView
@@ -79,6 +79,8 @@ class PersonRow:
     champion: Champion | None
     history: History
     views: dict[str, Columns]
+    wish_template: str = prompts.DEFAULTS["wish"]
+    """The one that won, for those who answer without a model."""
 
 
 class StoreConnection(psycopg.Connection[Any]):
@@ -206,7 +208,7 @@ class Store:
                     )
                 ]
             rows = [cursor.fetchall() for cursor in cursors]
-        champion = Champion(*rows[0][0]) if rows[0] else None
+        champion, wish_template = _released(rows[0][0])
         history = rows[1][::-1]
         vectors = iter(half_vectors([row[4] for row in history if row[4] is not None]))
         return PersonRow(
@@ -222,6 +224,7 @@ class Store:
             _live(entities, rows[2:], today)
             if live
             else {view.name: snapshot_columns(view, result) for view, result in zip(views, rows[2:], strict=True)},
+            wish_template,
         )
 
     def pick_candidates(
@@ -322,8 +325,12 @@ class Store:
         with self.connection() as connection, connection.pipeline():
             set_locally(connection, timeout_ms)
             cursor = _execute(connection, statement("read_champion"))
-        row = cursor.fetchone()
-        return Champion(*row) if row else None
+        return _released(cursor.fetchall()[0])[0]
+
+
+def _released(row: tuple[Any, ...]) -> tuple[Champion | None, str]:
+    """A row of `read_champion`."""
+    return None if row[0] is None else Champion(*row[:3]), row[3] or prompts.DEFAULTS["wish"]
 
 
 def _first_result(

@@ -44,7 +44,13 @@ audit_job = dg.define_asset_job(
     description="What was served in the last two days against what training would see.",
 )
 
-JOBS = [daily_job, catalogue_job, training_job, audit_job]
+prompts_job = dg.define_asset_job(
+    "prompts",
+    dg.AssetSelection.assets("prompt_evaluation"),
+    description="Judge every prompt template on today's data and record the best of each kind. Select all partitions.",
+)
+
+JOBS = [daily_job, catalogue_job, training_job, audit_job, prompts_job]
 
 
 def schedules() -> list[dg.ScheduleDefinition | dg.UnresolvedPartitionedAssetScheduleDefinition]:

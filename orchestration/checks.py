@@ -73,6 +73,28 @@ def index_recall_is_high(larder: Larder) -> dg.AssetCheckResult:
 
 
 @dg.asset_check(
+    asset="text_vectors",
+    description="Every item says something of itself. Items without any text share one vector; they are served all the same.",
+)
+def items_have_text(larder: Larder) -> dg.AssetCheckResult:
+    with larder.connect() as connection:
+        row = connection.execute(
+            "SELECT count(*) FILTER (WHERE trim(title) = '' AND trim(description) = '' AND categories = '{}'), count(*), "
+            "min(item_id) FILTER (WHERE trim(title) = '' AND trim(description) = '' AND categories = '{}') FROM items"
+        ).fetchone()
+    assert row is not None
+    without, items, first = row
+    return dg.AssetCheckResult(
+        passed=not without,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata={"without_text": without, "rows": items},
+        description=f"{without:,} of {items:,} items have no title, category or description; the first is {first}"
+        if without
+        else None,
+    )
+
+
+@dg.asset_check(
     asset="source_events",
     description="The lake holds at least what loads say they stored (posted events come on top), less what was erased.",
 )
@@ -146,6 +168,7 @@ CHECKS = [
     *(stale_check(view) for view in VIEWS),
     *FRESHNESS_CHECKS,
     index_recall_is_high,
+    items_have_text,
     counts_add_up,
     ranker_passed_its_gate,
     no_skew_without_a_cause,

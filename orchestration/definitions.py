@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dagster as dg
 
-from orchestration.assets import daily, embeddings, events, ranker, release, skew
+from orchestration.assets import daily, embeddings, events, prompts, ranker, release, skew
 from orchestration.automation import JOBS, schedules
 from orchestration.checks import CHECKS, FRESHNESS_SENSOR
 from orchestration.compute.bind import bind_views
@@ -20,6 +20,7 @@ bind_views(VIEWS)
 ASSETS: list[dg.AssetsDefinition] = [
     events.load_source,
     daily.daily_assets,
+    prompts.prompt_evaluation,
     embeddings.text_vectors,
     ranker.popular_items,
     ranker.co_visitation,

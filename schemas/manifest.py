@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from schemas.errors import ArtifactError
+from schemas.prompts import DEFAULTS
 
 MANIFEST_FILE = "manifest.json"
 RANKER_FP32 = "ranker.cpu-fp32.onnx"
@@ -57,6 +58,9 @@ class Manifest:
     quality: dict[str, Any] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
     latency_ms: dict[str, float] = field(default_factory=dict)
+    profile_template: str = DEFAULTS["profile"]
+    wish_weight: float = 0.0
+    """Logits per unit of cosine between a wish's text and an item's; chosen on validation labels."""
 
     @property
     def version(self) -> str:

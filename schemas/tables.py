@@ -232,8 +232,9 @@ text_vectors = Table(
     "text_vectors",
     metadata,
     Column("item_id", Text, ForeignKey("items.item_id", ondelete="CASCADE"), primary_key=True),
-    Column("text_hash", Text, nullable=False, comment="of the rendered text, its template and the encoder"),
+    Column("text_hash", Text, nullable=False, comment="of the text as it was encoded, and of the encoder"),
     Column("vector", VECTOR(TEXT_DIM), nullable=False),
+    Column("written_by", Text, comment="item template and encoder; NULL: from before this was kept"),
     _now("updated_at"),
     Index(
         "ix_text_vectors_hnsw",
@@ -313,6 +314,42 @@ model_aliases = Table(
     # An alias can point only at a version with a gate record that says passed: the database itself refuses others.
     ForeignKeyConstraint(["version", "passed"], ["gate_records.version", "gate_records.passed"]),
     comment="Which version serves; moved by compare-and-set on `revision`.",
+)
+
+# --- prompts -----------------------------------------------------------------------------------------------------
+
+prompt_evaluations = Table(
+    "prompt_evaluations",
+    metadata,
+    Column("evaluation_id", BigInteger, Identity(always=True), primary_key=True),
+    Column("version", Text, nullable=False, comment="the template that was judged"),
+    Column("kind", Text, nullable=False, comment="item, profile or wish"),
+    Column(
+        "conditions",
+        Text,
+        nullable=False,
+        comment="hash of all else that decides the figures: only equal ones are compared",
+    ),
+    Column("figures", JSONB, nullable=False, comment="see orchestration/compute/prompt_evaluation.py"),
+    _now("evaluated_at"),
+    Index(None, "kind", "conditions"),
+    comment="What each prompt template scored, append-only.",
+)
+
+prompt_winners = Table(
+    "prompt_winners",
+    metadata,
+    Column("kind", Text, primary_key=True),
+    Column("version", Text, nullable=False),
+    Column(
+        "evaluation_id",
+        BigInteger,
+        ForeignKey("prompt_evaluations.evaluation_id"),
+        nullable=False,
+        comment="the figures that decided",
+    ),
+    _now("chosen_at"),
+    comment="Which version of each kind is used; no row: the default.",
 )
 
 # --- skew audit ---------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from infra import postgres
 from infra.deployment import Deployment
 from infra.feature_tables import ensure_view_tables
 from orchestration.compute import learn
+from orchestration.compute.baselines import FLOORS
+from orchestration.compute.prompt_records import Judged, record_figures, record_winner
 from orchestration.definitions import build_definitions
 from orchestration.resources import Larder
 from orchestration.sources.open import open_source
@@ -121,6 +123,23 @@ def test_without_a_released_model_the_floor_answers_and_says_so(road: Road) -> N
             connection.execute("INSERT INTO model_aliases (alias, version, revision) VALUES (%s, %s, %s)", alias)
 
 
+def test_a_model_keeps_its_wish_template_and_the_floor_takes_the_one_that_won(road: Road) -> None:
+    wish = {"user_id": "nobody", "k": 10, "prompt": "a slow story"}
+    with psycopg.connect(road.url) as connection:
+        number = record_figures(connection, "wish.v2", "here", {})
+        record_winner(connection, Judged(number, "wish.v2", {}))
+    assert road.post("/recommendations", wish)["prompt_version"] == "wish.v1"
+    with psycopg.connect(road.url) as connection:
+        alias = connection.execute("DELETE FROM model_aliases RETURNING alias, version, revision").fetchone()
+    try:
+        assert road.post("/recommendations", wish)["prompt_version"] == "wish.v2"
+    finally:
+        with psycopg.connect(road.url) as connection:
+            connection.execute("INSERT INTO model_aliases (alias, version, revision) VALUES (%s, %s, %s)", alias)
+            connection.execute("DELETE FROM prompt_winners")
+            connection.execute("DELETE FROM prompt_evaluations")
+
+
 def test_every_event_of_the_source_is_in_the_lake_once(road: Road) -> None:
     source = open_source(WORLD, start=road.record.start_date, until=datetime.now(UTC) - timedelta(days=1))
     expected = {row.event_id for row in source.events()}  # type: ignore[union-attr]  # the simulator has no bad rows
@@ -148,7 +167,7 @@ def test_the_verdict_compares_the_ranker_with_every_floor_on_both_splits(road: R
     assert record is not None
     for split in ("leave_one_out", "time_split"):
         names = [row["name"] for row in record["evaluation"][split]["rows"]]
-        assert names == ["popularity", "7-day popularity", "co-visitation", "ranker"]
+        assert names == [*FLOORS, "ranker"]
     assert record["parity"]["int8"]["top_10_overlap_rate"] >= 0.95
     assert passed, record["words"]
     assert alias is not None
@@ -212,6 +231,65 @@ def test_a_new_item_with_only_a_text_can_be_recommended_at_once(road: Road) -> N
     assert "brand-new" in [item["item_id"] for item in similar["items"]]
     answer = road.post("/recommendations", {"user_id": "nobody", "k": 20, "prompt": f"{title} again. {description}"})
     assert "brand-new" in [item["item_id"] for item in answer["items"]]
+
+
+def test_without_a_wish_a_model_ranks_by_itself_and_with_one_as_its_manifest_says(road: Road) -> None:
+    request = {"user_id": newest_user(road), "k": 200, "at": datetime.now(UTC).isoformat()}
+    plain = road.post("/recommendations", request)
+    blank = road.post("/recommendations", request | {"prompt": "  "})
+    assert [item["score"] for item in plain["items"]] == [item["score"] for item in blank["items"]]
+    assert plain["prompt_version"] is None
+    ranker = road.application.models.loaded()
+    assert ranker is not None
+    with psycopg.connect(road.url) as connection:
+        (record,) = connection.execute("SELECT record FROM gate_records").fetchone() or ({},)
+        categories = dict(connection.execute("SELECT item_id, categories FROM items").fetchall())
+    following = record["evaluation"]["prompt_following"]
+    assert following["wish_weight"] == record["wish_weight"] == ranker.manifest.wish_weight
+    assert {row["weight"] for row in following["rows"]} >= {0, ranker.manifest.wish_weight}
+    assert following["genre_lift"] >= min(3, max(row["genre_lift"] for row in following["rows"]))
+    # The list of a person with a history moves as well, towards every category that can be wished for.
+    shares = {True: [], False: []}
+    for name in sorted({name for held in categories.values() for name in held}):
+        for wished in shares:
+            answer = road.post("/recommendations", request | {"k": 10} | ({"prompt": name} if wished else {}))
+            shares[wished].append(sum(name in categories[item["item_id"]] for item in answer["items"]) / 10)
+    assert sum(shares[True]) > sum(shares[False])
+
+
+def test_everything_the_gate_looked_at_stands_in_the_manifest(road: Road) -> None:
+    ranker = road.application.models.loaded()
+    assert ranker is not None
+    manifest = ranker.manifest
+    assert manifest.quality["verdict"]["passed"] is True
+    for split in ("leave_one_out", "time_split"):
+        for row in manifest.quality[split]["rows"]:
+            if row["name"] != "ranker":
+                found = manifest.quality[split]["gains"][row["name"]]
+                assert found["low"] <= found["mean"] <= found["high"]
+        assert 0 < manifest.quality[split]["candidate_recall"]["union"] <= 1
+        assert {entry["name"] for entry in manifest.quality[split]["segments"]} >= {"all", "head", "tail"}
+        assert 0 < manifest.quality[split]["beyond_accuracy"]["ranker"]["coverage_rate"] <= 1
+    assert set(manifest.parity["fp32_max_difference"]) == {"user_vector", "scores"}
+    assert manifest.parity["int8"]["ndcg_loss_rate"] is not None
+    assert all(entry.size_bytes > 0 for entry in manifest.files.values())
+    assert any(name.endswith("p50") for name in manifest.latency_ms)
+    assert (manifest.item_template, manifest.profile_template, manifest.wish_template) == (
+        "item.v1",
+        "profile.v1",
+        "wish.v1",
+    )
+
+
+def test_a_person_with_one_event_gets_ten_others_from_the_model(road: Road) -> None:
+    with psycopg.connect(road.url) as connection:
+        (item,) = connection.execute("SELECT item_id FROM items ORDER BY item_id LIMIT 1").fetchone() or ("",)
+    event = {"event_id": "only", "user_id": "just-came", "item_id": item, "kind": "view"}
+    assert road.post("/events", {"events": [event]})["outcomes"][0]["outcome"] == "stored"
+    answer = road.post("/recommendations", {"user_id": "just-came", "k": 10})
+    assert answer["degraded"] == []
+    assert len(answer["items"]) == 10
+    assert item not in [shown["item_id"] for shown in answer["items"]]
 
 
 def test_given_candidates_are_ranked_and_nothing_else(road: Road) -> None:
@@ -317,6 +395,49 @@ def test_a_trace_reaches_from_the_request_to_database_and_model(road: Road) -> N
         assert spans[name].trace_id == request.trace_id, name
     assert b"canary wish" not in sent
     assert user.encode() not in sent
+
+
+def test_templates_are_judged_side_by_side_and_what_won_is_encoded_and_served(road: Road) -> None:
+    span = {"dagster/asset_partition_range_start": "item.v1", "dagster/asset_partition_range_end": "item.v4"}
+    result = road.materialise("prompt_evaluation", tags=span)
+    pages = {
+        event.materialization.partition: event.materialization.metadata  # type: ignore[union-attr]
+        for event in result.get_asset_materialization_events()
+    }
+    names = ["item.v1", "item.v2", "item.v3", "item.v4"]
+    assert sorted(pages) == names
+    for page in pages.values():
+        assert 0 <= page["cold_item_recall"].value <= 1
+        assert page["genre_lift"].value > 0
+        assert all(name in page["side_by_side"].md_str for name in names)
+    with psycopg.connect(road.url) as connection:
+        ((kind, winner),) = connection.execute("SELECT kind, version FROM prompt_winners").fetchall()
+        scores = dict(
+            connection.execute("SELECT version, figures->'cold_item_recall' FROM prompt_evaluations").fetchall()
+        )
+        # Whatever won here, another version is what the product must follow from now on.
+        other = next(name for name in names[1:] if name != winner)
+        connection.execute(
+            "UPDATE prompt_winners SET version = %s, evaluation_id = (SELECT evaluation_id FROM prompt_evaluations "
+            "WHERE version = %s)",
+            (other, other),
+        )
+    assert (kind, scores[winner]) == ("item", max(scores.values()))
+    before = road.post("/recommendations", {"user_id": newest_user(road), "k": 10})
+    (page,) = [
+        event.materialization.metadata for event in road.materialise("text_vectors").get_asset_materialization_events()
+    ]
+    assert page["template"].value == other
+    assert page["encoded"].value > 100
+    (vectors,) = [
+        event.materialization.metadata for event in road.materialise("item_vectors").get_asset_materialization_events()
+    ]
+    assert vectors["encoded"].value == 0  # the model keeps the texts that it learned
+    after = road.post("/recommendations", {"user_id": newest_user(road), "k": 10})
+    assert after["degraded"] == before["degraded"] == []
+    with psycopg.connect(road.url) as connection:
+        connection.execute("DELETE FROM prompt_winners")
+    road.materialise("text_vectors")
 
 
 def test_importing_definitions_does_not_import_torch() -> None:

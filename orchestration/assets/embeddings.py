@@ -1,4 +1,4 @@
-"""Assets of vectors: item texts encoded when they change, item vectors of the model that is about to serve."""
+"""Assets of vectors: item texts encoded when they change, item vectors of the models that serve or may."""
 
 import tempfile
 import time
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
 from inference import artifacts
 from inference.encoder import TextEncoder
@@ -14,12 +15,17 @@ from orchestration.metadata import OWNER, column_schema
 from orchestration.progress import progress
 from orchestration.ranges import asset_span
 from orchestration.resources import Larder
-from schemas import prompts, tables
+from schemas import tables
 from schemas.manifest import ENCODER_PATH
 from schemas.urls import local_folder
-from schemas.views import fingerprint
 
 GROUP = "embeddings"
+
+
+class AlsoRefresh(dg.Config):
+    """Model versions that are to know every item beside those that serve or may soon: say it before a rollback to one."""
+
+    versions: list[str] = Field(default=[])
 
 
 def item_encoder(larder: Larder) -> TextEncoder:
@@ -42,29 +48,38 @@ def item_encoder(larder: Larder) -> TextEncoder:
     group_name=GROUP,
     owners=[OWNER],
     kinds={"onnx", "postgres"},
-    deps=["items"],
-    description="Item texts, written by a versioned template, as 384-dimensional vectors with an HNSW index. "
+    deps=["items", "prompt_evaluation"],
+    description="Item texts, written by the item template that won, as 384-dimensional vectors with an HNSW index. "
     "Only texts that are new or changed are encoded.",
     metadata=column_schema(tables.text_vectors),
-    code_version=prompts.ITEM_TEMPLATE,
+    code_version="2",
 )
 def text_vectors(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
+    from orchestration.compute.prompt_records import read_versions
     from orchestration.compute.vectors import index_recall, refresh_text_vectors
 
     with asset_span(context):
         start = time.monotonic()
         encoder = item_encoder(larder)
         with larder.connect() as connection:
-            report = refresh_text_vectors(connection, encoder, progress=progress(context))
+            template = read_versions(connection).item
+            report = refresh_text_vectors(connection, encoder, template=template, progress=progress(context))
             recall = index_recall(connection)
+    if report.without_text:
+        progress(context)(
+            f"{report.without_text:,} items have no text at all: they share one vector, and only what people do tells them "
+            "apart; give them a title, categories or a description"
+        )
     return dg.MaterializeResult(
         metadata={
             metadata.ROWS: report.items,
             "encoded": report.encoded,
             "unchanged": report.kept,
+            "without_text": report.without_text,
+            "title_only": report.title_only,
             "index_recall_at_10": recall,
             "encoder_version": encoder.version,
-            "template": prompts.ITEM_TEMPLATE,
+            "template": template,
             metadata.SECONDS: time.monotonic() - start,
         }
     )
@@ -76,35 +91,27 @@ def text_vectors(context: dg.AssetExecutionContext, larder: Larder) -> dg.Materi
     kinds={"postgres"},
     deps=["text_vectors", "ranker_onnx"],
     description="The catalogue in the ranker's item space, a set per model version: what candidates are searched in. "
-    "New items and changed texts are added without retraining.",
+    "New items and changed texts are added without retraining, to what serves and to what a rollback may go back to.",
     metadata=column_schema(tables.item_vectors),
-    code_version="1",
+    code_version="2",
 )
-def item_vectors(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
-    from orchestration.compute.vectors import feature_fingerprint_of, refresh_item_vectors
+def item_vectors(context: dg.AssetExecutionContext, config: AlsoRefresh, larder: Larder) -> dg.MaterializeResult[Any]:
+    from orchestration.compute.vectors import refresh_item_vectors, versions_to_refresh, why_not_refreshed
 
     with asset_span(context), larder.connect() as connection:
-        # The newest version is about to serve; the champion must learn of new items too.
-        versions = connection.execute(
-            "SELECT DISTINCT ON (version) version, path FROM (SELECT * FROM (SELECT version, path, created_at FROM model_versions "
-            "ORDER BY created_at DESC LIMIT 1) AS newest UNION ALL SELECT m.version, m.path, m.created_at FROM model_versions AS m "
-            "JOIN model_aliases AS a USING (version)) AS wanted"
-        ).fetchall()
-        reports, skipped = {}, []
-        for version, path in versions:
+        encoder = item_encoder(larder)
+        reports, skipped = {}, {}
+        for version, path in versions_to_refresh(connection, config.versions):
             folder = larder.fetch(path)
-            if feature_fingerprint_of(folder) != fingerprint():
-                skipped.append(version)
+            if why := why_not_refreshed(folder, encoder):
+                skipped[version] = why
             else:
-                reports[version] = refresh_item_vectors(connection, folder)
+                reports[version] = refresh_item_vectors(connection, folder, encoder)
     tell = progress(context)
     for version, report in reports.items():
         tell(f"model {version}: {report.encoded:,} item vectors written, {report.kept:,} unchanged")
-    for version in skipped:
-        tell(
-            f"model {version} skipped: it learned other features than schemas/views.py declares now, so it does not serve; "
-            "the floor does until the next training (make run RETRAIN=1)"
-        )
+    for version, why in skipped.items():
+        tell(f"model {version} skipped: {why}")
     return dg.MaterializeResult(
         metadata={
             metadata.ROWS: sum(report.items for report in reports.values()),

@@ -1,7 +1,9 @@
 """Assets of learning: the floor's lists, the training set, the ranker, its evaluation, its ONNX artefact."""
 
+import json
 import tempfile
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from orchestration.resources import Larder
 from schemas import tables
 
 GROUP = "ranker"
+SPLITS = ("leave_one_out", "time_split")
 
 
 class Training(dg.Config):
@@ -147,6 +150,7 @@ def ranker(context: dg.AssetExecutionContext, config: Training, larder: Larder) 
             "epochs": len(losses),
             **{f"validation_{name}": value for name, value in report.validation.items()},
             "events": report.events,
+            "prompts": ", ".join((report.prompts.item, report.prompts.profile, report.prompts.wish)),
             "learning_curve": metadata.plot("Loss and validation NDCG@10", draw),
         }
     )
@@ -157,42 +161,98 @@ def ranker(context: dg.AssetExecutionContext, config: Training, larder: Larder) 
     owners=[OWNER],
     kinds={"pytorch"},
     deps=["ranker"],
-    description="How good the ranker is against popularity, 7-day popularity and co-visitation, on a leave-one-out and on "
-    "a global time split.",
-    code_version="1",
+    description="How good the ranker is against counts, neighbours and matrix factorisation, on a leave-one-out and on a "
+    "global time split; where it is good, what its lists are like, what its candidates hold, how it follows wishes.",
+    code_version="2",
 )
 def ranker_evaluation(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
-    from orchestration.compute.learn import evaluate_ranker
+    from orchestration.compute.beyond_accuracy import beyond_accuracy_table
+    from orchestration.compute.learn import RANKER, evaluate_ranker
 
     with asset_span(context), larder.connect() as connection:
         report = evaluate_ranker(larder.lake, connection, larder.artifacts_url, progress=progress(context))
+        serving = connection.execute(
+            "SELECT v.version, v.manifest->'quality' FROM model_aliases AS a JOIN model_versions AS v USING (version) "
+            "WHERE a.alias = 'champion'"
+        ).fetchone()
+    champion = _champion(serving)
 
     def draw(axes: Any) -> None:
-        names = [row.name for row in report.evaluations[0].rows]
-        for shift, evaluation in zip((-0.2, 0.2), report.evaluations, strict=True):
+        names = [row.name for row in report.judgements[0].evaluation.rows]
+        for shift, judgement in zip((-0.2, 0.2), report.judgements, strict=True):
+            values = [judgement.evaluation.row(name).ndcg[10] for name in names]
             axes.barh(
-                [place + shift for place in range(len(names))],
-                [evaluation.row(name).ndcg[10] for name in names],
-                height=0.38,
-                label=evaluation.split,
+                [place + shift for place in range(len(names))], values, height=0.38, label=judgement.evaluation.split
             )
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.legend(fontsize=7)
 
-    numbers = {
-        f"{key}_{row.name.replace(' ', '_').replace('-', '_')}_ndcg_at_10": row.ndcg[10]
-        for key, evaluation in zip(("leave_one_out", "time_split"), report.evaluations, strict=True)
-        for row in evaluation.rows
-    }
+    numbers: dict[str, Any] = {}
+    for key, judgement in zip(SPLITS, report.judgements, strict=True):
+        for row in judgement.evaluation.rows:
+            numbers[f"{key}_{row.name.replace(' ', '_').replace('-', '_')}_ndcg_at_10"] = row.ndcg[10]
+        numbers[f"{key}_candidate_recall"] = judgement.candidate_recall.union
+        numbers[f"{key}_coverage_rate"] = judgement.beyond_accuracy[RANKER].coverage_rate
+    if report.following is not None:
+        numbers["wish_weight"] = report.following.wish_weight
+        numbers["genre_lift"] = report.following.genre_lift
     return dg.MaterializeResult(
         metadata={
             **numbers,
+            **{f"champion_{name}": value for name, value in champion.items()},
             metadata.SECONDS: report.seconds,
-            "tables": dg.MetadataValue.md("\n\n".join(f"```\n{entry.table()}\n```" for entry in report.evaluations)),
+            "tables": _fenced(judgement.evaluation.table() for judgement in report.judgements),
+            "gains": metadata.markdown_table(
+                ["split", "over", "NDCG@10", "95 % over people"],
+                [
+                    [
+                        judgement.evaluation.split,
+                        row.name,
+                        f"{found.mean:+.4f}",
+                        f"{found.low:+.4f} to {found.high:+.4f}",
+                    ]
+                    for judgement in report.judgements
+                    for row in judgement.evaluation.rows
+                    if row.name != RANKER
+                    for found in [judgement.evaluation.gain(RANKER, row.name)]
+                ],
+            ),
+            "segments": _fenced(judgement.segment_table for judgement in report.judgements),
+            "beyond_accuracy": _fenced(
+                f"{judgement.evaluation.split}\n{beyond_accuracy_table(judgement.beyond_accuracy)}"
+                for judgement in report.judgements
+            ),
+            "candidate_recall": _fenced(
+                f"{judgement.evaluation.split}\n{judgement.candidate_recall.table()}" for judgement in report.judgements
+            ),
+            "wishes": metadata.markdown_table(
+                ["weight", "genre lift, wish alone", "validation NDCG@10 with a wish"],
+                [
+                    [f"{row.weight:g}", f"{row.genre_lift:.2f}", f"{row.ndcg_at_10:.4f}"]
+                    for row in (report.following.rows if report.following else ())
+                ],
+            ),
             "comparison": metadata.plot("NDCG@10", draw),
         }
     )
+
+
+def _champion(serving: tuple[str, dict[str, Any]] | None) -> dict[str, Any]:
+    """What stood in the serving model's manifest when it was released, on the days it was judged by."""
+    if serving is None:
+        return {"version": "none: the floor serves"}
+    version, quality = serving
+    found: dict[str, Any] = {"version": version}
+    for key in SPLITS:
+        for row in quality.get(key, {}).get("rows", ()):
+            if row["name"] == "ranker":
+                found[f"{key}_ndcg_at_10"] = row["ndcg"]["10"]
+    return found
+
+
+def _fenced(texts: Iterable[str]) -> dg.MarkdownMetadataValue:
+    return dg.MetadataValue.md("\n\n".join(f"```\n{text}\n```" for text in texts))
 
 
 @dg.asset(
@@ -227,9 +287,9 @@ def ranker_onnx(context: dg.AssetExecutionContext, larder: Larder) -> dg.Materia
             "gate": dg.MetadataValue.md("\n".join(f"- {line}" for line in exported.words)),
             **{f"{name}_ms": value for name, value in exported.manifest.latency_ms.items() if name.endswith("p50")},
             **{f"int8_{name}": value for name, value in exported.manifest.parity["int8"].items() if value is not None},
-            "manifest": dg.MetadataValue.json(
-                {"files": {name: entry.size_bytes for name, entry in exported.manifest.files.items()}}
-            ),
+            "wish_weight": exported.manifest.wish_weight,
+            "size_bytes": sum(entry.size_bytes for entry in exported.manifest.files.values()),
+            "manifest": dg.MetadataValue.json(json.loads(exported.manifest.to_json())),
             metadata.SECONDS: time.monotonic() - start,
         }
     )

@@ -58,6 +58,7 @@ from schemas.manifest import (
     ArtifactFile,
     Manifest,
 )
+from schemas.prompts import DEFAULTS
 from schemas.ranker import MAX_CANDIDATES, MAX_HISTORY
 
 CALIBRATION_REQUESTS = 512
@@ -77,6 +78,8 @@ class ArtifactLabels:
     wish_template: str
     trained_until: str
     name: str = "ranker"
+    profile_template: str = DEFAULTS["profile"]
+    wish_weight: float = 0.0
 
 
 def write_artifact(
@@ -174,6 +177,8 @@ def write_artifact(
         encoder_version=labels.encoder_version,
         item_template=labels.item_template,
         wish_template=labels.wish_template,
+        profile_template=labels.profile_template,
+        wish_weight=labels.wish_weight,
         trained_until=labels.trained_until,
         seed=trained.config.seed,
         files={

@@ -14,7 +14,7 @@ import multiprocessing
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,33 +22,38 @@ from typing import Any
 import numpy as np
 import psycopg
 import torch
+from numpy.typing import NDArray
 
 from inference import artifacts
 from inference.encoder import TextEncoder
-from orchestration.compute import co_visitation as floor
 from orchestration.compute import learning_steps
 from orchestration.compute.artifact import ArtifactLabels, write_artifact
+from orchestration.compute.baselines import FLOORS, floors
+from orchestration.compute.beyond_accuracy import BeyondAccuracy, beyond_accuracy
+from orchestration.compute.candidate_recall import CandidateRecall, candidate_recall, sources_of
+from orchestration.compute.co_visitation import WindowedPopularity, co_visitation, popularity
 from orchestration.compute.evaluate import (
     Evaluation,
     Scorer,
     evaluate,
     score_co_visitation,
-    score_popularity,
     score_windowed_popularity,
 )
-from orchestration.compute.interactions import Interactions
 from orchestration.compute.lake import Lake
+from orchestration.compute.mining import newest_labels
 from orchestration.compute.point_in_time import PointInTime
+from orchestration.compute.prompt_following import UNMEASURED_WEIGHT, PromptFollowing, measure_following
+from orchestration.compute.prompt_records import PromptVersions, read_versions
+from orchestration.compute.segments import Segment, segment_table, segments
 from orchestration.compute.slates import Slates
-from orchestration.compute.splits import Split, time_split
+from orchestration.compute.splits import Queries, Split, time_split
 from orchestration.compute.train import train
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import Progress, TrainedRanker
 from orchestration.compute.training_set import learning_split, load_categories, load_training_set
-from orchestration.compute.vectors import load_text_vectors
-from orchestration.compute.wishes import Wishes
-from schemas import prompts
-from schemas.errors import LarderError
+from orchestration.compute.vectors import load_text_vectors, text_vectors_as, written_by
+from orchestration.compute.wish_texts import wishes_for
+from schemas.errors import DefinitionError, LarderError
 from schemas.manifest import ENCODER_PATH, Manifest
 from schemas.views import candidate_features, context_features, fingerprint
 
@@ -57,7 +62,8 @@ TIME_SPLIT_PATH = "training/time_split.pt"
 EVALUATION_PATH = "training/evaluation.json"
 CHECKPOINTS = ("ranker.ckpt", "time_split.ckpt")
 RANKER = "ranker"
-FLOOR = ("popularity", "7-day popularity", "co-visitation")
+FLOOR = FLOORS
+"""Rows that the ranker must beat, every one of them, to serve."""
 RERANKED = 200
 """Candidates an evaluation re-ranks per label."""
 JUDGED_LABELS = 2_000
@@ -74,13 +80,42 @@ class TrainingReport:
     validation: dict[str, float]
     events: int
     seconds: float
+    prompts: PromptVersions
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One split: every row's figures, the ranker's by segment, what lists are like, what candidates hold."""
+
+    evaluation: Evaluation
+    segments: tuple[Segment, ...]
+    segment_table: str
+    beyond_accuracy: dict[str, BeyondAccuracy]
+    candidate_recall: CandidateRecall
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return self.evaluation.to_dict(RANKER) | {
+            "segments": [asdict(segment) for segment in self.segments],
+            "beyond_accuracy": {name: asdict(row) for name, row in self.beyond_accuracy.items()},
+            "candidate_recall": asdict(self.candidate_recall),
+        }
+
+    def summary(self) -> str:
+        """The ranker in one line, beside what the table says of it."""
+        lists, found = self.beyond_accuracy[RANKER], self.candidate_recall
+        return (
+            f"ranker's lists: {lists.coverage_rate:.0%} of the catalogue shown, {lists.novelty_bits:.1f} bits of novelty; "
+            f"{found.union:.1%} of labels among {found.candidates_mean:.0f} candidates"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReport:
-    """Leave-one-out first, then the time split."""
+    """Leave-one-out first, then the time split; how wishes are followed, None where none could be made up."""
 
-    evaluations: tuple[Evaluation, Evaluation]
+    judgements: tuple[Judgement, Judgement]
+    following: PromptFollowing | None
     seconds: float
 
 
@@ -95,18 +130,13 @@ class Exported:
     words: tuple[str, ...]
 
 
-def wishes_for(connection: psycopg.Connection[Any], artifacts_url: str, interactions: Interactions) -> Wishes:
-    """Training wishes: each category as a person would say it, encoded like a wish in a request."""
-    categories = load_categories(connection, interactions)
-    names = sorted({name for names in categories for name in names})
-    encoder = TextEncoder(artifacts.fetch(artifacts_url, ENCODER_PATH), precision="int8")
-    template = prompts.load(prompts.WISH_TEMPLATE)
-    vectors = encoder.encode([template.render({"wish": name}) for name in names])
-    place = {name: index for index, name in enumerate(names)}
-    member = np.zeros((len(categories), len(names)), bool)
-    for item, held in enumerate(categories):
-        member[item, [place[name] for name in held]] = True
-    return Wishes(vectors, member)
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A trained ranker with what decided the texts it learned from: they go together ever after."""
+
+    ranker: TrainedRanker
+    prompts: PromptVersions
+    encoder_version: str
 
 
 def train_ranker(
@@ -124,6 +154,7 @@ def train_ranker(
     goes on from its last epoch.
     """
     known = load_training_set(lake, connection, artifacts_url)
+    versions = read_versions(connection)
     twin = multiprocessing.get_context("spawn").Process(
         target=train_time_split,
         args=(
@@ -134,6 +165,7 @@ def train_ranker(
             scratch,
             config,
             known.known_until,
+            versions,
         ),
     )
     threads = torch.get_num_threads()
@@ -147,8 +179,9 @@ def train_ranker(
                 load_categories(connection, known.split.train),
                 (known.rows, known.context, known.context_mask),
             )
-            trained = _train(connection, artifacts_url, known.split, slates, scratch / CHECKPOINTS[0], config, progress)
-        _save(trained, artifacts_url, TRAINED_PATH)
+            checkpoint = scratch / CHECKPOINTS[0]
+            learned = _train(connection, artifacts_url, known.split, slates, checkpoint, config, versions, progress)
+        _save(learned, artifacts_url, TRAINED_PATH)
         twin.join()
     finally:
         torch.set_num_threads(threads)
@@ -161,7 +194,8 @@ def train_ranker(
     # Not before both are kept: an interruption between the two would have one of them trained again.
     for name in CHECKPOINTS:
         (scratch / name).unlink(missing_ok=True)
-    return TrainingReport(trained.progress, trained.validation, len(known.split.train), trained.seconds)
+    trained = learned.ranker
+    return TrainingReport(trained.progress, trained.validation, len(known.split.train), trained.seconds, versions)
 
 
 def train_time_split(
@@ -172,6 +206,7 @@ def train_time_split(
     scratch: Path,
     config: TrainConfig,
     known_until: datetime | None,
+    versions: PromptVersions,
 ) -> None:
     """Train the twin that knows only the first 90 % of the events, in a process of its own."""
     warnings.filterwarnings("ignore")
@@ -181,8 +216,9 @@ def train_time_split(
         later = time_split(learning_split(lake, connection, known_until).queries.interactions)
         with PointInTime(lake, connection) as ask:
             slates = Slates(ask, later.train, load_categories(connection, later.train))
-            trained = _train(connection, artifacts_url, later, slates, scratch / CHECKPOINTS[1], config, lambda _: None)
-    _save(trained, artifacts_url, TIME_SPLIT_PATH)
+            checkpoint = scratch / CHECKPOINTS[1]
+            learned = _train(connection, artifacts_url, later, slates, checkpoint, config, versions, lambda _: None)
+    _save(learned, artifacts_url, TIME_SPLIT_PATH)
 
 
 def evaluate_ranker(
@@ -197,34 +233,64 @@ def evaluate_ranker(
     later = time_split(everything)
     chosen = np.random.default_rng(0).permutation(len(later.queries))[:JUDGED_LABELS]
     later = Split(later.name, later.train, later.queries.take(np.sort(chosen)))
-    evaluations = []
+    learned = load_learned(artifacts_url, TRAINED_PATH)
+    encoders = artifacts.fetch(artifacts_url, ENCODER_PATH)
+    item_encoder = TextEncoder(encoders, precision="fp32")
+    if item_encoder.version != learned.encoder_version:
+        raise DefinitionError(
+            f"the ranker learned from texts encoded by {learned.encoder_version}, the encoder is now {item_encoder.version}; "
+            "train again (make run RETRAIN=1)"
+        )
+    # As it learned them, also where another template has won since.
+    texts = text_vectors_as(connection, everything.item_ids, learned.prompts.item, item_encoder)
+    wishes = wishes_for(connection, split.train, TextEncoder(encoders, precision="int8"), learned.prompts)
+    judgements = []
     with PointInTime(lake, connection) as ask:
         for judged, path in ((split, TRAINED_PATH), (later, TIME_SPLIT_PATH)):
-            floors = _floor(judged)
+            rows = floors(judged)
             # Re-ranked is what serving re-ranks: neighbours of the user vector, what is trending, what follows.
-            ranker = _load_trained(artifacts_url, path).scorer(
+            ranker = load_learned(artifacts_url, path).ranker.scorer(
                 Slates(ask, judged.queries.interactions, categories),
                 rerank=min(RERANKED, len(everything.item_ids)),
-                sources=(floors["7-day popularity"], floors["co-visitation"]),
+                sources=(rows["7-day popularity"], rows["co-visitation"]),
             )
-            evaluations.append(evaluate({**floors, RANKER: ranker}, judged))
-            progress(evaluations[-1].table())
-    first, second = evaluations
-    artifacts.put(
-        artifacts_url,
-        EVALUATION_PATH,
-        json.dumps({"leave_one_out": first.to_dict(), "time_split": second.to_dict()}).encode(),
-    )
+            evaluation = evaluate({**rows, RANKER: ranker}, judged)
+            judgements.append(
+                _look_closer(evaluation, judged, replace(ranker, rerank=0), texts, wishes.item_categories)
+            )
+            progress(evaluation.table())
+            progress(judgements[-1].summary())
+        validation = newest_labels(split.train, learned.ranker.config)
+        following = measure_following(
+            learned.ranker,
+            validation,
+            Slates(ask, split.train, categories),
+            wishes,
+            texts,
+            _sources_without(validation),
+            rerank=min(RERANKED, len(everything.item_ids)),
+        )
+    if following is not None:
+        progress(following.words())
+    first, second = judgements
+    record = {
+        "leave_one_out": first.to_dict(),
+        "time_split": second.to_dict(),
+        "prompt_following": None if following is None else asdict(following),
+    }
+    artifacts.put(artifacts_url, EVALUATION_PATH, json.dumps(record).encode())
     learning_steps.done(artifacts_url, known.version, "ranker_evaluation")
-    return EvaluationReport((first, second), time.monotonic() - start)
+    return EvaluationReport((first, second), following, time.monotonic() - start)
 
 
 def export_ranker(lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, folder: Path) -> Exported:
     """Export, quantise and gate the trained ranker into `folder`. Raises GateError if a graph is not what was trained."""
     known = load_training_set(lake, connection, artifacts_url)
     split = known.split
-    trained = _load_trained(artifacts_url, TRAINED_PATH)
+    learned = load_learned(artifacts_url, TRAINED_PATH)
     evaluation = json.loads(artifacts.get(artifacts_url, EVALUATION_PATH))
+    following = evaluation["prompt_following"]
+    passed, words = verdict(evaluation)
     popular = [
         {"item_id": item_id, "title": title, "score": score}
         for item_id, title, score in connection.execute(
@@ -233,37 +299,48 @@ def export_ranker(lake: Lake, connection: psycopg.Connection[Any], artifacts_url
         )
     ]
     everything = split.queries.interactions
-    encoder = TextEncoder(artifacts.fetch(artifacts_url, ENCODER_PATH), precision="int8")
     labels = ArtifactLabels(
         feature_fingerprint=fingerprint(),
         context_features=context_features(),
         candidate_features=candidate_features(),
-        encoder_version=encoder.version,
-        item_template=prompts.ITEM_TEMPLATE,
-        wish_template=prompts.WISH_TEMPLATE,
+        encoder_version=learned.encoder_version,
+        item_template=learned.prompts.item,
+        profile_template=learned.prompts.profile,
+        wish_template=learned.prompts.wish,
+        wish_weight=UNMEASURED_WEIGHT if following is None else following["wish_weight"],
         trained_until=datetime.fromtimestamp(int(everything.occurred_at.max()) / 1e6, UTC).isoformat(),
     )
     requests = split.queries.take(np.sort(np.random.default_rng(1).permutation(len(split.queries))[:1024]))
     with PointInTime(lake, connection) as ask:
         manifest = write_artifact(
-            trained,
+            learned.ranker,
             folder,
             labels,
             item_ids=everything.item_ids,
             popular_items=popular,
             requests=requests,
-            quality=evaluation,
+            quality=evaluation | {"verdict": {"passed": passed, "words": words}},
             slates=Slates(ask, everything, load_categories(connection, everything)),
         )
-    passed, words = verdict(evaluation)
     if refused := manifest.parity["int8"]["refused"]:
         words = (*words, f"{refused}: the float graph takes its place")
-    record = {"evaluation": evaluation, "parity": manifest.parity, "words": words}
+    record = {
+        "evaluation": evaluation,
+        "parity": manifest.parity,
+        "latency_ms": manifest.latency_ms,
+        "size_bytes": {name: entry.size_bytes for name, entry in manifest.files.items()},
+        "wish_weight": manifest.wish_weight,
+        "words": words,
+    }
     return Exported(manifest, known.version, passed, record, words)
 
 
 def verdict(evaluation: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """Whether the ranker beats every floor on both splits (NDCG@10), and that in words."""
+    """Whether the ranker beats every floor on both splits (NDCG@10), and that in words.
+
+    What decides is the figure itself: it must lie above every floor's. Whether it does so beyond chance, by the paired
+    interval over people, is said beside it. Raises KeyError if a floor was not evaluated.
+    """
     passed, words = True, []
     for key, name in (("leave_one_out", "leave-one-out"), ("time_split", "time split")):
         scores = {
@@ -275,9 +352,49 @@ def verdict(evaluation: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
         passed &= beats
         words.append(
             f"{name}: ranker {scores[RANKER]:.4f} NDCG@10 {'beats' if beats else 'does not beat'} {best} {scores[best]:.4f}"
+            f"{_beyond_chance(evaluation[key]['gains'][best], beats)}"
         )
     words.append("the ranker may serve" if passed else "the ranker stays on the shelf; the floor keeps serving")
     return passed, tuple(words)
+
+
+def _beyond_chance(found: dict[str, float], beats: bool) -> str:
+    """The paired gain in words."""
+    figures = f"{found['mean']:+.4f}, 95 % {found['low']:+.4f} to {found['high']:+.4f}"
+    if beats:
+        return f" ({figures}{'' if found['low'] > 0 else ': not beyond chance'})"
+    return f" ({figures}{': worse beyond chance' if found['high'] < 0 else ''})"
+
+
+def _look_closer(
+    evaluation: Evaluation,
+    split: Split,
+    retriever: Scorer,
+    texts: NDArray[np.float32],
+    item_categories: NDArray[np.bool_],
+) -> Judgement:
+    """What else is to be known of an evaluation's rows; `retriever` scores by the user vector alone."""
+    asked = split.queries.take(split.queries.requests()[0])
+    return Judgement(
+        evaluation,
+        tuple(segments(evaluation.row(RANKER).ranks, split)),
+        segment_table({row.name: row.ranks for row in evaluation.rows}, split),
+        {
+            row.name: beyond_accuracy(row.lists, asked, split.train, text_vectors=texts, item_genres=item_categories)
+            for row in evaluation.rows
+            if row.lists is not None
+        },
+        candidate_recall(split, sources_of(split, similarity=retriever)),
+    )
+
+
+def _sources_without(labels: Queries) -> tuple[Scorer, Scorer]:
+    """What is trending and what people went on to, from a table less the labels that are to be found."""
+    keep = np.ones(len(labels.interactions), bool)
+    keep[labels.label] = False
+    known = labels.interactions.take(keep)
+    counts = popularity(known)
+    return score_windowed_popularity(WindowedPopularity(known)), score_co_visitation(co_visitation(known), counts)
 
 
 def _train(
@@ -287,8 +404,9 @@ def _train(
     slates: Slates,
     checkpoint: Path,
     config: TrainConfig,
+    versions: PromptVersions,
     progress: Say,
-) -> TrainedRanker:
+) -> Learned:
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
 
     def report(entry: Progress) -> None:
@@ -297,35 +415,29 @@ def _train(
             f"stage {entry.stage}, epoch {entry.epoch} of {entry.epochs}: loss {entry.loss:.3f}{quality}, {entry.seconds:.0f} s"
         )
 
-    return train(
+    encoder = TextEncoder(artifacts.fetch(artifacts_url, ENCODER_PATH), precision="int8")
+    trained = train(
         split.train,
-        load_text_vectors(connection, split.train.item_ids),
+        load_text_vectors(connection, split.train.item_ids, written_by(versions.item, encoder.version)),
         config,
         features=slates,
-        wishes=wishes_for(connection, artifacts_url, split.train),
+        wishes=wishes_for(connection, split.train, encoder, versions),
         on_progress=report,
         checkpoint=checkpoint,
     )
+    return Learned(trained, versions, encoder.version)
 
 
-def _save(trained: TrainedRanker, artifacts_url: str, path: str) -> None:
+def _save(learned: Learned, artifacts_url: str, path: str) -> None:
     buffer = io.BytesIO()
-    torch.save(trained, buffer)
+    torch.save(learned, buffer)
     artifacts.put(artifacts_url, path, buffer.getvalue())
 
 
-def _load_trained(artifacts_url: str, path: str) -> TrainedRanker:
+def load_learned(artifacts_url: str, path: str = TRAINED_PATH) -> Learned:
+    """What a training left at `path`. Raises DefinitionError if another version of this code wrote it."""
     # Our own file under our own artefacts' root, never one from a request.
-    trained: TrainedRanker = torch.load(io.BytesIO(artifacts.get(artifacts_url, path)), weights_only=False)
-    return trained
-
-
-def _floor(split: Split) -> dict[str, Scorer]:
-    counts = floor.popularity(split.train)
-    everything = split.queries.interactions
-    return {
-        "popularity": score_popularity(counts),
-        # What was popular lately is public knowledge at the label's time; nothing is fitted.
-        "7-day popularity": score_windowed_popularity(floor.WindowedPopularity(everything, days=7)),
-        "co-visitation": score_co_visitation(floor.co_visitation(split.train), counts),
-    }
+    learned = torch.load(io.BytesIO(artifacts.get(artifacts_url, path)), weights_only=False)
+    if not isinstance(learned, Learned):
+        raise DefinitionError(f"{path} was trained by another version of this code; train again (make run RETRAIN=1)")
+    return learned

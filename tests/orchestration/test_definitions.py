@@ -7,6 +7,7 @@ import pytest
 
 from orchestration.assets.features import VIEW_SPECS
 from orchestration.definitions import ASSETS, build_definitions
+from schemas import prompts
 from schemas.views import VIEWS
 
 DAILY = {"events", *(view.name for view in VIEWS)}
@@ -19,7 +20,7 @@ def specs() -> dict[str, dg.AssetSpec]:
 
 def test_the_road_has_these_assets_and_no_others(specs: dict[str, dg.AssetSpec]) -> None:
     assert set(specs) == DAILY | {
-        "items", "source_events", "text_vectors", "popular_items", "co_visitation", "training_set", "ranker",
+        "items", "source_events", "prompt_evaluation", "text_vectors", "popular_items", "co_visitation", "training_set", "ranker",
         "ranker_evaluation", "ranker_onnx", "item_vectors", "skew_audit", "ranker_release", "recommend_function",
     }  # fmt: skip
 
@@ -34,8 +35,20 @@ def test_every_asset_says_what_it_is_and_who_answers_for_it(specs: dict[str, dg.
 
 
 def test_daily_assets_share_one_partitions_definition(specs: dict[str, dg.AssetSpec]) -> None:
-    assert {name for name, spec in specs.items() if spec.partitions_def} == DAILY
-    assert len({spec.partitions_def for spec in specs.values() if spec.partitions_def}) == 1
+    daily = {name for name, spec in specs.items() if isinstance(spec.partitions_def, dg.DailyPartitionsDefinition)}
+    assert daily == DAILY
+    assert len({specs[name].partitions_def for name in DAILY}) == 1
+
+
+def test_every_prompt_template_is_a_partition_and_nothing_else_is_partitioned(specs: dict[str, dg.AssetSpec]) -> None:
+    templates = specs["prompt_evaluation"].partitions_def
+    assert templates is not None
+    assert tuple(templates.get_partition_keys()) == prompts.versions()
+    assert {name for name, spec in specs.items() if spec.partitions_def} == DAILY | {"prompt_evaluation"}
+
+
+def test_what_is_encoded_follows_the_template_that_won(specs: dict[str, dg.AssetSpec]) -> None:
+    assert "prompt_evaluation" in {dep.asset_key.to_user_string() for dep in specs["text_vectors"].deps}
 
 
 def test_every_view_has_an_asset_with_its_columns() -> None:
@@ -57,6 +70,7 @@ def test_the_location_resolves_with_its_jobs_and_schedules() -> None:
         "daily_features",
         "catalogue",
         "training",
+        "prompts",
         "forget_person",
     }
 
