@@ -47,22 +47,22 @@ def als(
 ) -> Scorer:
     """Implicit-feedback matrix factorisation (Hu, Koren & Volinsky 2008), by the library `implicit`.
 
-    An item that a person had counts 1 with confidence `alpha`, any other 0 with confidence 1. A request's history is folded in: its person's factors
-    are solved for it, whoever was trained on. People without history get popularity, which also breaks ties.
+    An item that a person had counts 1 with confidence `alpha`, any other 0 with confidence 1. A request's history is folded
+    in: its person's factors are solved for it, whoever was trained on. People without history get popularity, which also breaks ties.
 
     By NDCG@10 on validation (a slice of MovieLens-100K, 80–90 % of its events; the last but one of MovieLens-1M) more
     confidence or fewer factors only lost; a regularisation of 10 gave 0.066 and 0.049, 5 gives 0.065 and 0.049 and leaves
     something to learn where there are few events.
     """
-    model = AlternatingLeastSquares(
-        factors=factors,
-        regularization=regularization,
-        alpha=alpha,
-        iterations=iterations,
-        random_state=seed,
-    )
     # A thread per person is the library's own; BLAS threads below them would only wait for each other.
     with threadpool_limits(1, "blas"):
+        model = AlternatingLeastSquares(
+            factors=factors,
+            regularization=regularization,
+            alpha=alpha,
+            iterations=iterations,
+            random_state=seed,
+        )
         model.fit(_had(train), show_progress=False)
     by_popularity = _by_popularity(train)
     item_factors: NDArray[np.float32] = model.item_factors
