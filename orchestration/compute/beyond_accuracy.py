@@ -32,9 +32,9 @@ class BeyondAccuracy:
 
 @dataclass(frozen=True, slots=True)
 class Reliability:
-    """Calibration of probabilities by equal-width bins; `bins` holds labels, mean probability and hit rate of each."""
+    """Calibration of probabilities; `bins` holds trials, mean probability and hit rate of each, from the least probable."""
 
-    ece: float  # expected calibration error: |probability − hit rate|, weighted by labels (Naeini et al. 2015)
+    ece: float  # expected calibration error: |probability − hit rate|, weighted by trials (Naeini et al. 2015)
     mean_probability: float
     hit_rate: float
     bins: tuple[tuple[int, float, float], ...]
@@ -82,14 +82,32 @@ def beyond_accuracy_table(rows: Mapping[str, BeyondAccuracy]) -> str:
 
 
 def reliability(probability: NDArray[np.float64], hit: NDArray[np.bool_], *, bins: int = 10) -> Reliability:
-    """How well `probability (n,)`, each within 0–1, says how often `hit (n,)` is true; empty bins are left out."""
-    place = np.minimum((probability * bins).astype(np.int64), bins - 1)
-    labels = np.bincount(place, minlength=bins)
-    said = np.bincount(place, probability, minlength=bins) / np.maximum(labels, 1)
-    true = np.bincount(place, hit.astype(np.float64), minlength=bins) / np.maximum(labels, 1)
-    error = float((labels * np.abs(said - true)).sum() / max(len(hit), 1))
-    rows = tuple((int(n), float(p), float(h)) for n, p, h in zip(labels, said, true, strict=True) if n)
+    """How well `probability (n,)` says how often `hit (n,)` is true, in bins of about as many trials; equals stay together.
+
+    Bins of equal width would put all but a few trials into one: that an item is picked is seldom probable.
+    """
+    edges = np.unique(np.quantile(probability, np.linspace(0, 1, bins + 1)[1:-1]))
+    place = np.searchsorted(edges, probability, side="right")
+    trials = np.bincount(place, minlength=bins)
+    said = np.bincount(place, probability, minlength=bins) / np.maximum(trials, 1)
+    true = np.bincount(place, hit.astype(np.float64), minlength=bins) / np.maximum(trials, 1)
+    error = float((trials * np.abs(said - true)).sum() / max(len(hit), 1))
+    rows = tuple((int(n), float(p), float(h)) for n, p, h in zip(trials, said, true, strict=True) if n)
     return Reliability(error, float(probability.mean()), float(hit.mean()), rows)
+
+
+def pick_reliability(
+    lists: NDArray[np.int32], scores: NDArray[np.float32], queries: Queries, calibration: tuple[float, float]
+) -> Reliability:
+    """Whether an item listed is picked as often as sigmoid(scale · score + offset) says; `calibration` is (scale, offset).
+
+    `lists` and `scores (r, n)` are a row's of an evaluation on `queries`; each label picks one item, listed or not.
+    """
+    _, request = queries.requests()
+    items, shown = lists[request], lists[request] >= 0
+    scale, offset = calibration
+    probability = 1 / (1 + np.exp(-(scale * scores[request].astype(np.float64) + offset)))
+    return reliability(probability[shown], (items == queries.target[:, None])[shown])
 
 
 def _mean(values: NDArray[np.float64], lists: NDArray[np.int32], shown: NDArray[np.bool_]) -> float:

@@ -83,19 +83,21 @@ def candidate_recall(split: Split, sources: Sources, *, limit: int = LIMIT, batc
     found: dict[str, NDArray[np.bool_]] = {}
     without: dict[str, NDArray[np.bool_]] = {}
     union = np.zeros(len(queries), bool)
+    catalogue = len(queries.interactions.item_ids)
     size = 0
     for begin in range(0, len(asked), batch):
         part = asked.take(slice(begin, begin + batch))
-        picked = pick(part, sources, limit=limit)
+        places = {name: _places(items, catalogue) for name, items in pick(part, sources, limit=limit).items()}
         labels = by_request[bound[begin] : bound[begin + len(part)]]
         row, target = request[labels] - begin, queries.target[labels]
-        everything = merge(list(picked.values()), limit)
-        union[labels] = _has(everything, row, target)
-        size += int((everything >= 0).sum())
-        for name, items in picked.items():
-            found.setdefault(name, np.zeros(len(queries), bool))[labels] = _has(items, row, target)
-            rest = merge([other for key, other in picked.items() if key != name], limit)
-            without.setdefault(name, np.zeros(len(queries), bool))[labels] = _has(rest, row, target)
+        best = np.minimum.reduce(list(places.values()))
+        union[labels] = _within(best, row, target, limit)
+        size += int(np.minimum(np.isfinite(best).sum(axis=1), limit).sum())
+        for name, own in places.items():
+            found.setdefault(name, np.zeros(len(queries), bool))[labels] = np.isfinite(own[row, target])
+            others = [other for key, other in places.items() if key != name]
+            rest = np.minimum.reduce(others) if others else np.full_like(own, np.inf)
+            without.setdefault(name, np.zeros(len(queries), bool))[labels] = _within(rest, row, target, limit)
     return CandidateRecall(
         limit,
         len(queries),
@@ -136,28 +138,49 @@ def pick(queries: Queries, sources: Sources, *, limit: int = LIMIT) -> dict[str,
 
 def merge(picked: list[NDArray[np.int32]], limit: int) -> NDArray[np.int32]:
     """`(q, limit)`: the items with the best place in any source, −1 where there are no more; ties by catalogue order."""
-    if not picked:
-        return np.full((1, limit), -1, np.int32)
     items = max(int(source.max(initial=0)) for source in picked) + 1
-    best = np.full((len(picked[0]), items + 1), np.inf, np.float32)  # the last column takes what is no item
-    here = np.arange(len(best))[:, None]
-    for source in picked:
-        column = np.where(source >= 0, source, items)
-        best[here, column] = np.minimum(best[here, column], np.arange(1, source.shape[1] + 1, dtype=np.float32))
-    best = best[:, :items]
+    best = np.minimum.reduce([_places(source, items) for source in picked])
     return best_items(-best, np.isinf(best), limit)
+
+
+def _places(picked: NDArray[np.int32], items: int) -> NDArray[np.float32]:
+    """`(q, items)`: the place of each item in a source's `picked (q, n)`, infinite where it is not there."""
+    places = np.full((len(picked), items + 1), np.inf, np.float32)  # the last column takes what is no item
+    column = np.where(picked >= 0, picked, items)
+    places[np.arange(len(picked))[:, None], column] = np.arange(1, picked.shape[1] + 1, dtype=np.float32)
+    return places[:, :items]
+
+
+def _within(
+    best: NDArray[np.float32], row: NDArray[np.int64], target: NDArray[np.int32], limit: int
+) -> NDArray[np.bool_]:
+    """`(l,)`: whether `target (l,)` is among the `limit` best placed of its request `row (l,)`, as `merge` would say."""
+    inside = np.zeros(len(row), bool)
+    for some in range(0, len(row), 256):
+        part = slice(some, some + 256)
+        places, own = best[row[part]], best[row[part], target[part]][:, None]
+        earlier = np.arange(best.shape[1]) < target[part][:, None]
+        before = ((places < own) | ((places == own) & earlier)).sum(axis=1)
+        inside[part] = np.isfinite(own[:, 0]) & (before < limit)
+    return inside
 
 
 def _evidence(queries: Queries, neighbours: Neighbours) -> NDArray[np.float32]:
     """`(q, items)`: what people went on to after the last different items that were not hidden, newer ones first."""
     events = queries.interactions
-    scores = np.zeros((len(queries), len(events.item_ids)), np.float32)
-    for row, (start, stop) in enumerate(zip(queries.start.tolist(), queries.stop.tolist(), strict=True)):
+    items = len(events.item_ids)
+    recent: list[list[int]] = []
+    for start, stop in zip(queries.start.tolist(), queries.stop.tolist(), strict=True):
         liked = events.item[start:stop][positive(events.kind[start:stop])]
-        recent = list(dict.fromkeys(liked[::-1].tolist()))[:RECENT_ITEMS]
-        weight = neighbours.score[recent] / np.sqrt(np.arange(1, len(recent) + 1, dtype=np.float32))[:, None]
-        np.add.at(scores[row], np.maximum(neighbours.item[recent], 0), weight)  # an empty place has score 0
-    return scores
+        recent.append(list(dict.fromkeys(liked[::-1].tolist()))[:RECENT_ITEMS])
+    length = np.array([len(last) for last in recent], np.int64)
+    request = np.repeat(np.arange(len(recent)), length)
+    last = np.array([item for some in recent for item in some], np.int64)
+    place = np.concatenate([*(np.arange(1, n + 1) for n in length), np.empty(0, np.int64)])
+    weight = neighbours.score[last] / np.sqrt(place)[:, None]  # (m, k); an empty place has score 0
+    cell = request[:, None] * items + np.maximum(neighbours.item[last], 0)
+    scores = np.bincount(cell.ravel(), weight.ravel(), minlength=len(recent) * items)
+    return scores.reshape(len(recent), items).astype(np.float32)
 
 
 def _listed(
@@ -165,18 +188,15 @@ def _listed(
 ) -> NDArray[np.int32]:
     """The best `size` of a stored list, which is cut at its own length before it is known who asks."""
     whole = best_items(scores, left_out, LIST_LENGTH)
-    on_list = np.zeros((len(seen), seen.shape[1] + 1), bool)
-    np.put_along_axis(on_list, np.where(whole >= 0, whole, seen.shape[1]).astype(np.int64), True, axis=1)
-    return best_items(scores, ~on_list[:, :-1] | seen, size)
+    free = (whole >= 0) & ~np.take_along_axis(seen, np.maximum(whole, 0), axis=1)
+    place = np.cumsum(free, axis=1) - 1
+    row, column = np.nonzero(free & (place < size))
+    kept = np.full((len(whole), size), -1, np.int32)
+    kept[row, place[row, column]] = whole[row, column]
+    return kept
 
 
 def _only(there: NDArray[np.bool_], items: NDArray[np.int32]) -> NDArray[np.int32]:
     """What is there already; the others leave their places empty."""
     here = np.arange(len(items))[:, None]
     return np.where((items >= 0) & there[here, items], items, -1)
-
-
-def _has(items: NDArray[np.int32], row: NDArray[np.int64], target: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """`(l,)`: whether `target (l,)` is among the items of its request `row (l,)`."""
-    found: NDArray[np.bool_] = (items[row] == target[:, None]).any(axis=1)
-    return found

@@ -41,6 +41,7 @@ class Row:
     interval: tuple[float, float]
     ranks: NDArray[np.int64] = field(repr=False, compare=False)  # (q,) 1 is best; for paired comparisons
     lists: NDArray[np.int32] | None = field(default=None, repr=False, compare=False)  # (r, LISTED); see `Judged`
+    scores: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)  # (r, LISTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Judged:
 
     ranks: NDArray[np.int64]  # (q,) 1 is best
     lists: NDArray[np.int32]  # (r, LISTED) items not seen before, best first; −1 where there are no more
+    scores: NDArray[np.float32]  # (r, LISTED) theirs; 0 where there are no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class Evaluation:
     def to_dict(self, judged: str | None = None) -> dict[str, Any]:
         """Plain JSON values, without what is kept by label; with `judged`, the gain of that row over each other."""
         raw: dict[str, Any] = {"split": self.split, "labels": self.labels, "people": self.people}
-        per_label = ("ranks", "lists")
+        per_label = ("ranks", "lists", "scores")
         raw["rows"] = [{key: value for key, value in _fields(row).items() if key not in per_label} for row in self.rows]
         if judged is not None:
             raw["gains"] = {row.name: asdict(self.gain(judged, row.name)) for row in self.rows if row.name != judged}
@@ -128,6 +130,7 @@ def judge(scorer: Scorer, queries: Queries, *, batch: int = 256) -> Judged:
     asked = queries.take(first)
     result = np.empty(len(queries), np.int64)
     lists = np.full((len(asked), LISTED), -1, np.int32)
+    listed = np.zeros((len(asked), LISTED), np.float32)
     # Similar lengths together: a scorer that pads histories then pads little.
     order = np.argsort(asked.stop - asked.start, kind="stable")
     place = np.empty(len(asked), np.int64)
@@ -141,7 +144,9 @@ def judge(scorer: Scorer, queries: Queries, *, batch: int = 256) -> Judged:
         if not np.isfinite(scores).all():
             raise ValueError("a scorer gave a score that is not finite; mask unseen items with a low score instead")
         seen = part.seen()
-        lists[rows] = best_items(scores, seen, LISTED)
+        best = best_items(scores, seen, LISTED)
+        lists[rows] = best
+        listed[rows] = np.where(best >= 0, np.take_along_axis(scores, np.maximum(best, 0), axis=1), 0)
         until = int(np.searchsorted(label_place, begin + len(rows)))
         # A request may have any number of labels: as many at a time as there are requests in a batch.
         for some in range(int(np.searchsorted(label_place, begin)), until, batch):
@@ -152,7 +157,7 @@ def judge(scorer: Scorer, queries: Queries, *, batch: int = 256) -> Judged:
             earlier = np.arange(scores.shape[1])[None, :] < target[:, None]
             better = (offered > own) | ((offered == own) & earlier)
             result[labels] = 1 + (better & ~seen[row]).sum(1)
-    return Judged(result, lists)
+    return Judged(result, lists, listed)
 
 
 def best_items(scores: NDArray[np.float32], left_out: NDArray[np.bool_], k: int) -> NDArray[np.int32]:
@@ -187,12 +192,8 @@ def evaluate(
     rows = []
     for name, scorer in scorers.items():
         judged = judge(scorer, queries, batch=batch)
-        rows.append(
-            replace(
-                summarise(name, judged.ranks, queries.user, seed=seed, resamples=resamples),
-                lists=judged.lists,
-            )
-        )
+        row = summarise(name, judged.ranks, queries.user, seed=seed, resamples=resamples)
+        rows.append(replace(row, lists=judged.lists, scores=judged.scores))
     return Evaluation(split.name, len(queries), len(np.unique(queries.user)), tuple(rows), queries.user)
 
 

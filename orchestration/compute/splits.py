@@ -85,6 +85,16 @@ class Split:
     train: Interactions
     queries: Queries
 
+    def sampled(self, requests: int, *, seed: int = 0) -> Split:
+        """At most so many of the requests, chosen by `seed`, each with all its labels; the name says so if some are left out."""
+        first, request = self.queries.requests()
+        if len(first) <= requests:
+            return self
+        chosen = np.zeros(len(first), bool)
+        chosen[np.random.default_rng(seed).permutation(len(first))[:requests]] = True
+        name = f"{self.name}, {requests:,} of {len(first):,} requests"
+        return Split(name, self.train, self.queries.take(chosen[request]))
+
 
 def rows_between(start: NDArray[np.int64], stop: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The slices `start[i]:stop[i]` one after the other: number of the slice `(m,)` and row `(m,)`."""

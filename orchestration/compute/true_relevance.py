@@ -33,4 +33,5 @@ def true_relevance(
             simulator.world.started_at + timedelta(days=number + 0.5),
         )
         np.add.at(total, row, utility)
-    return np.divide(total, shown, out=np.full(len(lists), np.nan), where=shown > 0)
+    mean: NDArray[np.float64] = np.divide(total, shown, out=np.full(len(lists), np.nan), where=shown > 0)
+    return mean

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orchestration.compute.beyond_accuracy import beyond_accuracy, beyond_accuracy_table, reliability
+from orchestration.compute.beyond_accuracy import beyond_accuracy, beyond_accuracy_table, pick_reliability, reliability
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.splits import Queries
 
@@ -108,4 +108,34 @@ def test_an_honest_probability_has_no_calibration_error_and_an_overconfident_one
     excess = reliability(np.full(1000, 0.95), np.arange(1000) < 700)
     assert excess.ece == pytest.approx(0.25)
     assert excess.bins == ((1000, pytest.approx(0.95), pytest.approx(0.7)),)
-    assert reliability(np.array([1.0]), np.array([True])).ece == 0  # the last bin ends with 1
+
+
+def test_rare_hits_are_told_apart() -> None:
+    """Probabilities far below a tenth fill every bin, not only the first."""
+    generator = np.random.default_rng(0)
+    probability = generator.random(100_000) * 0.02
+    found = reliability(probability, generator.random(100_000) < probability)
+    assert len(found.bins) == 10
+    assert found.ece < 0.002
+    assert found.bins[-1][2] > 5 * found.bins[0][2]
+
+
+def test_a_pick_is_judged_for_every_label_of_a_request() -> None:
+    """Two labels of one request, one item listed each time: picked once of twice, as an even chance says."""
+    train = world([1, 1, 1])
+    same = Interactions(
+        train.user_ids,
+        train.item_ids,
+        train.user,
+        train.item,
+        np.array([0, 5, 5], np.int64),
+        train.kind,
+        train.value,
+    )
+    queries = Queries(same, np.array([1, 2]), np.zeros(2, np.int64), np.ones(2, np.int64))
+    listed = np.array([[2, -1]], np.int32)
+    assert pick_reliability(listed, np.zeros((1, 2), np.float32), queries, (1.0, 0.0)).ece == 0
+    sure = pick_reliability(listed, np.full((1, 2), 2, np.float32), queries, (2.0, -1.0))
+    assert sure.mean_probability == pytest.approx(1 / (1 + np.exp(-3)))
+    assert sure.hit_rate == 0.5
+    assert sum(trials for trials, _, _ in sure.bins) == 2

@@ -154,12 +154,26 @@ def test_a_label_stands_in_its_list_where_its_rank_says(levels: int) -> None:
     found = judged.lists[request[high], judged.ranks[high] - 1]
     assert found.tolist() == queries.target[high].tolist()
     assert all(len(set(row)) == LISTED for row in judged.lists.tolist())
+    assert (np.diff(judged.scores, axis=1) <= 0).all()
 
 
 def test_a_list_holds_only_what_was_not_seen() -> None:
     queries = leave_one_out(world([(0, 0, 0), (0, 5, 1), (0, 3, 2)])).queries
     judged = judge(lambda _: np.array([[9, -2, 1, 0, -np.float32(0), 9]], np.float32), queries)
     assert judged.lists[0].tolist() == [2, 3, 4, 1] + [-1] * (LISTED - 4)
+
+
+def test_a_sample_keeps_whole_requests_and_says_so() -> None:
+    queries = late_queries()
+    split = Split("late", queries.interactions, queries)
+    requests = len(queries.requests()[0])
+    assert split.sampled(requests) is split
+    some = split.sampled(requests // 2)
+    assert some.name == f"late, {requests // 2} of {requests} requests"
+    assert len(some.queries.requests()[0]) == requests // 2
+    chosen = {(user, at) for user, at in zip(some.queries.user.tolist(), some.queries.at.tolist(), strict=True)}
+    every = zip(queries.user.tolist(), queries.at.tolist(), strict=True)
+    assert len(some.queries) == sum(pair in chosen for pair in every)
 
 
 def test_metrics_are_those_of_ir_measures() -> None:
