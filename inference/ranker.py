@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from inference.artifacts import verify
 from inference.cuda import PROVIDER, Bucket, CudaSession, device_count
-from inference.telemetry import span
+from inference.telemetry import Value, span
 from schemas.errors import ArtifactError
 from schemas.manifest import RANKER_FP16, RANKER_FP32, RANKER_INT8, TEXT_PROJECTION
 from schemas.ranker import INPUTS, MAX_CANDIDATES, MAX_HISTORY, OUTPUTS
@@ -140,7 +140,7 @@ class Ranker:
         return self._run(self._cpu, self._cpu_precision, inputs)
 
     def _run(self, engine: Engine, precision: str, inputs: Inputs) -> Answer:
-        attributes = {
+        attributes: dict[str, Value] = {
             "recsys.model.version": self.version,
             "recsys.model.provider": engine.provider,
             "recsys.precision": precision,
