@@ -267,8 +267,8 @@ def test_everything_the_gate_looked_at_stands_in_the_manifest(road: Road) -> Non
             if row["name"] != "ranker":
                 found = manifest.quality[split]["gains"][row["name"]]
                 assert found["low"] <= found["mean"] <= found["high"]
-        assert 0 < manifest.quality[split]["candidate_recall"]["union"] <= 1
-        assert {entry["name"] for entry in manifest.quality[split]["segments"]} >= {"all", "head", "tail"}
+        assert 0 < manifest.quality[split]["candidates"]["union"] <= 1
+        assert {entry["name"] for entry in manifest.quality[split]["segments"]["ranker"]} >= {"all", "head", "tail"}
         assert 0 < manifest.quality[split]["beyond_accuracy"]["ranker"]["coverage_rate"] <= 1
     assert set(manifest.parity["fp32_max_difference"]) == {"user_vector", "scores"}
     assert manifest.parity["int8"]["ndcg_loss_rate"] is not None

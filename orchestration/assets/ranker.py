@@ -3,7 +3,6 @@
 import json
 import tempfile
 import time
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -166,7 +165,6 @@ def ranker(context: dg.AssetExecutionContext, config: Training, larder: Larder) 
     code_version="2",
 )
 def ranker_evaluation(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
-    from orchestration.compute.beyond_accuracy import beyond_accuracy_table
     from orchestration.compute.learn import RANKER, evaluate_ranker
 
     with asset_span(context), larder.connect() as connection:
@@ -178,22 +176,21 @@ def ranker_evaluation(context: dg.AssetExecutionContext, larder: Larder) -> dg.M
     champion = _champion(serving)
 
     def draw(axes: Any) -> None:
-        names = [row.name for row in report.judgements[0].evaluation.rows]
-        for shift, judgement in zip((-0.2, 0.2), report.judgements, strict=True):
-            values = [judgement.evaluation.row(name).ndcg[10] for name in names]
-            axes.barh(
-                [place + shift for place in range(len(names))], values, height=0.38, label=judgement.evaluation.split
-            )
+        names = [row.name for row in report.reports[0].evaluation.rows]
+        for shift, found in zip((-0.2, 0.2), report.reports, strict=True):
+            values = [found.evaluation.row(name).ndcg[10] for name in names]
+            axes.barh([place + shift for place in range(len(names))], values, height=0.38, label=found.evaluation.split)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.legend(fontsize=7)
 
     numbers: dict[str, Any] = {}
-    for key, judgement in zip(SPLITS, report.judgements, strict=True):
-        for row in judgement.evaluation.rows:
+    for key, found in zip(SPLITS, report.reports, strict=True):
+        for row in found.evaluation.rows:
             numbers[f"{key}_{row.name.replace(' ', '_').replace('-', '_')}_ndcg_at_10"] = row.ndcg[10]
-        numbers[f"{key}_candidate_recall"] = judgement.candidate_recall.union
-        numbers[f"{key}_coverage_rate"] = judgement.beyond_accuracy[RANKER].coverage_rate
+        numbers[f"{key}_coverage_rate"] = found.beyond_accuracy[RANKER].coverage_rate
+        if found.candidates is not None:
+            numbers[f"{key}_candidate_recall"] = found.candidates.union
     if report.following is not None:
         numbers["wish_weight"] = report.following.wish_weight
         numbers["genre_lift"] = report.following.genre_lift
@@ -202,30 +199,10 @@ def ranker_evaluation(context: dg.AssetExecutionContext, larder: Larder) -> dg.M
             **numbers,
             **{f"champion_{name}": value for name, value in champion.items()},
             metadata.SECONDS: report.seconds,
-            "tables": _fenced(judgement.evaluation.table() for judgement in report.judgements),
-            "gains": metadata.markdown_table(
-                ["split", "over", "NDCG@10", "95 % over people"],
-                [
-                    [
-                        judgement.evaluation.split,
-                        row.name,
-                        f"{found.mean:+.4f}",
-                        f"{found.low:+.4f} to {found.high:+.4f}",
-                    ]
-                    for judgement in report.judgements
-                    for row in judgement.evaluation.rows
-                    if row.name != RANKER
-                    for found in [judgement.evaluation.gain(RANKER, row.name)]
-                ],
-            ),
-            "segments": _fenced(judgement.segment_table for judgement in report.judgements),
-            "beyond_accuracy": _fenced(
-                f"{judgement.evaluation.split}\n{beyond_accuracy_table(judgement.beyond_accuracy)}"
-                for judgement in report.judgements
-            ),
-            "candidate_recall": _fenced(
-                f"{judgement.evaluation.split}\n{judgement.candidate_recall.table()}" for judgement in report.judgements
-            ),
+            **{
+                key: dg.MetadataValue.md(f"```\n{found.tables()}\n```")
+                for key, found in zip(SPLITS, report.reports, strict=True)
+            },
             "wishes": metadata.markdown_table(
                 ["weight", "genre lift, wish alone", "validation NDCG@10 with a wish"],
                 [
@@ -249,10 +226,6 @@ def _champion(serving: tuple[str, dict[str, Any]] | None) -> dict[str, Any]:
             if row["name"] == "ranker":
                 found[f"{key}_ndcg_at_10"] = row["ndcg"]["10"]
     return found
-
-
-def _fenced(texts: Iterable[str]) -> dg.MarkdownMetadataValue:
-    return dg.MetadataValue.md("\n\n".join(f"```\n{text}\n```" for text in texts))
 
 
 @dg.asset(

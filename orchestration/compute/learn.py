@@ -22,29 +22,26 @@ from typing import Any
 import numpy as np
 import psycopg
 import torch
-from numpy.typing import NDArray
 
 from inference import artifacts
 from inference.encoder import TextEncoder
 from orchestration.compute import learning_steps
 from orchestration.compute.artifact import ArtifactLabels, write_artifact
 from orchestration.compute.baselines import FLOORS, floors
-from orchestration.compute.beyond_accuracy import BeyondAccuracy, beyond_accuracy
-from orchestration.compute.candidate_recall import CandidateRecall, candidate_recall, sources_of
+from orchestration.compute.candidate_recall import candidate_recall, sources_of
 from orchestration.compute.co_visitation import WindowedPopularity, co_visitation, popularity
 from orchestration.compute.evaluate import (
-    Evaluation,
     Scorer,
     evaluate,
     score_co_visitation,
     score_windowed_popularity,
 )
+from orchestration.compute.evaluation_report import Report, report
 from orchestration.compute.lake import Lake
 from orchestration.compute.mining import newest_labels
 from orchestration.compute.point_in_time import PointInTime
 from orchestration.compute.prompt_following import UNMEASURED_WEIGHT, PromptFollowing, measure_following
 from orchestration.compute.prompt_records import PromptVersions, read_versions
-from orchestration.compute.segments import Segment, segment_table, segments
 from orchestration.compute.slates import Slates
 from orchestration.compute.splits import Queries, Split, time_split
 from orchestration.compute.train import train
@@ -84,37 +81,10 @@ class TrainingReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """One split: every row's figures, the ranker's by segment, what lists are like, what candidates hold."""
-
-    evaluation: Evaluation
-    segments: tuple[Segment, ...]
-    segment_table: str
-    beyond_accuracy: dict[str, BeyondAccuracy]
-    candidate_recall: CandidateRecall
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return self.evaluation.to_dict(RANKER) | {
-            "segments": [asdict(segment) for segment in self.segments],
-            "beyond_accuracy": {name: asdict(row) for name, row in self.beyond_accuracy.items()},
-            "candidate_recall": asdict(self.candidate_recall),
-        }
-
-    def summary(self) -> str:
-        """The ranker in one line, beside what the table says of it."""
-        lists, found = self.beyond_accuracy[RANKER], self.candidate_recall
-        return (
-            f"ranker's lists: {lists.coverage_rate:.0%} of the catalogue shown, {lists.novelty_bits:.1f} bits of novelty; "
-            f"{found.union:.1%} of labels among {found.candidates_mean:.0f} candidates"
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class EvaluationReport:
     """Leave-one-out first, then the time split; how wishes are followed, None where none could be made up."""
 
-    judgements: tuple[Judgement, Judgement]
+    reports: tuple[Report, Report]
     following: PromptFollowing | None
     seconds: float
 
@@ -244,22 +214,29 @@ def evaluate_ranker(
     # As it learned them, also where another template has won since.
     texts = text_vectors_as(connection, everything.item_ids, learned.prompts.item, item_encoder)
     wishes = wishes_for(connection, split.train, TextEncoder(encoders, precision="int8"), learned.prompts)
-    judgements = []
+    reports = []
     with PointInTime(lake, connection) as ask:
         for judged, path in ((split, TRAINED_PATH), (later, TIME_SPLIT_PATH)):
-            rows = floors(judged)
+            rows, trained = floors(judged), load_learned(artifacts_url, path).ranker
             # Re-ranked is what serving re-ranks: neighbours of the user vector, what is trending, what follows.
-            ranker = load_learned(artifacts_url, path).ranker.scorer(
+            ranker = trained.scorer(
                 Slates(ask, judged.queries.interactions, categories),
                 rerank=min(RERANKED, len(everything.item_ids)),
                 sources=(rows["7-day popularity"], rows["co-visitation"]),
             )
-            evaluation = evaluate({**rows, RANKER: ranker}, judged)
-            judgements.append(
-                _look_closer(evaluation, judged, replace(ranker, rerank=0), texts, wishes.item_categories)
+            reports.append(
+                report(
+                    evaluate({**rows, RANKER: ranker}, judged),
+                    judged,
+                    RANKER,
+                    text_vectors=texts,
+                    item_genres=wishes.item_categories,
+                    calibration=trained.calibration,
+                    candidates=candidate_recall(judged, sources_of(judged, similarity=replace(ranker, rerank=0))),
+                )
             )
-            progress(evaluation.table())
-            progress(judgements[-1].summary())
+            progress(reports[-1].evaluation.table())
+            progress(_in_a_line(reports[-1]))
         validation = newest_labels(split.train, learned.ranker.config)
         following = measure_following(
             learned.ranker,
@@ -272,7 +249,7 @@ def evaluate_ranker(
         )
     if following is not None:
         progress(following.words())
-    first, second = judgements
+    first, second = reports
     record = {
         "leave_one_out": first.to_dict(),
         "time_split": second.to_dict(),
@@ -366,26 +343,13 @@ def _beyond_chance(found: dict[str, float], beats: bool) -> str:
     return f" ({figures}{': worse beyond chance' if found['high'] < 0 else ''})"
 
 
-def _look_closer(
-    evaluation: Evaluation,
-    split: Split,
-    retriever: Scorer,
-    texts: NDArray[np.float32],
-    item_categories: NDArray[np.bool_],
-) -> Judgement:
-    """What else is to be known of an evaluation's rows; `retriever` scores by the user vector alone."""
-    asked = split.queries.take(split.queries.requests()[0])
-    return Judgement(
-        evaluation,
-        tuple(segments(evaluation.row(RANKER).ranks, split)),
-        segment_table({row.name: row.ranks for row in evaluation.rows}, split),
-        {
-            row.name: beyond_accuracy(row.lists, asked, split.train, text_vectors=texts, item_genres=item_categories)
-            for row in evaluation.rows
-            if row.lists is not None
-        },
-        candidate_recall(split, sources_of(split, similarity=retriever)),
-    )
+def _in_a_line(found: Report) -> str:
+    """What lists and candidates are like, beside the table."""
+    lists = found.beyond_accuracy[RANKER]
+    told = f"ranker's lists: {lists.coverage_rate:.0%} of the catalogue shown, {lists.novelty_bits:.1f} bits of novelty"
+    if found.candidates is not None:
+        told += f"; {found.candidates.union:.1%} of labels among {found.candidates.candidates_mean:.0f} candidates"
+    return told
 
 
 def _sources_without(labels: Queries) -> tuple[Scorer, Scorer]:
@@ -409,7 +373,7 @@ def _train(
 ) -> Learned:
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
 
-    def report(entry: Progress) -> None:
+    def tell(entry: Progress) -> None:
         quality = f", validation NDCG@10 {entry.ndcg_at_10:.4f}" if entry.ndcg_at_10 is not None else ""
         progress(
             f"stage {entry.stage}, epoch {entry.epoch} of {entry.epochs}: loss {entry.loss:.3f}{quality}, {entry.seconds:.0f} s"
@@ -422,7 +386,7 @@ def _train(
         config,
         features=slates,
         wishes=wishes_for(connection, split.train, encoder, versions),
-        on_progress=report,
+        on_progress=tell,
         checkpoint=checkpoint,
     )
     return Learned(trained, versions, encoder.version)

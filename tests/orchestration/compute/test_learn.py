@@ -15,6 +15,7 @@ from conftest import TODAY, days_ago
 from worlds import ListSource
 
 from orchestration.compute.evaluate import evaluate, history_inputs, score_popularity
+from orchestration.compute.evaluation_report import report
 from orchestration.compute.ingest import ingest
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.lake import Lake
@@ -102,7 +103,7 @@ def small_split() -> Split:
 def test_the_verdict_reads_what_an_evaluation_writes() -> None:
     split = small_split()
     made = evaluate({name: score_popularity(np.ones(30, np.float32)) for name in (*FLOOR, "ranker")}, split)
-    record = json.loads(json.dumps(made.to_dict("ranker")))
+    record = json.loads(json.dumps(report(made, split, "ranker").to_dict()))
     assert verdict({"leave_one_out": record, "time_split": record})[0] is False
 
 
