@@ -41,7 +41,7 @@ class Trends:
         if features is None and interactions.available_at is None:
             days = days[:1]  # nothing differs from day to day
         self.learned = features is not None
-        self._instants = days[:: -(-len(days) * items // MOST_CELLS[device.type])]
+        self._instants = days[:: -(-len(days) * items // MOST_CELLS.get(device.type, MOST_CELLS["cpu"]))]
         if features is None:
             self._features = torch.zeros(len(self._instants), items, 1, device=device)
         else:
@@ -125,7 +125,8 @@ class AllItemsSoftmax(torch.autograd.Function):
         m, items = len(users), len(vectors)
         kind = users.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else users.dtype
-        rows = max(16, min(m, AllItemsSoftmax.CELLS[kind] // items))
+        cells = AllItemsSoftmax.CELLS.get(kind, AllItemsSoftmax.CELLS["cpu"])
+        rows = max(16, min(m, cells // items))
         user_gradient, item_gradient = torch.empty_like(users), torch.zeros_like(vectors)
         trend_gradient = torch.zeros_like(trend) if ctx.needs_input_grad[4] else None
         logits, shares = users.new_empty(rows, items), users.new_empty(rows, items)
