@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(name, found["numbers"])
     frame.write(options.out, "ranker", report)
     frame.table(numbers, KEYS, "RecTools", "rectools_")
-    last = {key: round(value, 6) for key, value in numbers.items() if key in KEYS or key.startswith("rectools_")}
+    last = {key: round(value, 10) for key, value in numbers.items() if key in KEYS or key.startswith("rectools_")}
     last = {key: last[key] for key in (*KEYS, *last) if key in last}
     print(json.dumps({**({"data": "simulated"} if report["data"] == "simulated" else {}), **last}))
     return 0

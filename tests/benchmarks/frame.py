@@ -123,8 +123,13 @@ def table(numbers: Mapping[str, float], keys: tuple[str, ...], peer: str, prefix
     width = max(len(key) for key in keys)
     for key in keys:
         if key in numbers:
-            beside = f"   {peer} {numbers[prefix + key]:>12,.3f}" if prefix + key in numbers else ""
-            print(f"{key:<{width}} {numbers[key]:>14,.3f}{beside}")
+            beside = f"   {peer} {figure(numbers[prefix + key]):>12}" if prefix + key in numbers else ""
+            print(f"{key:<{width}} {figure(numbers[key]):>14}{beside}")
+
+
+def figure(value: float) -> str:
+    """A number with four decimals, in powers of ten where those would say nothing."""
+    return f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:,.4f}"
 
 
 def write(out: Path, bench: str, report: Mapping[str, Any]) -> None:
