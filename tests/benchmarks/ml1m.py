@@ -46,7 +46,7 @@ class Benchmark:
     texts: list[str]  # as the product's item template writes them
 
 
-def load(folder: Path, *, template: str = prompts.ITEM_TEMPLATE) -> Benchmark:
+def load(folder: Path, *, template: str = prompts.DEFAULTS["item"]) -> Benchmark:
     """The benchmark from `folder`. Raises SourceError if a file, or an item's row, is missing."""
     for name in FILES:
         if not (folder / name).is_file():
@@ -95,7 +95,7 @@ def load(folder: Path, *, template: str = prompts.ITEM_TEMPLATE) -> Benchmark:
 
 
 def text_vectors(
-    benchmark: Benchmark, folder: Path, *, template: str = prompts.ITEM_TEMPLATE, encoder: TextEncoder | None = None
+    benchmark: Benchmark, folder: Path, *, template: str = prompts.DEFAULTS["item"], encoder: TextEncoder | None = None
 ) -> NDArray[np.float32]:
     """`(items, 384)` text vectors, encoded once per encoder, template and texts; the file lies in `folder`.
 

@@ -95,7 +95,7 @@ def sequences(sizes: Sizes, folder: Path) -> Sequences:
     encoder_at = encoder_folder(folder)
     vectors = ml1m.text_vectors(made, folder, encoder=TextEncoder(encoder_at))
     names = sorted({name for held in made.categories for name in held})
-    wording = prompts.load(prompts.WISH_TEMPLATE)
+    wording = prompts.load(prompts.DEFAULTS["wish"])
     said = TextEncoder(encoder_at, precision="int8").encode([wording.render({"wish": name}) for name in names])
     member = np.array([[name in held for name in names] for held in made.categories], bool)
     return Sequences(made, vectors, leave_one_out(made.interactions), Wishes(said, member), names, simulator)
@@ -140,7 +140,7 @@ def _simulated(source: Simulator) -> ml1m.Benchmark:
         np.array([np.nan if event.value is None else event.value for event in events], np.float32),
         np.array([_micros(items[name].available_at) for name in item_ids.tolist()], np.int64),
     )
-    wording = prompts.load(prompts.ITEM_TEMPLATE)
+    wording = prompts.load(prompts.DEFAULTS["item"])
     listed = [items[name] for name in item_ids.tolist()]
     return ml1m.Benchmark(
         interactions,
