@@ -84,7 +84,8 @@ def _recommendations(call: _Call) -> Response:
         if deadline is None or time.monotonic() < deadline:
             raise
         limit = "the platform's limit" if request.timeout_ms is None else f"timeout_ms {request.timeout_ms}"
-        raise Unavailable(f"there was no answer in time ({limit}); allow more") from error
+        message = f"there was no answer in time ({limit}); allow more"
+        raise Unavailable(message, retry_after_seconds=error.retry_after_seconds) from error
 
 
 def _similar(call: _Call) -> Response:
