@@ -7,10 +7,10 @@ PORT ?= 8080
 DATA ?=
 USER_ID ?=
 .DEFAULT_GOAL := help
-.PHONY: help install run ui backfill serve forget features explain training-set vacuum test prove check bench-features bench-ranker bench-gpu format pictures clean
+.PHONY: help install run ui backfill serve forget features explain training-set vacuum mend-lake test prove check bench-features bench-ranker bench-gpu format pictures clean
 
 help: ## list these commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## create the virtual environment with every dependency at its pinned version
 
@@ -46,6 +46,9 @@ explain: install ## which rows made a person's or an item's features: VIEW=… K
 
 vacuum: install ## delete the files that killed runs left in the lake: [HOURS=24] [DRY_RUN=1]
 	@$(BIN)/python -m orchestration.vacuum $(if $(HOURS),--hours '$(HOURS)') $(if $(DRY_RUN),--dry-run)
+
+mend-lake: install ## put days aside whose file in the lake is missing or damaged, so that they are loaded again: [DRY_RUN=1]
+	@$(BIN)/python -m orchestration.mend $(if $(DRY_RUN),--dry-run)
 
 training-set: install ## features for a table of labels, as known at each: LABELS=file.parquet OUT=file.parquet [VIEWS=a,b] [TIME=column] [KNOWN_AT=0]
 	@$(BIN)/python -m orchestration.training_set $(if $(LABELS),--labels '$(LABELS)') $(if $(OUT),--out '$(OUT)') $(if $(VIEWS),--views '$(VIEWS)') $(if $(TIME),--time '$(TIME)') $(if $(filter 0,$(KNOWN_AT)),--no-known-at)

@@ -78,7 +78,14 @@ def _recommendations(call: _Call) -> Response:
     if request.timeout_ms is not None:
         asked = time.monotonic() + request.timeout_ms / 1000
         deadline = asked if deadline is None else min(asked, deadline)
-    return _answer(render(call.app.recommend(request, deadline, call.carrier)))
+    try:
+        return _answer(render(call.app.recommend(request, deadline, call.carrier)))
+    except Unavailable as error:
+        if deadline is None or time.monotonic() < deadline:
+            raise
+        limit = "the platform's limit" if request.timeout_ms is None else f"timeout_ms {request.timeout_ms}"
+        message = f"there was no answer in time ({limit}); allow more"
+        raise Unavailable(message, retry_after_seconds=error.retry_after_seconds) from error
 
 
 def _similar(call: _Call) -> Response:

@@ -91,7 +91,9 @@ class LoadedModels:
                 pointer = json.loads(artifacts.get(self.artifacts_url, CHAMPION_POINTER))
                 self._popular = _read_popular(artifacts.fetch(self.artifacts_url, pointer["path"]))
             except ArtifactError as error:
-                raise Unavailable("the database cannot be reached and no model was released yet") from error
+                raise Unavailable(
+                    "the database cannot be reached or did not answer in time, and no model was released yet"
+                ) from error
         return self._popular
 
     def loaded(self) -> Ranker | None:

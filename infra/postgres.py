@@ -78,6 +78,11 @@ def engine_for(url: str) -> Engine:
 
 def check(url: str) -> None:
     """Raise DatabaseError, naming the way out, unless `url` is a reachable Postgres with a fit pgvector."""
+    if not re.match(r"postgres(ql)?://", url):
+        raise DatabaseError(
+            f"DATABASE_URL is {shown(url)!r}, and a postgresql:// URL is needed, such as postgresql://user@host:5432/name; "
+            "unset it to use the embedded one"
+        )
     try:
         connection = psycopg.connect(url, connect_timeout=_CONNECT_TIMEOUT_SECONDS, autocommit=True)
     except (psycopg.Error, UnicodeError) as error:

@@ -14,20 +14,27 @@ import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
+from typing import Any
 
 import psycopg
 
 from infra import deployment as deployments
 from infra import postgres
 from infra.ui import running_at
+from orchestration.arguments import MakeParser
 from orchestration.compute.settle import shown, stretches
 from orchestration.compute.stale import rebuild_parts, to_rebuild
 from orchestration.instance_api import BACKFILL_TAG, FINISHED, PART_TAG, DailyAsset, InstanceApi, Run
 from schemas.errors import InstanceError, LarderError, SettingsError
 from schemas.views import VIEWS
 
+USAGE = "make backfill VIEW=a,b FROM=2026-01-01 TO=2026-01-31"
+ONLY = ("missing", "failed", "stale")
 DAILY = ("events", *(view.name for view in VIEWS))
 POLL_SECONDS = 1.0
+STOP_SECONDS = 120.0
+"""How long `cancel` waits: a run that is starting cannot be told to stop before it runs, and then finishes its query."""
+STOPPED = frozenset({"CANCELING", "CANCELED"})
 INTERRUPTED = 130
 
 
@@ -56,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = MakeParser(
+        f"{USAGE} [ONLY={'|'.join(ONLY)}] [DRY_RUN=1], or RESUME=1, CANCEL=1",
         prog="python -m orchestration.backfill",
         description="Materialise a range of daily partitions through the running Dagster instance (`make ui`) and watch "
         "it. The status is 0 only if every partition was materialised. Ctrl-C stops the watching, not the run.",
@@ -66,8 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", dest="last", help="last day, included")
     parser.add_argument(
         "--only",
-        choices=["missing", "failed", "stale"],
-        help="of these: missing or failed by the state that Dagster shows; stale by the ledger: built before late events "
+        help=f"{', '.join(ONLY)} of these: missing or failed by the state that Dagster shows; stale by the ledger: built before late events "
         "came or somebody was forgotten. Name events too, so that what was posted late is drained first",
     )
     parser.add_argument("--dry-run", action="store_true", help="print which partitions would run, and launch nothing")
@@ -83,6 +90,8 @@ def _main(options: argparse.Namespace) -> int:
     again = options.resume is not None or options.cancel is not None
     if not again:
         views, first, last = read_views(options.view), read_day("FROM", options.first), read_day("TO", options.last)
+        if options.only is not None:
+            options.only = read_only(options.only)
         if last < first:
             raise SettingsError(f"the range ends before it starts: FROM={first} TO={last}; turn them round")
     api = InstanceApi(options.url or _recorded_url())
@@ -106,6 +115,9 @@ def _main(options: argparse.Namespace) -> int:
     # Said before the first launch, so that whatever happens here can be watched or stopped from elsewhere.
     print(f"backfill {backfill} · Ctrl-C stops watching, not the backfill", flush=True)
     for number, part in enumerate(parts, 1):
+        if any(run.status in STOPPED for run in api.runs(backfill)):
+            print(f"stopped from elsewhere: runs {number} to {len(parts)} are not launched", flush=True)
+            break
         tags = {BACKFILL_TAG: backfill, PART_TAG: str(number)}
         api.launch(part.assets, part.first, part.last, location, tags)
     return watch(api, api.runs(backfill))
@@ -132,7 +144,7 @@ def read_views(text: str | None) -> list[str]:
     """The named daily assets, each once, in the order of their making. SettingsError names near matches."""
     names = [name.strip() for name in (text or "").split(",") if name.strip()]
     if not names:
-        raise SettingsError(f"VIEW names nothing to build; it is one or more of: {', '.join(DAILY)}")
+        raise SettingsError(f"VIEW names nothing to build; it is one or more of: {', '.join(DAILY)}; such as {USAGE}")
     for name in names:
         if name not in DAILY:
             near = difflib.get_close_matches(name, DAILY, 3, 0.5)
@@ -141,12 +153,23 @@ def read_views(text: str | None) -> list[str]:
     return [name for name in DAILY if name in names]
 
 
+def read_only(text: str) -> str:
+    """One of ONLY. SettingsError names near matches."""
+    if text not in ONLY:
+        near = difflib.get_close_matches(text, ONLY, 1)
+        hint = f"did you mean {near[0]}?" if near else f"it is one of: {', '.join(ONLY)}"
+        raise SettingsError(f"there is no ONLY={text}; {hint}")
+    return text
+
+
 def read_day(name: str, text: str | None) -> date:
     """A day given as YYYY-MM-DD. Raises SettingsError."""
+    if not text:
+        raise SettingsError(f"{name}= is missing; give the first and the last day, such as {USAGE}")
     try:
-        return date.fromisoformat(text or "")
+        return date.fromisoformat(text)
     except ValueError:
-        raise SettingsError(f"{name}={text or ''} is not a day; write it as YYYY-MM-DD, e.g. 2026-01-31") from None
+        raise SettingsError(f"{name}={text} is not a day; write it as YYYY-MM-DD, e.g. 2026-01-31") from None
 
 
 def plan(
@@ -227,9 +250,9 @@ def _follow(api: InstanceApi, run: Run, total: int) -> set[tuple[str, date]]:
         while True:
             events, cursor = api.events(run.run_id, cursor)
             for event in events:
+                if (partition := _materialised(event)) is not None:
+                    built.add(partition)
                 match event["__typename"]:
-                    case "MaterializationEvent" if event["partition"]:
-                        built.add((event["assetKey"]["path"][0], date.fromisoformat(event["partition"])))
                     case "LogMessageEvent" if event["level"] == "INFO" and event["stepKey"]:
                         print(f"  {event['message']}", flush=True)
                     case "ExecutionStepFailureEvent" if event["error"]:
@@ -279,17 +302,73 @@ def _summary(runs: Sequence[Run], built: dict[str, set[tuple[str, date]]]) -> in
     return 0 if all(run.status == "SUCCESS" for run in runs) and not failed and not idle else 1
 
 
-def cancel(api: InstanceApi, runs: Sequence[Run]) -> int:
-    """Stop every run that has not ended. What a run has finished stays, and is reported by the run itself."""
-    open_runs = [run for run in runs if run.status not in FINISHED]
-    if not open_runs:
-        print(f"backfill {runs[0].backfill} has ended already")
+def cancel(api: InstanceApi, runs: Sequence[Run], seconds: float = STOP_SECONDS) -> int:
+    """Stop every run that has not ended, and wait until it has; the status is 0 only if nothing of it goes on.
+
+    Dagster refuses to stop a run while it starts, so that is asked again until it can be. What a run has finished stays.
+    """
+    backfill = runs[0].backfill
+    asked = {run.run_id for run in runs if run.status not in FINISHED}
+    if not asked:
+        print(f"backfill {backfill} has ended already")
         return 0
-    # The later ones first: otherwise the queue starts the next as soon as one ends.
-    for run in reversed(open_runs):
-        reason = api.terminate(run.run_id)
-        print(f"run {run.part} · " + ("told to stop" if reason is None else f"could not be stopped: {reason}"))
-    return 0
+    told: set[str] = set()
+    refused: dict[str, str] = {}
+    end = time.monotonic() + seconds
+    while True:
+        # Every round asks anew which there are: whoever launches the parts may have been at it.
+        runs = api.runs(backfill)
+        open_runs = [run for run in runs if run.status not in FINISHED]
+        asked |= {run.run_id for run in open_runs}
+        # The later ones first: otherwise the queue starts the next as soon as one ends.
+        for run in reversed(open_runs):
+            if run.run_id in told or run.status in STOPPED:
+                continue
+            reason = api.terminate(run.run_id)
+            if reason is None:
+                told.add(run.run_id)
+                refused.pop(run.run_id, None)
+                print(f"run {run.part} · told to stop", flush=True)
+            else:
+                if run.run_id not in refused:
+                    print(f"run {run.part} · {run.status.lower()}, is told to stop as soon as it can be", flush=True)
+                refused[run.run_id] = reason
+        if not open_runs or time.monotonic() > end:
+            break
+        time.sleep(POLL_SECONDS)
+    for run in runs:
+        if run.run_id not in asked:
+            continue
+        if run.status not in FINISHED:
+            why = refused.get(run.run_id, f"it was told to and is {run.status.lower()}")
+            print(f"run {run.part} · could not be stopped within {seconds:.0f} s: {why}")
+        else:
+            late = "" if run.status == "CANCELED" or run.run_id in told else ", before it could be stopped"
+            print(f"run {run.part} · {run.status.lower()}{late}")
+    if open_runs:
+        print(f"backfill {backfill} goes on\n  make backfill CANCEL={backfill}    tries again to stop it")
+        return 1
+    _summary(runs, {run.run_id: _built(api, run) for run in runs})
+    print(f"backfill {backfill} has ended; what is materialised stays, ONLY=missing builds what was never built")
+    return 1 if all(run.status == "SUCCESS" for run in runs if run.run_id in asked) else 0
+
+
+def _built(api: InstanceApi, run: Run) -> set[tuple[str, date]]:
+    """The partitions that the run reported materialised so far."""
+    built: set[tuple[str, date]] = set()
+    cursor = None
+    while True:
+        events, cursor = api.events(run.run_id, cursor)
+        if not events:
+            return built
+        built |= {partition for event in events if (partition := _materialised(event)) is not None}
+
+
+def _materialised(event: Mapping[str, Any]) -> tuple[str, date] | None:
+    """The partition that this event of a run's log says was materialised."""
+    if event["__typename"] != "MaterializationEvent" or not event["partition"]:
+        return None
+    return event["assetKey"]["path"][0], date.fromisoformat(event["partition"])
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import difflib
 import json
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from rich.table import Table
 from infra import deployment as deployments
 from infra import postgres
 from infra.feature_tables import ensure_view_tables
+from orchestration.arguments import MakeParser
 from orchestration.compute.explain import EventRow, Explanation, explain
 from orchestration.compute.lake import Lake
 from schemas.errors import DefinitionError, LarderError, RequestError, SettingsError
@@ -28,7 +29,8 @@ console = Console(highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = MakeParser(
+        "make explain VIEW=… KEY=… [AT=instant]",
         prog="python -m orchestration.explain",
         description="Show each feature of one entity at one instant, and the rows that made it: the snapshot's partition "
         "and its states, the events since, and those that were learned of late.",
@@ -83,9 +85,11 @@ def key_of(view: FeatureView, text: str) -> tuple[str, ...]:
 
 
 def instant_of(text: str | None) -> datetime:
-    """The instant that `text` names, now without one. Raises RequestError for anything else."""
+    """The instant that `text` names, now without one; of a day with its zone, such as 2030-01-31Z, midnight. Raises RequestError for anything else."""
     if text is None:
         return datetime.now(UTC)
+    # A plain day with a zone is what the advice below leads to; Python reads it without one only.
+    text = re.sub(r"^(\d{4}-\d{2}-\d{2})(Z|[+-]\d{2}:?\d{2})$", r"\1T00:00:00\2", text)
     try:
         at = datetime.fromisoformat(text)
     except ValueError as error:

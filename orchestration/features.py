@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from inference.store import Store
 from infra import deployment as deployments
 from infra import postgres
 from infra.feature_tables import ensure_view_tables
+from orchestration.arguments import MakeParser
 from orchestration.explain import instant_of, key_of, view_named
 from schemas.errors import LarderError, SettingsError
 from schemas.views import VIEWS
@@ -24,7 +24,8 @@ console = Console(highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = MakeParser(
+        "make features VIEW=a,b KEY=… [AT=instant]",
         prog="python -m orchestration.features",
         description="Read features as a request does: each value with its status and its age. "
         "`python -m orchestration.explain` shows the rows behind them. In Python: inference.features.read_features.",

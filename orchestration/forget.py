@@ -15,6 +15,7 @@ from infra import deployment as deployments
 from infra import postgres
 from infra.deployment import Deployment
 from infra.feature_tables import ensure_view_tables
+from orchestration.arguments import MakeParser
 from orchestration.compute import forget as erasure
 from orchestration.compute.forget import Receipt
 from orchestration.compute.lake import Lake
@@ -31,7 +32,9 @@ they do afterwards is a new beginning. A trained model keeps what it learned unt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = MakeParser(
+        "make forget USER_ID=… [YES=1] [REQUEST=1], or make forget RESUME=1",
+        variables={"user": "USER_ID"},
         prog="python -m orchestration.forget",
         description=EXPLANATION,
         epilog="If it is interrupted, run it again: it finishes what was begun.",
@@ -94,12 +97,18 @@ def _forget(record: Deployment, user_id: str, options: argparse.Namespace) -> in
         for place, rows in held.items():
             table.add_row(place, f"{rows:,}")
         console.print(table)
-        if not options.yes and not _agreed():
+        # A request erases nothing yet: there is nothing to be agreed to for good.
+        if not options.yes and not options.request and not _agreed():
             console.print("nothing was changed")
             return 2
     try:
         if options.request:
             console.print(f"request {erasure.request_erasure(url, lake, user_id)}")
+            console.print(
+                "the person reads as unknown from now on; the Dagster job forget_person erases them with this id, "
+                "or `make forget RESUME=1`",
+                soft_wrap=True,
+            )
             return 0
         receipt = erasure.forget(user_id, url=url, lake=lake, artifacts_url=record.artifacts_url)
     except UnknownPerson as error:

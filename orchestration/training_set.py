@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 import warnings
@@ -15,6 +14,7 @@ from rich.markup import escape
 
 from infra import deployment as deployments
 from infra import postgres
+from orchestration.arguments import MakeParser
 from orchestration.compute.label_features import LabelFeaturesReport, write_label_features
 from orchestration.compute.labels import KEY_COLUMNS, TIME_NAMES
 from orchestration.compute.lake import Lake
@@ -25,7 +25,8 @@ console = Console(highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = MakeParser(
+        "make training-set LABELS=file.parquet OUT=file.parquet [VIEWS=a,b] [TIME=column] [KNOWN_AT=0]",
         prog="python -m orchestration.training_set",
         description="Add features to a table of labels, each as it was known at the label's instant: every row comes back, "
         "in its order, with a column `view.feature` for each feature of the asked views. NULL keys give NULL features. "

@@ -3,6 +3,7 @@
 LarderError
 ├── SettingsError          a setting is missing or malformed: fix the environment
 ├── SourceError            the data folder cannot be read as a whole: fix DATA
+├── LakeError              a day's file is missing or damaged: run `make mend-lake`
 ├── DatabaseError          Postgres cannot be used: fix DATABASE_URL or the server
 ├── EngineError            Spark cannot be started or reached: fix LARDER_SPARK_MASTER or the cluster
 ├── InstanceError          no Dagster instance runs, or it refuses: start it with `make ui`
@@ -31,6 +32,10 @@ class SettingsError(LarderError):
 
 class SourceError(LarderError):
     type = "source"
+
+
+class LakeError(LarderError):
+    type = "lake"
 
 
 class DatabaseError(LarderError):

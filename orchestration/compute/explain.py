@@ -180,8 +180,9 @@ class _Lake:
         limit: int | None,
     ) -> None:
         first = settled - timedelta(days=view.max_window_days)
-        with duck() as db:
-            db.register("lake_events", lake.events(connection, first.date(), at.astimezone(UTC).date()))
+        paths = lake.paths(connection, first.date(), at.astimezone(UTC).date()).values()
+        with lake.named(paths), duck() as db:
+            db.register("lake_events", lake.dataset(paths))
             db.register("items", load_item_categories(connection))
             conditions = " AND ".join(f"{name} = ?" for name in named)
             source = "lake_events AS e"

@@ -62,10 +62,12 @@ def holdings(url: str, lake: Lake, user_id: str) -> dict[str, int]:
             }
         )
         found["public.quarantine"] += len(_quarantined(connection, user_id))
-        db.register("lake_events", lake.events(connection))
-        (found[EVENTS_REMOVED],) = db.execute(
-            "SELECT count(*) FROM lake_events WHERE user_id = ?", [user_id]
-        ).fetchone() or (0,)
+        paths = lake.paths(connection).values()
+        with lake.named(paths):
+            db.register("lake_events", lake.dataset(paths))
+            (found[EVENTS_REMOVED],) = db.execute(
+                "SELECT count(*) FROM lake_events WHERE user_id = ?", [user_id]
+            ).fetchone() or (0,)
     return {place: rows for place, rows in sorted(found.items()) if rows}
 
 
@@ -138,7 +140,8 @@ def erase(user_id: str, *, url: str, lake: Lake, artifacts_url: str, receipt_id:
     removed: Counter[str] = Counter()
     with duck() as db, _connect(url) as connection:
         erase_alone(connection)
-        erased = lake.erase(connection, user_id, db)
+        with lake.named(lake.paths(connection).values()):
+            erased = lake.erase(connection, user_id, db)
         removed[EVENTS_REMOVED] = sum(erased.events.values())
         artifacts = _training_files(artifacts_url, user_id)
         tables = tables_with(connection, "user_id")

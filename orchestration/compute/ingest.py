@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestration.compute import online
-from orchestration.compute.lake import EVENT_SCHEMA, Lake, duck
+from orchestration.compute.lake import DAMAGED, EVENT_SCHEMA, Lake, duck
+from orchestration.compute.mend import put_aside_days
 from orchestration.compute.recent import keep_recent, roll_partitions
 from orchestration.compute.tombstones import Tombstones, hold_off_erasures, read_tombstones
 from orchestration.sources import BadRow, Source
@@ -59,7 +60,8 @@ def ingest(
     """Load everything new that `source` has, in one transaction.
 
     `shift_days` is added to every time. Repeating a load stores nothing twice; of two events with one id the first
-    stays. An event of a day that has been built is late: unless its source says when it was known, that is now. If
+    stays. An event of a day that has been built is late: unless its source says when it was known, that is now. Those
+    of a day that was put aside since the last load, because its file was damaged, come back as they were. If
     anything fails, the database is as before, and files already written to the lake are named by nobody.
     """
     now = now or datetime.now(UTC)
@@ -67,8 +69,10 @@ def ingest(
     with connection.transaction():
         row: tuple[int, int, int, int, int, int, int] | None = connection.execute(
             "SELECT read_rows, stored_rows, duplicate_rows, quarantined_rows, items, people, forgotten_rows FROM ingests "
-            "WHERE source = %s AND fingerprint = %s ORDER BY ingest_id DESC LIMIT 1",
-            (source.name, fingerprint),
+            # What damage took out of the lake since has to be loaded again.
+            "WHERE source = %s AND fingerprint = %s AND NOT EXISTS (SELECT FROM quarantine AS q WHERE q.source = %s "
+            "AND q.seen_at > finished_at) ORDER BY ingest_id DESC LIMIT 1",
+            (source.name, fingerprint, DAMAGED),
         ).fetchone()
     if row is not None:
         progress(f"{source.description}: already loaded, nothing new")
@@ -85,10 +89,12 @@ def ingest(
         people = _load_people(connection, source, bad, tombstones)
         bad_catalogue, forgotten_catalogue = bad.count, bad.forgotten
         staged = Path(folder) / "staged.parquet"
-        settled = {day for (day,) in connection.execute("SELECT DISTINCT partition_date FROM feature_ledger")}
+        built = {day for (day,) in connection.execute("SELECT DISTINCT partition_date FROM feature_ledger")}
+        settled = built - put_aside_days(connection)
         read = _stage(source, staged, _Clock(shift, settled, now), since, bad, progress)
         progress(f"{read:,} rows read; sorting them into days")
-        appended = lake.append(connection, [staged], db)
+        with lake.named(lake.paths(connection).values()):
+            appended = lake.append(connection, [staged], db)
         keep_recent(connection, db, now)
         report = IngestReport(
             source.name,
@@ -146,7 +152,8 @@ def drain(
         staged = Path(folder) / "drained.parquet"
         columns = [list(column) for column in zip(*rows, strict=True)]
         pq.write_table(pa.table(columns, schema=EVENT_SCHEMA), staged)
-        appended = lake.append(connection, [staged], db, posted=True)
+        with lake.named(lake.paths(connection).values()):
+            appended = lake.append(connection, [staged], db, posted=True)
         connection.execute(
             "UPDATE recent_events SET drained = true WHERE NOT drained AND occurred_at >= %s AND occurred_at < %s "
             "AND event_id = ANY(%s)",

@@ -91,7 +91,8 @@ def write_label_features(
     schema = pa.schema([*table.schema, *(pa.field(name, pa.float64()) for name in features)])
     seen = count_erasures(connection)
     progress(f"reading the lake for {', '.join(view.name for view in chosen)}")
-    with PointInTime(lake, connection, known_at=known_at) as ask:
+    paths = lake.paths(connection).values()
+    with lake.named(paths), PointInTime(lake, connection, known_at=known_at) as ask:
         version = _version(table, chosen, features, known_at, lake, connection, ask)
         connection.commit()  # nothing is held while the rows are computed
         rows, present = 0, [0] * len(features)

@@ -21,7 +21,7 @@ from schemas.views import VIEWS
 
 BATCH_ROWS = 100_000
 KEY_COLUMNS = tuple(dict.fromkeys(key for view in VIEWS for key in view.entity.keys))
-TIME_NAMES = ("at", "label_at", "occurred_at", "event_timestamp", "timestamp", "time")
+TIME_NAMES = ("at", "label_at", "occurred_at", "event_timestamp", "timestamp", "time", "ts")
 """What a time column is usually called: looked for where no type tells."""
 INSTANT = pa.timestamp("us", tz="UTC")
 _FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
@@ -239,11 +239,13 @@ def _time_column(name: str, schema: pa.Schema, time: str | None) -> str:
         return _time_column(name, schema, typed[0] if len(typed) == 1 else usual[0])
     if typed or usual:
         raise RequestError(
-            f"{name} has several columns that may be a label's time: {', '.join(typed or usual)}; name the one you mean"
+            f"{name} has several columns that may be a label's time: {', '.join(typed or usual)}; name the one you mean "
+            "(TIME=column with make, --time, time= in Python)"
         )
     raise RequestError(
         f"{name} has no time column: none of {', '.join(names) or 'its columns (there are none)'} is a timestamp or has a "
-        f"usual name ({', '.join(TIME_NAMES)}); a training set needs each label's instant: add one, or name it"
+        f"usual name ({', '.join(TIME_NAMES)}); a training set needs each label's instant: add one, or name it "
+        "(TIME=column with make, --time, time= in Python)"
     )
 
 

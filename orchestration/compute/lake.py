@@ -30,7 +30,7 @@ from pyarrow import fs as pafs
 from orchestration.compute.event_keys import take_keys
 from orchestration.compute.stale import mark_stale
 from orchestration.compute.tombstones import leave_out_forgotten, read_tombstones
-from schemas.errors import LarderError, SettingsError
+from schemas.errors import LakeError, LarderError, SettingsError
 from schemas.urls import local_folder
 
 EVENT_SCHEMA = pa.schema(
@@ -47,6 +47,10 @@ EVENT_SCHEMA = pa.schema(
 _COLUMNS = ", ".join(EVENT_SCHEMA.names)
 _MEMORY_LIMIT = "2GB"
 _WRITE_LOCK = 7_205_392
+_UNREADABLE = (duckdb.Error, pa.ArrowException, OSError)
+"""What a damaged file makes its readers raise: for one that is spoiled within, DuckDB has no type of its own."""
+DAMAGED = "lake"
+"""The source of quarantined rows that stand for a damaged file of the lake."""
 _FILE_NAME = re.compile(r"/day=(?P<day>\d{4}-\d{2}-\d{2})/(?P<generation>\d{6})(-[0-9a-f]{8})?\.parquet$")
 
 
@@ -88,6 +92,25 @@ class Orphan:
     path: str
     size_bytes: int
     written_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class LakeFile:
+    """A file of one day that can be read, relative to the lake."""
+
+    path: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A day whose file is missing or cannot be read; `rows` it had, `previous` is the file before if that can be read."""
+
+    day: date
+    path: str
+    rows: int
+    reason: str
+    previous: LakeFile | None
 
 
 class Lake:
@@ -149,6 +172,51 @@ class Lake:
             f"(SELECT * FROM no_{name} UNION ALL BY NAME SELECT * FROM {name}_files)"
         )
 
+    def damages(self, connection: psycopg.Connection) -> list[Damage]:
+        """The days whose file is missing or cannot be read, in order. Reads every file to its end."""
+        found = []
+        rows = connection.execute("SELECT day, path, rows, previous FROM lake_files ORDER BY day").fetchall()
+        for day, path, count, previous in rows:
+            held, reason = self._read(path, thorough=True)
+            if held == count:
+                continue
+            before = None if previous is None else self._read(previous, thorough=True)[0]
+            file = None if before is None else LakeFile(previous, before)
+            found.append(Damage(day, path, count, reason or f"it has {held} events, {count} were written", file))
+        return found
+
+    @contextmanager
+    def named(self, paths: Collection[str]) -> Iterator[None]:
+        """Work that reads the files at `paths`: raises LakeError, with day, file and way out, where one is damaged."""
+        try:
+            yield
+        except duckdb.OutOfMemoryException:
+            raise
+        except _UNREADABLE as error:
+            # Footers first: they are quickly read, and mostly show it.
+            for path, thorough in [(path, thorough) for thorough in (False, True) for path in paths]:
+                _, reason = self._read(path, thorough=thorough)
+                if reason is not None:
+                    name = _FILE_NAME.search(f"/{path}")
+                    raise LakeError(
+                        f"the lake's file of {name['day'] if name else 'a day'} cannot be used, {self.url}/{path}: "
+                        f"{reason}; `make mend-lake` puts such days aside, and `make run` then loads them again"
+                    ) from error
+            raise
+
+    def _read(self, path: str, *, thorough: bool = False) -> tuple[int | None, str | None]:
+        """`(rows, None)` of the file at `path`, or `(None, why it cannot be read)`. Thorough: to its end."""
+        full = f"{self.root}/{path}"
+        try:
+            if not self._fs.get_file_info(full).is_file:
+                return None, "it is missing"
+            with self._fs.open_input_file(full) as stream, pq.ParquetFile(stream) as file:
+                if thorough:
+                    return sum(batch.num_rows for batch in file.iter_batches(65_536)), None
+                return file.metadata.num_rows, None
+        except (pa.ArrowException, OSError) as error:
+            return None, f"it is damaged ({' '.join(str(error).split())[:200]})"
+
     def hold_writes(self, connection: psycopg.Connection) -> None:
         """Nobody else writes to the lake until the transaction ends; waits for who does."""
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (_WRITE_LOCK,))
@@ -162,8 +230,10 @@ class Lake:
         self.hold_writes(connection)
         rows = connection.execute("SELECT path FROM lake_files WHERE NOT keyed ORDER BY day").fetchall()
         if rows:
-            events = self.dataset([path for (path,) in rows])
-            take_keys(connection, events.to_batches(columns=["event_id", "occurred_at"], batch_size=65_536))
+            paths = [path for (path,) in rows]
+            with self.named(paths):
+                batches = self.dataset(paths).to_batches(columns=["event_id", "occurred_at"], batch_size=65_536)
+                take_keys(connection, batches)
             connection.execute("UPDATE lake_files SET keyed = true WHERE NOT keyed")
 
     def append(

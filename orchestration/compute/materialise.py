@@ -85,7 +85,7 @@ def _build(
             (view.name, first - timedelta(days=1), view.definition_hash),
         ).fetchone()
         items = load_item_categories(connection)
-    with engine.snapshot(SnapshotJob(view, tuple(days), lake, files, items, seen)) as db:
+    with lake.named(files.values()), engine.snapshot(SnapshotJob(view, tuple(days), lake, files, items, seen)) as db:
         reports = _reports(db, view, days, counted, float(before[0]) if before else None)
         with psycopg.connect(url) as connection, no_erasure_since(connection, seen):
             _replace(connection, view, reports, _batches(db, view, reports))

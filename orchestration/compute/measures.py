@@ -64,8 +64,9 @@ def measure_events(connection: psycopg.Connection, lake: Lake, first: date, last
             "SELECT day, rows FROM lake_files WHERE day BETWEEN %s AND %s", (first - timedelta(days=1), last)
         )
     }
-    with duck() as db:
-        db.register("events", lake.events(connection, first, last))
+    paths = lake.paths(connection, first, last).values()
+    with lake.named(paths), duck() as db:
+        db.register("events", lake.dataset(paths))
         counted = {
             day: (float(rows), float(late))
             for day, rows, late in db.execute(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from door_app import SmallApplication
 
 from inference.http import Response, handle
-from schemas.serving import HealthResponse
+from schemas.serving import HealthResponse, RecommendationRequest, RecommendationResponse
 
 JSON = {"content-type": "application/json"}
 
@@ -94,6 +95,21 @@ def test_unavailable_is_503_with_retry_after() -> None:
     response = ask("/recommendations", {"user_id": "nobody-home"})
     assert (response.status, response.headers["retry-after"]) == (503, "7")
     assert fault(response)["type"] == "unavailable"
+
+
+def test_what_did_not_make_it_within_the_callers_time_names_that_time() -> None:
+    class Slow(SmallApplication):
+        def recommend(
+            self, request: RecommendationRequest, deadline: float | None, carrier: Mapping[str, str]
+        ) -> RecommendationResponse:
+            time.sleep(0.01)
+            return super().recommend(request, deadline, carrier)
+
+    response = ask("/recommendations", {"user_id": "nobody-home", "timeout_ms": 1}, app=Slow())
+    assert response.status == 503
+    assert fault(response)["message"] == "there was no answer in time (timeout_ms 1); allow more"
+    response = ask("/recommendations", {"user_id": "nobody-home", "timeout_ms": 20_000}, app=Slow())
+    assert "in time" not in fault(response)["message"]
 
 
 def test_an_accident_is_500_without_details_and_is_logged_under_the_trace(caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ import psycopg
 import pytest
 from conftest import Ingested, ingested
 
-from orchestration.backfill import Part, plan, read_day, read_views
+from orchestration.backfill import Part, plan, read_day, read_only, read_views
 from orchestration.instance_api import DailyAsset, InstanceApi
 from schemas.errors import SettingsError
 
@@ -84,10 +84,25 @@ def test_unknown_views_are_refused_with_what_is_near(text: str | None, words: st
         read_views(text)
 
 
-@pytest.mark.parametrize("text", ["yesterday", "2026-02-30", "", None])
+@pytest.mark.parametrize("text", ["yesterday", "2026-02-30"])
 def test_what_is_not_a_day_is_refused(text: str | None) -> None:
     with pytest.raises(SettingsError, match=r"FROM=.* is not a day; write it as YYYY-MM-DD"):
         read_day("FROM", text)
+
+
+@pytest.mark.parametrize("text", ["", None])
+def test_a_missing_day_is_called_missing_with_the_whole_command(text: str | None) -> None:
+    with pytest.raises(SettingsError, match=r"^TO= is missing; .*make backfill VIEW=a,b FROM=2026-01-01 TO=2026-01-31"):
+        read_day("TO", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("mising", "did you mean missing"), ("x", "it is one of: missing, failed, stale")]
+)
+def test_an_unknown_only_is_refused_with_what_is_near(text: str, words: str) -> None:
+    assert read_only("stale") == "stale"
+    with pytest.raises(SettingsError, match=words):
+        read_only(text)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +201,39 @@ def test_one_poisoned_day_fails_alone_and_only_failed_repairs_it(
         assert (
             backfill(tmp_path / "home", *wanted, "--only", "failed").stdout == "nothing to do: no partition is failed\n"
         )
+        cancel_while_starting(made, tmp_path / "home", wanted)
     assert "start it with `make ui`" in backfill(tmp_path / "home", "--resume").stderr
+
+
+def cancel_while_starting(made: Ingested, home: Path, wanted: tuple[str, ...]) -> None:
+    """A backfill that is stopped before it runs, when Dagster refuses to: it is stopped all the same."""
+    before = stored(made.url, "user_activity")
+    with psycopg.connect(made.url) as connection:
+        built_at = connection.execute("SELECT max(built_at) FROM feature_ledger").fetchone()
+    command = [sys.executable, "-m", "orchestration.backfill", *wanted]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        with psycopg.connect(made.url) as lock:
+            lock.execute(
+                "SELECT pg_advisory_xact_lock(hashtext('features.user_activity'))"
+            )  # else it may be done by then
+            said = ""
+            for line in watching.stdout:
+                said += line
+                if line.endswith((" · starting\n", " · not_started\n")):
+                    break
+            stopped = backfill(home, "--cancel")
+        said += watching.stdout.read()
+    assert watching.returncode == 1, said
+    assert "is told to stop as soon as it can be" in stopped.stdout, stopped.stdout + stopped.stderr
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert "run 1 · canceled\n" in stopped.stdout
+    assert f"not run: user_activity: {made.first} to {made.last}\n" in stopped.stdout
+    assert "what is materialised stays" in stopped.stdout
+    with psycopg.connect(made.url) as connection:
+        assert connection.execute("SELECT max(built_at) FROM feature_ledger").fetchone() == built_at
+    assert stored(made.url, "user_activity") == before
+    assert "has ended already" in backfill(home, "--cancel").stdout
 
 
 @pytest.mark.prove

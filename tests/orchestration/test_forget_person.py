@@ -87,6 +87,17 @@ def test_nothing_goes_unless_somebody_agrees(
     assert holdings(database, lake, ANNA) == before
 
 
+def test_a_request_needs_nobody_to_agree_and_says_what_it_does(
+    record: Deployment, database: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["--user", ANNA, "--request"]) == 0
+    shown = capsys.readouterr().out
+    with psycopg.connect(database) as connection:
+        (request_id,) = connection.execute("SELECT request_id FROM erasure_requests").fetchone() or ("",)
+    assert f"request {request_id}\nthe person reads as unknown from now on" in shown
+    assert holdings(database, Lake(record.lake_url), ANNA)["events in the lake"] == 10
+
+
 def test_forgetting_prints_a_receipt_and_a_repeat_says_when(
     record: Deployment, database: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

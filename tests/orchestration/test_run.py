@@ -56,6 +56,13 @@ def test_an_unreachable_database_is_named(tmp_path: Path) -> None:
     assert "secret" not in done.stdout + done.stderr
 
 
+def test_a_database_that_is_no_postgres_is_refused_by_its_url(tmp_path: Path) -> None:
+    done = run(tmp_path / "home", DATABASE_URL="mysql://me:secret@x/y")
+    assert done.returncode == 1
+    assert "DATABASE_URL is 'mysql://me:***@x/y', and a postgresql:// URL is needed" in done.stderr
+    assert "secret" not in done.stdout + done.stderr
+
+
 def test_help_says_what_it_does(tmp_path: Path) -> None:
     done = run(tmp_path / "home", "--help")
     assert done.returncode == 0

@@ -19,7 +19,7 @@ from orchestration.compute.forget import request_erasure
 from orchestration.compute.ingest import ingest
 from orchestration.compute.lake import Lake
 from orchestration.compute.materialise import materialise
-from schemas.errors import DefinitionError, LarderError
+from schemas.errors import DefinitionError, LarderError, RequestError
 from schemas.events import Event
 from schemas.views import ITEM_ACTIVITY, USER_ACTIVITY, USER_AFFINITY, VIEWS
 
@@ -134,7 +134,7 @@ def test_the_command_prints_a_table_and_names_what_is_wrong(
     larder_home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, database: str
 ) -> None:
     from infra.deployment import Deployment
-    from orchestration.explain import main
+    from orchestration.explain import instant_of, main
 
     monkeypatch.setattr("orchestration.explain.console.width", 200)
     assert main(["--view", "user_activty", "--key", "u"]) == 1
@@ -143,6 +143,16 @@ def test_the_command_prints_a_table_and_names_what_is_wrong(
     assert "does not name one user_id and one category" in capsys.readouterr().out
     assert main(["--view", "user_activity", "--key", "u", "--at", "2030-01-31T12:00"]) == 1
     assert "has no time zone" in capsys.readouterr().out
+    for text in ("2030-01-31T12:00", "2030-01-31"):  # the advice is one that works
+        with pytest.raises(RequestError) as refused:
+            instant_of(text)
+        assert instant_of(str(refused.value).split("write ")[1].split(" for UTC")[0]).date().isoformat() == "2030-01-31"
+    assert instant_of("2030-01-31+02:00").isoformat() == "2030-01-30T22:00:00+00:00"
+    with pytest.raises(SystemExit):
+        main([])
+    missing = capsys.readouterr().err
+    assert "VIEW= (--view), KEY= (--key)" in missing
+    assert missing.endswith("\n  make explain VIEW=… KEY=… [AT=instant]\n")
     assert main(["--view", "user_activity", "--key", "u"]) == 1
     assert "run `make run` first" in capsys.readouterr().out
     monkeypatch.setenv("DATABASE_URL", database)

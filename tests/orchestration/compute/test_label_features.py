@@ -240,6 +240,10 @@ def test_no_labels_give_no_rows(
     assert (report.rows, pq.read_table(tmp_path / "out.parquet").num_rows) == (0, 0)
 
 
+def test_a_column_called_ts_is_the_time() -> None:
+    assert label_tables.open_labels(pa.table({"user_id": ["1"], "ts": ["2030-01-31T12:00:00Z"]})).time == "ts"
+
+
 BASE = {"user_id": ["1"], "item_id": ["1"], "at": [days_ago(1)]}
 
 
@@ -247,7 +251,7 @@ BASE = {"user_id": ["1"], "item_id": ["1"], "at": [days_ago(1)]}
     ("columns", "options", "message"),
     [
         ({"user_id": ["1"]}, {}, "has no time column: none of user_id is a timestamp"),
-        ({"user_id": ["1"], "seen": [days_ago(1)], "paid": [days_ago(1)]}, {}, "several columns that may be a label's time: seen, paid"),
+        ({"user_id": ["1"], "seen": [days_ago(1)], "paid": [days_ago(1)]}, {}, r"several columns that may be a label's time: seen, paid; name the one you mean \(TIME=column with make"),
         (BASE, {"time": "att"}, r"has no column 'att' \(did you mean 'at'\?\)"),
         (BASE | {"at": [1_700_000_000]}, {}, "'at' is int64, which does not say in which unit"),
         (BASE | {"at": ["yesterday"]}, {}, "row 1 has 'yesterday' in the time column 'at'"),

@@ -1,0 +1,28 @@
+"""The arguments of the commands behind `make`: what is wrong with them is said in the words of make."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from typing import NoReturn
+
+
+class MakeParser(argparse.ArgumentParser):
+    """A parser whose errors name make's variables, and end with the make command. Its status for them is 2, as argparse's.
+
+    `command` is that command as it is typed. An option's variable is its name in capitals, unless `variables` has another.
+    """
+
+    def __init__(self, command: str, *, variables: Mapping[str, str] | None = None, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]  # argparse's own, passed on
+        self.command = command
+        self.variables = variables or {}
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"(?<!\S)--[a-z-]+", lambda found: self._named(found[0]), message)
+        self.exit(2, f"error: {message}\n  {self.command}\n")
+
+    def _named(self, option: str) -> str:
+        name = option.removeprefix("--")
+        return f"{self.variables.get(name, name.upper().replace('-', '_'))}= ({option})"
