@@ -10,9 +10,10 @@ import sys
 import pytest
 
 START = """
-import signal, subprocess, sys, time
+import multiprocessing, signal, subprocess, sys, time
 from orchestration import interrupts
 interrupts.listen()
+multiprocessing.get_context("spawn").Event()  # starts a process that multiprocessing unblocks signals for
 child = subprocess.Popen([sys.executable, "-c", "import time; print('child', flush=True); time.sleep(60)"])
 
 def ready():
@@ -22,6 +23,7 @@ def ready():
 END = """
 except KeyboardInterrupt:
     print("stopped", flush=True)
+    time.sleep(0.5)  # what a child has to say about it takes a moment
     assert child.poll() is None, "the child heard of it"
     child.terminate()
     child.wait()
@@ -51,12 +53,6 @@ try:
             time.sleep(0.01)
     interrupts.check()
     time.sleep(60)
-""",
-    "after multiprocessing has unblocked signals for its children": """
-import multiprocessing
-try:
-    multiprocessing.get_context("spawn").Event()
-    ready()
 """,
 }
 
