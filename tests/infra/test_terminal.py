@@ -25,7 +25,7 @@ def command(tmp_path: Path, module: str, line: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize(
-    "module", ["orchestration.run", "orchestration.backfill", "orchestration.features", "infra.serve"]
+    "module", ["orchestration.run", "orchestration.backfill", "orchestration.features", "infra.serve", "infra.ui"]
 )
 def test_a_wrong_declaration_is_one_line(tmp_path: Path, module: str) -> None:
     done = command(tmp_path, module, 'count("never", 0),')
