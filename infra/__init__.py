@@ -1,0 +1,5 @@
+"""How the product is run: database, deployment, commands."""
+
+from infra.terminal import end_with_one_line
+
+end_with_one_line()

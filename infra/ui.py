@@ -16,6 +16,7 @@ from infra import deployment as deployments
 from infra import postgres
 from infra.deployment import Deployment
 from infra.ports import free_port
+from schemas import views as _views  # noqa: F401  # what is wrong in a declaration is said here, before Dagster does
 from schemas.errors import LarderError
 
 WEBSERVER = "webserver.json"

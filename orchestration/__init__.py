@@ -3,6 +3,10 @@
 import os
 import warnings
 
+from infra.terminal import end_with_one_line
+
+end_with_one_line()
+
 # Before torch is loaded: its threads otherwise spin while they wait. With Postgres, or anybody else, on the same two
 # cores, one training epoch then took forty times as long; waiting quietly costs nothing measurable.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

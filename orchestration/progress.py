@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import dagster as dg
 
+from orchestration import interrupts
+
 terminal = logging.getLogger("larder.progress")
 """Silent unless somebody attaches a handler, as orchestration/run.py does."""
 terminal.addHandler(logging.NullHandler())
@@ -15,9 +17,10 @@ terminal.setLevel(logging.INFO)
 
 
 def progress(context: dg.AssetExecutionContext) -> Callable[[str], None]:
-    """A function that reports one line of progress of this asset."""
+    """A function that reports one line of progress of this asset. It raises KeyboardInterrupt if one got lost."""
 
     def say(message: str) -> None:
+        interrupts.check()
         context.log.info(message)
         terminal.info(message)
 

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ from infra import deployment as deployments
 from infra import postgres
 from infra.deployment import Deployment
 from infra.ui import prepare_dagster
+from orchestration import interrupts
 from orchestration.compute import learning_steps
 from orchestration.compute.stale import WIDEST_WINDOW_DAYS, undrained_days
 from orchestration.progress import terminal
@@ -47,6 +49,7 @@ _LEARNING = {
     "ranker_onnx": "ONNX export and gate",
 }
 SIMULATED_EPOCHS = 6
+_ENCODER_TOLD_TIMES, _ENCODER_PATIENCE_SECONDS = 3, 5
 console = Console(highlight=False)
 errors = Console(highlight=False, stderr=True)
 
@@ -88,19 +91,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--retrain", action="store_true", help="train even if the last training is recent")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")  # third parties' notices belong into logs, not between two lines of progress
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        # A shell starts what goes to the background so. Dagster does on SIGTERM what is done on SIGINT: nothing would
-        # end the run but kill -9, which leaves half-made files.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
+    again = _command(options)
     try:
         return _run(options)
     except LarderError as error:
         errors.print(f"[red]error[/red] ({error.type}): {escape(str(error))}", markup=True, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print("\ninterrupted; what was finished is kept, `make run` goes on from there")
+        console.print(
+            f"\ninterrupted; what was finished is kept, `{again}` goes on from there", soft_wrap=True, markup=False
+        )
         return 130
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The `make run` that was typed: another one would go on with another deployment."""
+    given = {"DATA": options.data, "USER_ID": options.user, "RETRAIN": options.retrain, "SHIFT": options.shift}
+    words = [f"{name}={shlex.quote('1' if value is True else value)}" for name, value in given.items() if value]
+    name = os.environ.get("DEPLOYMENT")
+    return " ".join([*([f"DEPLOYMENT={shlex.quote(name)}"] if name else []), "make run", *words])
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -243,6 +252,7 @@ class _Launcher:
         """Materialise `assets`, for a range of days if given; `config` is that of the one asset named."""
         import dagster as dg
 
+        interrupts.check()
         tags = {}
         if partitions is not None:
             tags = {
@@ -260,6 +270,7 @@ class _Launcher:
                 "ops": {assets[0]: {"config": config}} if config else {},
             },
         )
+        interrupts.check()
         if result.success:
             return
         failures = [event for event in result.all_events if event.is_step_failure]
@@ -296,12 +307,20 @@ def _encoder_ahead(artifacts_url: str) -> Iterator[Callable[[], None]]:
     try:
         yield process.join
     finally:
-        process.terminate()
-        process.join()
+        # Told again until it has heard: what is raised in a __del__ is dropped.
+        for _ in range(_ENCODER_TOLD_TIMES):
+            process.terminate()
+            process.join(_ENCODER_PATIENCE_SECONDS)
+            if process.exitcode is not None:
+                break
+        else:
+            process.kill()
+            process.join()
 
 
 def _export_encoder(folder: Path) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half made is removed
+    sys.unraisablehook = lambda lost: None  # nobody reads here what was dropped; the parent asks again
     with contextlib.suppress(Exception, KeyboardInterrupt):
         from orchestration.compute.encoder import export_encoder
 
@@ -374,5 +393,5 @@ def _show(settings: Settings, user_id: str | None) -> None:
 
 if __name__ == "__main__":
     # Being told to stop is the same as Ctrl-C: what is finished stays, what is not is rolled back.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupts.listen()
     sys.exit(main())

@@ -34,6 +34,9 @@ _KEYS = ("user_id", "item_id", "category")
 _STATES_OF_FINISH = {"state": (1, 2), "ratio": (2, 2), "age": (1, 1)}
 _NAME = re.compile(r"^[a-z][a-z0-9_]{0,50}$")
 _NAME_RULE = "a name is lower case letters, digits and _, begins with a letter and is at most 51 long"
+_TEXT = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"")
+_SUBQUERY = re.compile(r"\(\s*(select|with|values|table|from)\b|\bselect\b|--|/\*|;", re.IGNORECASE)
+"""What a condition has no use for: queries, and what hides them."""
 _OWNER = re.compile(r"^(team:.+|\S+@\S+\.\S+)$")
 
 
@@ -65,7 +68,8 @@ def check_states(views: Iterable[FeatureView]) -> None:
                 if other != state:
                     raise DefinitionError(
                         f"feature {feature.name!r} of view {view.name!r} defines state {state.name!r} as {meaning(state)}, "
-                        f"feature {by.name!r} of view {of.name!r} as {meaning(other)}; give one of them a state of another name"
+                        f"feature {by.name!r} of view {of.name!r} as {meaning(other)}; "
+                        f'give one of them a state of another name, such as state="{feature.name}"'
                     )
 
 
@@ -146,6 +150,12 @@ def _check_state(view: FeatureView, feature: Feature, state: State) -> None:
         raise DefinitionError(f"{where}, which is another column of its tables; rename it")
     if state.is_instant != (state.merge in ("min", "max") and state.aggregate.endswith("(occurred_at)")):
         raise DefinitionError(f"{where}; the names of instants, and of no other states, end in _at: rename it")
+    if state.where is not None and _SUBQUERY.search(_TEXT.sub("''", state.where)):
+        # Reads, tiles and training sets each run a condition over one event, in two databases with other tables.
+        raise DefinitionError(
+            f"feature {feature.name!r} of view {view.name!r} counts by {state.where!r}, which holds a query, a comment or more than one statement; "
+            f"a condition sees one event: {', '.join((*view.entity.keys, *STATE_COLUMNS))}"
+        )
     if state.by is not None and state.by not in feature.states:
         raise DefinitionError(f"{where}, which is ordered by {state.by.name!r}; give the feature both states")
 

@@ -11,6 +11,7 @@ and the head (everything since) give the same value as one pass over all events.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -221,10 +222,21 @@ def summed(state: str, where: str) -> State:
     return State(state, Merge.SUM, _SUM, where)
 
 
-def count(name: str, window_days: int, *, where: str | None = None, state: str = "n") -> Feature:
-    """Events in the window, or those for which `where` holds (then give the state its own name)."""
+def count(name: str, window_days: int, *, where: str | None = None, state: str | None = None) -> Feature:
+    """Events in the window, or those for which `where` holds.
+
+    `state` names what is counted in tables; without it the name is `n`, or one that comes from `where`.
+    """
+    if state is None:
+        state = "n" if where is None else _name_of(where)
     held = State(state, Merge.SUM, "COUNT(*)", where)
     return Feature(name, window_days, (held,), "state", Transform.LOG1P, "events in the window", low=0)
+
+
+def _name_of(where: str) -> str:
+    """A state's name that says what is counted, and is another one for every condition."""
+    words = re.sub(r"[^a-z0-9]+", "_", where.lower()).strip("_")
+    return f"n_{words[:30]}_{_digest([where])[:6]}"
 
 
 def mean_value(name: str, window_days: int, *, low: float | None = None, high: float | None = None) -> Feature:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -23,6 +25,12 @@ from schemas.errors import LarderError
 from schemas.events import Event, InvalidRow, Item, Person, check_event, check_id
 
 BATCH_ROWS = 50_000
+REASONS_TOLD = 5
+_REASONS_KEPT = 1000
+_VALUES = re.compile(
+    r"""'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?|\d{4}-\d\d-\d\d[^\s;,]*|\(char \d+\)|(?<=column )\d+|-?\d*\.?\d{4,}(?:[.e+-]*\d)*"""
+)
+"""What differs from row to row in a reason: values, which may tell of a person, and positions."""
 
 Progress = Callable[[str], None]
 
@@ -123,6 +131,7 @@ def ingest(
         f"{report.quarantined:,} quarantined{f' + {report.forgotten:,} of forgotten people' if report.forgotten else ''}; "
         f"{items:,} items, {people:,} people{told_stale(report.stale)}"
     )
+    bad.tell(progress)
     return report
 
 
@@ -195,15 +204,33 @@ class _Quarantine:
         self.count = 0
         self.forgotten = 0
         """Rows that are not kept, as they may name somebody who was forgotten."""
+        self._reasons: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+        """Where a reason was first met."""
 
     def add(self, row: BadRow) -> None:
         if any(self._tombstones.named_in(_storable(text)) for text in (row.file, row.reason, row.row)):
             self.forgotten += 1
             return
         self.count += 1
+        reason = _VALUES.sub("…", row.reason)
+        if reason not in self._reasons and len(self._reasons) >= _REASONS_KEPT:
+            reason = "other reasons"
+        self._reasons[reason] += 1
+        self._examples.setdefault(reason, f"{row.file} line {row.line:,}" if row.line else row.file.partition(":")[0])
         self._rows.append(row)
         if len(self._rows) >= 1000:
             self.flush()
+
+    def tell(self, progress: Progress) -> None:
+        """Say why rows of events and catalogue were refused: the most frequent reasons, without anybody's values."""
+        for reason, rows in self._reasons.most_common(REASONS_TOLD):
+            progress(f"quarantined {rows:,}: {reason} (first: {self._examples[reason]})")
+        if len(self._reasons) > REASONS_TOLD:
+            rest = sum(count for _, count in self._reasons.most_common()[REASONS_TOLD:])
+            progress(f"quarantined {rest:,} for {len(self._reasons) - REASONS_TOLD} more reasons")
+        if self._reasons:
+            progress("each with its row, file and line: table `quarantine`")
 
     def flush(self) -> int:
         with self._connection.cursor() as cursor:

@@ -18,9 +18,9 @@ from schemas.errors import SourceError
 from schemas.events import Event, InvalidRow, Item, Person, check_event, check_id
 
 KNOWN_LAYOUTS = (
-    "MovieLens-100K (u.data, u.item, u.user)",
-    "current MovieLens (ratings.csv, movies.csv)",
-    "tables with a larder.toml",
+    "MovieLens-100K: u.data, u.item, u.user in a folder",
+    "current MovieLens: ratings.csv, movies.csv (tags.csv) in a folder",
+    "tables: larder.toml beside .parquet, .csv or .jsonl files, in a folder or under an s3:// prefix",
 )
 GENRES = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",

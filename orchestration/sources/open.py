@@ -8,11 +8,11 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from orchestration.sources import Source
-from orchestration.sources.movielens import KNOWN_LAYOUTS, open_movielens
+from orchestration.sources.movielens import open_movielens
 from orchestration.sources.simulator import Simulator
 from orchestration.sources.simulator_world import World
-from orchestration.sources.tabular import EXAMPLE, Tabular
-from orchestration.sources.tabular_files import SUFFIXES, is_s3, open_store
+from orchestration.sources.tabular import Tabular
+from orchestration.sources.tabular_files import is_s3, open_store
 from schemas.errors import SourceError
 
 SIMULATED = "simulated"
@@ -31,17 +31,11 @@ def open_source(data: str | None, *, start: date, until: datetime) -> Source:
     if is_s3(data):
         return Tabular(data)
     folder = Path(data).expanduser()
-    store = open_store(folder)
+    open_store(folder)  # a missing or empty folder is told as such
     if not (folder / "larder.toml").is_file():
         movielens = open_movielens(folder)
         if movielens is not None:
             return movielens
-        files = [file.name for file in store.files()]
-        if not any(name.endswith(SUFFIXES) for name in files):
-            raise SourceError(
-                f"{folder}: unknown layout, found {', '.join(files[:8])}; known: {'; '.join(KNOWN_LAYOUTS)}. "
-                f"A larder.toml looks like this:\n\n{EXAMPLE}"
-            )
     return Tabular(folder)
 
 

@@ -8,13 +8,14 @@ import json
 import math
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestration.sources import BadRow
-from orchestration.sources.tabular_files import EPOCH, Store, TableFile, bad_row, open_store, store_name
+from orchestration.sources.movielens import KNOWN_LAYOUTS
+from orchestration.sources.tabular_files import DELIMITERS, EPOCH, Store, TableFile, bad_row, open_store, store_name
 from schemas.errors import SourceError
 from schemas.events import Event, InvalidRow, Item, Person, check_event, check_id
 
@@ -23,12 +24,13 @@ EXAMPLE = """\
 files = "events*.parquet"        # .parquet, .csv or .jsonl; * also crosses folders
 time = "iso"                     # or "seconds", "milliseconds", "microseconds" since 1970; native timestamps always work
 kind = "view"                    # where a row names none
+delimiter = ","                  # between the fields of a CSV file, in any section; also ";", "|", "\\t"
 columns = { user_id = "user", item_id = "item", occurred_at = "at" }   # also: event_id, kind, value, known_at
 
 [items]
 files = "items*.csv"
 columns = { item_id = "id", title = "name" }    # also: description, categories, available_at
-separator = "|"                  # between categories in text
+separator = "|"                  # between the categories within their field
 attributes = []                  # further columns to keep
 
 # [people]
@@ -56,12 +58,15 @@ class _Shape:
 
 SHAPES: dict[str, _Shape] = {
     "events": _Shape(
-        ("user_id", "item_id", "occurred_at"), ("event_id", "kind", "value", "known_at"), ("time", "kind")
+        ("user_id", "item_id", "occurred_at"), ("event_id", "kind", "value", "known_at"), ("time", "kind", "delimiter")
     ),
     "items": _Shape(
-        ("item_id", "title"), ("description", "categories", "available_at"), ("time", "separator"), "attributes"
+        ("item_id", "title"),
+        ("description", "categories", "available_at"),
+        ("time", "separator", "delimiter"),
+        "attributes",
     ),
-    "people": _Shape(("user_id",), (), (), "profile"),
+    "people": _Shape(("user_id",), (), ("delimiter",), "profile"),
 }
 
 
@@ -92,9 +97,12 @@ class Tabular:
         self._store = open_store(location)
         config = self._store.read("larder.toml")
         if config is None:
-            there = ", ".join(file.name for file in self._store.files()[:8]) or "nothing"
+            names = [file.name for file in self._store.files()]
+            there = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise SourceError(
-                f"{location}: larder.toml is missing (found {there}). Put one beside the files, for example:\n\n{EXAMPLE}"
+                f"{location}: unknown layout: found {there}, and larder.toml is missing. Known layouts, by their files:\n"
+                f"{''.join(f'  {layout}{chr(10)}' for layout in KNOWN_LAYOUTS)}"
+                f"For tables, put a larder.toml beside the files, for example:\n\n{EXAMPLE}"
             )
         self._config = config
         self._sections = _sections(self._store, config)
@@ -165,8 +173,13 @@ def _section(store: Store, where: str, name: str, shape: _Shape, table: object) 
             raise SourceError(f"{where} columns: {field} is missing; say which column holds it")
     if options.get("time", "iso") not in ("iso", *UNITS):
         raise SourceError(f"{where}: time is {options['time']!r}; it must be one of iso, {', '.join(UNITS)}")
+    delimiter = options.get("delimiter", ",")
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise SourceError(
+            f"{where}: delimiter is {delimiter!r}; it must be one character, such as {_listed(DELIMITERS)}"
+        )
 
-    files = tuple(store.files(table["files"]))
+    files = tuple(replace(file, delimiter=delimiter) for file in store.files(table["files"]))
     if not files:
         there = ", ".join(file.name for file in store.files()[:8]) or "nothing"
         raise SourceError(f"{where}: no file matches files = {table['files']!r}; found {there}")
@@ -199,6 +212,7 @@ def _check_columns(
                 missing.pop(column, None)
                 continue
             problem = f"{where}/{file.name} has no column {column!r}{_near(column, there)}; it has: {', '.join(there)}"
+            problem += _delimiter_hint(there)
             if column in missing:
                 missing[column] = problem
             else:
@@ -206,6 +220,19 @@ def _check_columns(
     for problem in missing.values():
         if problem:
             raise SourceError(problem)
+
+
+def _delimiter_hint(header: tuple[str, ...]) -> str:
+    """What to set if a header that is one column looks like several."""
+    divider = max(DELIMITERS, key=header[0].count)
+    if len(header) > 1 or divider not in header[0]:
+        return ""
+    written = divider.replace("\t", "\\t")
+    return f'; if its columns are divided by {divider!r}, set delimiter = "{written}" in this section (separator is for categories)'
+
+
+def _listed(characters: str) -> str:
+    return ", ".join(map(repr, characters))
 
 
 def _rows(section: _Section, build: Callable[[_Section, dict[str, Any]], Row]) -> Iterator[Row | BadRow]:

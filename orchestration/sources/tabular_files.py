@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ SUFFIXES = (".parquet", ".csv", ".jsonl")
 MAX_ROW_CHARS = 500
 MAX_LINE_BYTES = 1 << 20
 """A longer line is cut, and so becomes a bad row: a file without line ends must not fill the memory."""
+MAX_RECORD_LINES = 1000
+"""A CSV row that a quote carries over more lines is not one: its first line is bad, the others are read for themselves."""
+DELIMITERS = ",;\t|"
+"""What divides the fields of a CSV file, as far as a hint may guess."""
 BATCH_ROWS = 8192
 JSONL_SAMPLE_ROWS = 200
 S3_READ_BYTES = 4 << 20
@@ -47,12 +52,16 @@ def bad_row(file: str, line: int, reason: str, raw: object) -> BadRow:
 
 @dataclass(frozen=True)
 class TableFile:
-    """One file: `name` relative to the source, `version` changes with its content, `open` gives a fresh stream."""
+    """One file: `name` relative to the source, `version` changes with its content, `open` gives a fresh stream.
+
+    `delimiter` stands between the fields of a line, if it is CSV.
+    """
 
     name: str
     size_bytes: int
     version: str
     open: Callable[[], BinaryIO]
+    delimiter: str = ","
 
     def columns(self) -> tuple[str, ...] | None:
         """Its columns (JSONL: those of its first rows); None for a file without any row."""
@@ -62,7 +71,7 @@ class TableFile:
                     return tuple(parquet.schema_arrow.names)
             case ".csv":
                 with self.open() as stream:
-                    return csv_header(self.name, text_lines(stream))
+                    return csv_header(self.name, text_lines(stream), self.delimiter)
             case _:
                 names: dict[str, None] = {}
                 for _, record in zip(range(JSONL_SAMPLE_ROWS), self.records(()), strict=False):
@@ -84,7 +93,7 @@ class TableFile:
                 yield from self._parquet_records(wanted)
             case ".csv":
                 with self.open() as stream:
-                    yield from csv_records(self.name, text_lines(stream))
+                    yield from csv_records(self.name, text_lines(stream), self.delimiter)
             case _:
                 with self.open() as stream:
                     yield from _json_records(self.name, text_lines(stream))
@@ -148,35 +157,109 @@ def text_lines(stream: BinaryIO) -> Iterator[str]:
         first = False
 
 
-def csv_header(file: str, lines: Iterable[str]) -> tuple[str, ...] | None:
+def csv_header(file: str, lines: Iterable[str], delimiter: str = ",") -> tuple[str, ...] | None:
     """The first row of a CSV file; None where there is none. Raises SourceError if it is no CSV."""
-    try:
-        return next((tuple(row) for row in csv.reader(lines) if row), None)
-    except csv.Error as error:
-        raise SourceError(f"{file}: its header is not CSV: {error}") from None
+    for _, _, row in _csv_rows(lines, delimiter):
+        if isinstance(row, str):
+            raise SourceError(f"{file}: its header is {row}")
+        return tuple(row)
+    return None
 
 
-def csv_records(file: str, lines: Iterable[str]) -> Iterator[Record | BadRow]:
+def csv_records(file: str, lines: Iterable[str], delimiter: str = ",") -> Iterator[Record | BadRow]:
     """Rows under a header; a record's line is the one it begins on."""
-    reader = csv.reader(lines)
     header: list[str] | None = None
+    for line, text, row in _csv_rows(lines, delimiter):
+        if isinstance(row, str):
+            yield bad_row(file, line, row, text)
+        elif header is None:
+            header = row
+        elif len(row) != len(header):
+            yield bad_row(file, line, f"has {len(row)} columns; the header has {len(header)}", text)
+        else:
+            yield Record(line, dict(zip(header, row, strict=True)), delimiter.join(row))
+
+
+def _csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, str, list[str] | str]]:
+    """Each row with the number and the text of the line it begins on; in a row's place, why that line begins none.
+
+    A quoted field may hold line ends, but a quote that is never closed must not swallow the rows after it: what spans
+    lines counts only if it is flawless and as wide as the first row. Otherwise its first line alone is bad.
+    """
+    feed = _Feed(lines)
+    reader = csv.reader(feed, delimiter=delimiter)
+    width: int | None = None
     while True:
-        line = reader.line_num + 1
+        feed.begin()
         try:
-            row = next(reader)
+            row: list[str] | str = next(reader)
+            if len(feed.taken) > 1 or feed.ended:
+                row = _over_lines(feed, delimiter, width)
         except StopIteration:
             return
         except csv.Error as error:
-            yield bad_row(file, line, f"not CSV: {error}", "")
-            continue
-        if not row:
-            continue
-        if header is None:
-            header = row
-        elif len(row) != len(header):
-            yield bad_row(file, line, f"has {len(row)} columns; the header has {len(header)}", ",".join(row))
-        else:
-            yield Record(line, dict(zip(header, row, strict=True)), ",".join(row))
+            row = f"not CSV: {error}"
+        if isinstance(row, str):
+            feed.give_back()
+        elif row and width is None:
+            width = len(row)
+        if row:
+            yield feed.line, feed.taken[0], row
+
+
+def _over_lines(feed: _Feed, delimiter: str, width: int | None) -> list[str] | str:
+    """The row that `feed` has taken several lines for, or why it is none. Raises csv.Error."""
+    if feed.ended:
+        where = "before the file ends" if len(feed.taken) < MAX_RECORD_LINES else f"within {MAX_RECORD_LINES} lines"
+        return f"not CSV: a quote opens here that is not closed {where}"
+    try:
+        row = next(csv.reader(feed.taken, delimiter=delimiter, strict=True))
+    except csv.Error:
+        return "not CSV: a quote opens here, and the next one, lines below, does not close it"
+    if width is not None and len(row) != width:
+        return (
+            f"has {len(row)} columns with the {len(feed.taken) - 1} lines that its quote spans; the header has {width}"
+        )
+    return row
+
+
+class _Feed:
+    """Lines for a csv.reader, at most MAX_RECORD_LINES a row, which can be given back to be read again."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines, self._back = iter(lines), deque[str]()
+        self.line = 1
+        """1-based number of the first line taken."""
+        self.taken: list[str] = []
+        self.ended = False
+        """True if the row asked for a line that it did not get."""
+        self._chars = 0
+
+    def begin(self) -> None:
+        """Begin a row with the next line."""
+        self.line += len(self.taken)
+        self.taken.clear()
+        self.ended, self._chars = False, 0
+
+    def give_back(self) -> None:
+        """Have all lines but the first read again."""
+        self._back.extendleft(reversed(self.taken[1:]))
+        del self.taken[1:]
+
+    def __iter__(self) -> _Feed:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            if len(self.taken) >= MAX_RECORD_LINES or self._chars > MAX_LINE_BYTES:
+                raise StopIteration
+            line = self._back.popleft() if self._back else next(self._lines)
+        except StopIteration:
+            self.ended = True
+            raise
+        self.taken.append(line)
+        self._chars += len(line)
+        return line
 
 
 def _json_records(file: str, lines: Iterable[str]) -> Iterator[Record | BadRow]:

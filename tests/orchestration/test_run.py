@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from orchestration.run import main
 
 
 def run(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -61,6 +65,33 @@ def test_a_database_that_is_no_postgres_is_refused_by_its_url(tmp_path: Path) ->
     assert done.returncode == 1
     assert "DATABASE_URL is 'mysql://me:***@x/y', and a postgresql:// URL is needed" in done.stderr
     assert "secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "deployment", "command"),
+    [
+        ((), None, "make run"),
+        (("--data", "/a b/ml", "--user", "u1", "--retrain"), None, "make run DATA='/a b/ml' USER_ID=u1 RETRAIN=1"),
+        (("--data", "simulated?people=9&seed=3"), "x", "DEPLOYMENT=x make run DATA='simulated?people=9&seed=3'"),
+    ],
+)
+def test_an_interrupt_names_the_command_that_goes_on(
+    arguments: tuple[str, ...],
+    deployment: str | None,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(_: object) -> int:
+        os.environ["DEPLOYMENT"] = "settled"  # as preparing Dagster does
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("DEPLOYMENT", deployment or "")
+    monkeypatch.setattr("orchestration.run._run", interrupted)
+    monkeypatch.setattr("orchestration.run.console", Console(soft_wrap=True))
+    with warnings.catch_warnings():
+        assert main(arguments) == 130
+    assert capsys.readouterr().out.strip() == f"interrupted; what was finished is kept, `{command}` goes on from there"
 
 
 def test_help_says_what_it_does(tmp_path: Path) -> None:

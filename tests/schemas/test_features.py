@@ -62,8 +62,25 @@ LIKED = {"where": "value > 3", "state": "liked"}
         (lambda: view(count("n", 7), entity=Entity("e", ("category",))), r"'v'.*keyed by category; give it user_id or"),
         (lambda: view(count("n", 7), entity=Entity("e", ("user_id",) * 2)), r"'v'.*a key column twice"),
         (
-            lambda: view(count("n", 7), count("m", 7, where="value > 3")),
-            r"feature 'm' of view 'v' defines state 'n' as .*value > 3.*feature 'n' of view 'v' as COUNT.*another name",
+            lambda: view(count("n", 7), count("m", 7, where="value > 3", state="n")),
+            r"feature 'm' of view 'v' defines state 'n' as .*value > 3.*feature 'n' of view 'v' as COUNT.*state=\"m\"",
+        ),
+        *(
+            (
+                lambda where=where: view(count("n", 7), count("m", 7, where=where)),
+                r"feature 'm' of view 'v' counts by .*query",
+            )
+            for where in (
+                "(select max(value) from events) > 3",
+                "value IN ( VALUES (1))",
+                "exists(FROM events)",
+                "value > (/* */ SELECT 3)",
+                "value > 3; DROP TABLE items",
+            )
+        ),
+        (
+            lambda: view(rate("m", 7, where="value = (SELECT 3)", state="three")),
+            r"feature 'm' of view 'v' counts by 'value = \(SELECT 3\)', which holds a query.*item_id, kind, value",
         ),
         (
             lambda: view(count("n", 7, **LIKED), rate("m", 7, where="value > 4", state="liked")),
@@ -99,6 +116,16 @@ def test_a_declaration_that_cannot_work_is_refused_with_the_way_out(
 def test_a_condition_of_alternatives_stays_one_condition_beside_others() -> None:
     (state,) = count("n", 7, where="kind = 'view' OR kind = 'like'", state="shown").states
     assert state.sql_over("value > 3") == "COUNT(*) FILTER (WHERE value > 3 AND (kind = 'view' OR kind = 'like'))"
+
+
+def test_a_count_with_a_condition_names_its_own_state() -> None:
+    features = [count("a", 7, where="value > 3"), count("b", 7, where="value < 3"), count("c", 30, where="value > 3")]
+    names = view(count("n", 7), *features).columns
+    assert len({state.name for _, state, _ in names}) == 3
+    assert features[0].states == features[2].states
+    assert features[0].states[0].name.startswith("n_value_3_")
+    long = "kind = 'a (select' OR kind IN ('B', 'c') OR EXTRACT(EPOCH FROM occurred_at) > 3" * 3
+    view(count("n", 7, where=long))
 
 
 def test_features_over_the_same_states_share_columns() -> None:

@@ -50,6 +50,26 @@ def test_counts_add_up_with_duplicates_and_bad_rows(lake: Lake, connection: psyc
     assert len(rows) == 4
 
 
+def test_the_most_frequent_reasons_are_told_without_anybodys_values(lake: Lake, connection: psycopg.Connection) -> None:
+    said: list[str] = []
+    late = [
+        BadRow("e.csv", line, f"occurred_at '{line} ann@x' is not a time (iso): Invalid isoformat string: '{line}'", "")
+        for line in (7, 8, 9)
+    ]
+    early = [BadRow("e.csv", 10 + n, f"occurred_at {17e8 + n:.0f} is not a time (seconds): …", "") for n in (1, 2)]
+    unknown = Event("ann@x", "ann@x", "i", "stare", None, days_ago(1))
+    source = ListSource([event(1, days_ago(3)), *late, *early, unknown], [Item("", "No id")], [])
+    ingest(source, lake, connection, now=NOW, progress=said.append)
+    told = [line for line in said if line.startswith("quarantined")]
+    assert told[0] == (
+        "quarantined 3: occurred_at … is not a time (iso): Invalid isoformat string: … (first: e.csv line 7)"
+    )
+    assert told[1] == "quarantined 2: occurred_at … is not a time (seconds): … (first: e.csv line 11)"
+    assert any(line.startswith("quarantined 1: item_id is empty (first: catalogue") for line in told)
+    assert "ann@x" not in "".join(said)
+    assert "table `quarantine`" in said[-1]
+
+
 def test_a_second_load_stores_only_what_is_new(lake: Lake, connection: psycopg.Connection) -> None:
     ingest(ListSource([event(1, days_ago(3)), event(2, days_ago(2))]), lake, connection, now=NOW)
     again = ingest(ListSource([event(1, days_ago(3)), event(2, days_ago(2))]), lake, connection, now=NOW)

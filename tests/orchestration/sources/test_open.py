@@ -52,9 +52,13 @@ def test_missing_and_empty_folder(tmp_path: Path) -> None:
 
 def test_unknown_layout_names_the_known_ones(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(
-        SourceError, match=r"unknown layout, found notes\.txt; known: MovieLens-100K .*ratings\.csv.*larder\.toml"
-    ):
+    layouts = (
+        r"found notes\.txt(.|\n)*u\.data, u\.item, u\.user(.|\n)*ratings\.csv, movies\.csv(.|\n)*tables: larder\.toml"
+    )
+    with pytest.raises(SourceError, match=f"unknown layout: {layouts}"):
+        opened(tmp_path)
+    (tmp_path / "notes.txt").rename(tmp_path / "notes.csv")
+    with pytest.raises(SourceError, match=f"unknown layout: {layouts}".replace("txt", "csv")):
         opened(tmp_path)
 
 
@@ -66,7 +70,7 @@ def test_benchmark_sequences_are_refused_with_the_reason(tmp_path: Path) -> None
 
 def test_tables_without_larder_toml_get_an_example(tmp_path: Path) -> None:
     (tmp_path / "orders.csv").write_text("a,b\n")
-    with pytest.raises(SourceError, match=r"larder\.toml is missing \(found orders\.csv\)(.|\n)*\[events\]"):
+    with pytest.raises(SourceError, match=r"found orders\.csv, and larder\.toml is missing(.|\n)*\[events\]"):
         opened(tmp_path)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from orchestration.sources import BadRow
 from orchestration.sources.tabular import EXAMPLE, Tabular
-from orchestration.sources.tabular_files import MAX_LINE_BYTES
+from orchestration.sources.tabular_files import MAX_LINE_BYTES, MAX_RECORD_LINES
 from schemas.errors import SourceError
 from schemas.events import Event, Item, Person
 
@@ -112,6 +112,69 @@ def test_bad_rows_carry_file_and_line(tmp_path: Path) -> None:
     assert [(row.file, row.line) for row in bad] == [("e.csv", line) for line in (3, 4, 5, 6, 7, 8)]
     assert [row.value for row in rows if isinstance(row, Event)] == [1.0, None]
     json.dumps([row.row for row in bad]).encode()
+
+
+@pytest.mark.parametrize(
+    "unclosed",
+    [
+        '"unclosed,a,2026-03-01,',  # the next quote, far below or nowhere, would close it
+        '1,a,2026-03-01,"unclosed',  # as wide as the header, whatever it swallows
+    ],
+)
+@pytest.mark.parametrize("later", ["", '4,"b",2026-03-01,\n', '4,b,2026-03-01,"said ""so"""\n', '"4",b,2026-03-01,\n'])
+@pytest.mark.parametrize("after", [10, MAX_RECORD_LINES * 2])
+def test_an_unclosed_quote_costs_its_own_line_only(tmp_path: Path, unclosed: str, later: str, after: int) -> None:
+    rows = "2,a,2026-03-01,\n3,a,2026-03-01,x\n"
+    (tmp_path / "e.csv").write_text(
+        "who,what,at,note\n" + rows + unclosed + "\n" + rows * (after // 2) + later + rows + '5,a,2026-03-01,"x'
+    )
+    found = list(describe(tmp_path, "e.csv").events())
+    bad = [row for row in found if isinstance(row, BadRow)]
+    assert [(row.file, row.line) for row in bad] == [("e.csv", 4), ("e.csv", after + bool(later) + 7)]
+    assert bad[0].row.startswith(unclosed)
+    assert all("a quote opens here" in row.reason for row in bad)
+    assert len(found) - len(bad) == after + bool(later) + 4
+
+
+def test_quoted_fields_may_span_lines(tmp_path: Path) -> None:
+    text = 'first, line\n\nthe "second"\n' + "and more\n" * (MAX_RECORD_LINES - 10)
+    quoted = text.replace('"', '""')
+    (tmp_path / "e.csv").write_text("who,what,at\n1,a,2026-03-01\n2,b,2026-03-01\n")
+    (tmp_path / "things.csv").write_text(f'id,name,text\n7,Pear,"{quoted}"\n8,Fig,\n')
+    describe(tmp_path, "e.csv")
+    path = tmp_path / "larder.toml"
+    path.write_text(
+        path.read_text().replace("items.csv", "things.csv").replace('"name" }', '"name", description = "text" }')
+    )
+    pear, fig = Tabular(tmp_path).items()
+    assert isinstance(pear, Item)
+    assert pear.description == text.strip()
+    assert fig == Item("8", "Fig", "", (), {})
+
+
+def test_a_header_with_an_unclosed_quote_is_a_source_error(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text('"who,what,at\n' + "1,a,2026-03-01\n" * 9)
+    with pytest.raises(SourceError, match=r"e\.csv: its header is not CSV: a quote opens here"):
+        describe(tmp_path, "e.csv")
+
+
+@pytest.mark.parametrize(("delimiter", "written"), [("|", "|"), (";", ";"), ("\t", "\\t")])
+def test_another_delimiter_is_hinted_at_and_can_be_set(tmp_path: Path, delimiter: str, written: str) -> None:
+    lines = ("who,what,at,note", "1,a,2026-03-01,", "2,b", '3,c,2026-03-01,"x,y"')
+    (tmp_path / "e.csv").write_text("\n".join(lines).replace(",", delimiter))
+    with pytest.raises(SourceError, match=r"has no column 'who'.*set delimiter = ") as refused:
+        describe(tmp_path, "e.csv")
+    assert f'delimiter = "{written}"' in str(refused.value)
+    path = tmp_path / "larder.toml"
+    path.write_text(path.read_text().replace('files = "e.csv"', f'files = "e.csv"\ndelimiter = "{written}"'))
+    first, short, last = Tabular(tmp_path).events()
+    assert isinstance(first, Event)
+    assert (first.user_id, first.item_id) == ("1", "a")
+    assert isinstance(short, BadRow)
+    assert isinstance(last, Event)
+    path.write_text(path.read_text().replace(f'"{written}"', '"::"'))
+    with pytest.raises(SourceError, match=r"delimiter is '::'; it must be one character"):
+        Tabular(tmp_path)
 
 
 def test_broken_json_lines_and_endless_lines_are_bad_rows(tmp_path: Path) -> None:
@@ -229,5 +292,5 @@ def test_s3_faults_are_source_errors(s3_bucket: str) -> None:
     with pytest.raises(SourceError, match=f"{s3_bucket}/nothing is empty"):
         Tabular(f"{s3_bucket}/nothing")
     boto3.client("s3").put_object(Bucket=urlsplit(s3_bucket).netloc, Key="bare/e.csv", Body=b"a\n")
-    with pytest.raises(SourceError, match=r"larder\.toml is missing \(found e\.csv\)"):
+    with pytest.raises(SourceError, match=r"found e\.csv, and larder\.toml is missing"):
         Tabular(f"{s3_bucket}/bare/")
