@@ -224,8 +224,8 @@ def _check_columns(
 
 def _delimiter_hint(header: tuple[str, ...]) -> str:
     """What to set if a header that is one column looks like several."""
-    divider = max(DELIMITERS, key=header[0].count)
-    if len(header) > 1 or divider not in header[0]:
+    divider = max(DELIMITERS, key="".join(header).count)
+    if len(header) != 1 or divider not in header[0]:
         return ""
     written = divider.replace("\t", "\\t")
     return f'; if its columns are divided by {divider!r}, set delimiter = "{written}" in this section (separator is for categories)'
