@@ -72,6 +72,12 @@ def test_what_judges_int8_does_not_calibrate_it() -> None:
     assert len(calibrating)
     assert not np.isin(calibrating.label, asked.label).any()
     assert len(artifact.calibration_queries(asked, seed=0, count=3)) == 3
+    few = artifact.calibration_queries(asked, seed=0, count=2)
+    judging = artifact.judging_queries(asked, few, seed=0, count=10)
+    assert judging.label[:8].tolist() == asked.label.tolist()
+    assert len(set(judging.label.tolist())) == len(judging) == 10
+    assert not np.isin(judging.label, few.label).any()
+    assert len(artifact.judging_queries(asked, few, seed=0, count=4)) == 8
     everything = replace(
         asked, label=np.arange(24), start=np.repeat(np.arange(8) * 3, 3), stop=np.arange(24, dtype=np.int64)
     )
