@@ -104,10 +104,11 @@ def _forget(record: Deployment, user_id: str, options: argparse.Namespace) -> in
     try:
         if options.request:
             console.print(f"request {erasure.request_erasure(url, lake, user_id)}")
-            console.print(
+            # Beside what a script reads.
+            print(
                 "the person reads as unknown from now on; the Dagster job forget_person erases them with this id, "
                 "or `make forget RESUME=1`",
-                soft_wrap=True,
+                file=sys.stderr,
             )
             return 0
         receipt = erasure.forget(user_id, url=url, lake=lake, artifacts_url=record.artifacts_url)

@@ -91,10 +91,11 @@ def test_a_request_needs_nobody_to_agree_and_says_what_it_does(
     record: Deployment, database: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command.main(["--user", ANNA, "--request"]) == 0
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr()
     with psycopg.connect(database) as connection:
         (request_id,) = connection.execute("SELECT request_id FROM erasure_requests").fetchone() or ("",)
-    assert f"request {request_id}\nthe person reads as unknown from now on" in shown
+    assert shown.out == f"request {request_id}\n"
+    assert "the person reads as unknown from now on" in shown.err
     assert holdings(database, Lake(record.lake_url), ANNA)["events in the lake"] == 10
 
 

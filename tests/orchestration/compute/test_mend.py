@@ -48,9 +48,10 @@ def cut(path: Path) -> None:
 
 
 def spoil(path: Path) -> None:
-    whole = bytearray(path.read_bytes())
-    whole[4:200] = bytes(196)
-    path.write_bytes(bytes(whole))
+    """Every column is lost, while the footer is whole."""
+    whole = path.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    path.write_bytes(whole[:4] + bytes(footer - 4) + whole[footer:])
 
 
 DAMAGE: list[Callable[[Path], None]] = [cut, spoil, Path.unlink]
