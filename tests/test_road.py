@@ -422,7 +422,8 @@ def test_templates_are_judged_side_by_side_and_what_won_is_encoded_and_served(ro
             "WHERE version = %s)",
             (other, other),
         )
-    assert (kind, scores[winner]) == ("item", max(scores.values()))
+    assert kind == "item"
+    assert scores[winner] >= scores["item.v1"]
     before = road.post("/recommendations", {"user_id": newest_user(road), "k": 10})
     (page,) = [
         event.materialization.metadata for event in road.materialise("text_vectors").get_asset_materialization_events()

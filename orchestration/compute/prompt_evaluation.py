@@ -40,7 +40,7 @@ from schemas.events import Item
 
 HIDDEN_RATE = 0.1
 """Of the items with events: hidden from learning, then looked for."""
-FOLDS = 3
+FOLDS = 4
 """So many different tenths are hidden in turn: which items are hidden moves recall more than which people are asked
 (0.151 and 0.179 for one template and two tenths of MovieLens-100K)."""
 JUDGED = 4_000
@@ -79,7 +79,7 @@ class PromptFigures:
     `cold_item_recall`: of events with hidden items; `neighbours_recall`: the same by neighbours of the text vectors,
     nothing learned; `warm_recall`: of each person's last event, no wish given; `genre_lift`: how many times as often as in
     the catalogue a category is in the list for its wish alone; `genre_lift_with_history`: the same for people who wish for
-    what they like most.
+    what they like most. `_folds` are the figures that decide, fold by fold.
     """
 
     cold_item_recall: float
@@ -91,13 +91,15 @@ class PromptFigures:
     warm_recall_high: float
     genre_lift: float
     genre_lift_with_history: float
+    cold_item_recall_folds: tuple[float, ...]
+    genre_lift_folds: tuple[float, ...]
     cold_labels: int
     categories: int
     seconds: float
 
     def numbers(self) -> dict[str, float]:
-        """Every figure by name."""
-        return asdict(self)
+        """Every single figure by name."""
+        return {name: value for name, value in asdict(self).items() if not name.endswith("_folds")}
 
 
 DECIDES = {"item": "cold_item_recall", "profile": "genre_lift", "wish": "genre_lift"}
@@ -161,6 +163,8 @@ def judge(
         warm_recall_high=warm_high,
         genre_lift=float(np.mean([fold.lift for fold in folds])),
         genre_lift_with_history=float(np.mean([fold.lift_with_history for fold in folds])),
+        cold_item_recall_folds=tuple(float(fold.cold.mean()) for fold in folds),
+        genre_lift_folds=tuple(fold.lift for fold in folds),
         cold_labels=len(cold[0]),
         categories=len(countable(member)),
         seconds=time.monotonic() - began,
@@ -229,20 +233,24 @@ def lift(scores: NDArray[np.float32], wished: NDArray[np.int64], member: NDArray
 
 
 def choose(rows: Sequence[Judged], kind: str, current: str) -> Judged | None:
-    """The template of `kind` to be used: the best of those that are known, once every one of them has been judged.
+    """The template of `kind` to be used, once every one of those that are known has been judged; None until then.
 
-    None while some are not. A profile or a wish that makes lists without a wish worse than the `current` one does,
-    beyond chance, is out. Of equals the current one stays.
+    It takes more than a better figure to replace the `current` one, for all that is encoded follows: the figure must be
+    better in every fold, and a profile or a wish must not make lists without a wish worse beyond chance.
     """
     if {row.version for row in rows} != set(prompts.versions(kind)):
         return None
     now = next((row for row in rows if row.version == current), None)
-    able = [
+    decides = DECIDES[kind]
+    if now is None:
+        return max(rows, key=lambda row: float(row.figures[decides]))
+    better = [
         row
         for row in rows
-        if kind == "item" or now is None or row.figures["warm_recall"] >= now.figures["warm_recall_low"]
+        if all(np.greater(row.figures[f"{decides}_folds"], now.figures[f"{decides}_folds"]))
+        and (kind == "item" or row.figures["warm_recall"] >= now.figures["warm_recall_low"])
     ]
-    return max(able, key=lambda row: (row.figures[DECIDES[kind]], row.version == current))
+    return max(better, key=lambda row: float(row.figures[decides]), default=now)
 
 
 def _hits(scorer: Scorer, queries: Queries) -> NDArray[np.float64]:

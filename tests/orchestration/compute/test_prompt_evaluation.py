@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -57,7 +58,7 @@ def by_words(texts: Sequence[str]) -> NDArray[np.float32]:
 
 @pytest.fixture(scope="module")
 def data() -> PromptData:
-    """People who like one genre each; titles say nothing of it, categories do."""
+    """People who like two genres each, so that a wish says what a history does not; titles say nothing of it."""
     generator = np.random.default_rng(0)
     genre = np.arange(ITEMS) % len(GENRES)
     titles = generator.integers(0, TITLE_WORDS, (ITEMS, 2))
@@ -67,7 +68,7 @@ def data() -> PromptData:
     taste = np.arange(PEOPLE) % len(GENRES)
     rows = []
     for person in range(PEOPLE):
-        liked = np.flatnonzero(genre == taste[person])
+        liked = np.flatnonzero(np.isin(genre, [taste[person], (taste[person] + 1) % len(GENRES)]))
         rows.append(generator.permutation(liked)[:EVENTS])
     n = PEOPLE * EVENTS
     events = Interactions(
@@ -90,8 +91,7 @@ def test_a_template_that_says_what_an_item_is_finds_it_before_anybody_had_it(dat
     title, categories = score(data, "item.v2"), score(data, "item.v3")
     assert categories.cold_item_recall > 2 * title.cold_item_recall
     assert categories.neighbours_recall > 2 * title.neighbours_recall
-    assert categories.genre_lift > title.genre_lift
-    assert categories.genre_lift_with_history > 3
+    assert categories.genre_lift > 1.5 * title.genre_lift
     assert categories.genre_lift_with_history > title.genre_lift_with_history
     assert categories.cold_item_recall_low <= categories.cold_item_recall <= categories.cold_item_recall_high
     assert categories.categories == len(GENRES)
@@ -113,7 +113,7 @@ def test_hidden_items_differ_from_fold_to_fold_and_are_seen_items(data: PromptDa
 
 def test_too_few_events_to_judge_a_template_says_how_many_are_needed(data: PromptData) -> None:
     few = data.events.take(np.arange(40))
-    with pytest.raises(DefinitionError, match=r"too few to judge a template by: 100 are needed, about 333 events"):
+    with pytest.raises(DefinitionError, match=r"too few to judge a template by: 100 are needed, about 250 events"):
         prompt_data(few, data.items)
 
 
@@ -130,12 +130,20 @@ def test_lift_is_share_over_share_and_no_rare_category_rules() -> None:
     assert countable(member).tolist() == [1]  # ten items cannot fill a list of twenty
 
 
-def rows(kind: str, **figures: dict[str, float]) -> list[Judged]:
-    base = {"cold_item_recall": 0.1, "genre_lift": 2.0, "warm_recall": 0.3, "warm_recall_low": 0.28}
+def rows(kind: str, **figures: dict[str, Any]) -> list[Judged]:
+    base = {"warm_recall": 0.3, "warm_recall_low": 0.28}
+    for name in DECIDES.values():
+        base |= {name: 2.0, f"{name}_folds": [1.0, 3.0]}
     return [
-        Judged(n, version, base | figures.get(version.replace(".", "_"), {}))
-        for n, version in enumerate(prompts.versions(kind))
+        Judged(number, version, base | figures.get(version.replace(".", "_"), {}))
+        for number, version in enumerate(prompts.versions(kind))
     ]
+
+
+def chosen(found: list[Judged], kind: str, current: str) -> str:
+    best = choose(found, kind, current)
+    assert best is not None
+    return best.version
 
 
 def test_nothing_is_chosen_until_every_template_of_the_kind_is_judged() -> None:
@@ -144,18 +152,28 @@ def test_nothing_is_chosen_until_every_template_of_the_kind_is_judged() -> None:
 
 @pytest.mark.parametrize("kind", sorted(DECIDES))
 def test_the_best_wins_and_of_equals_the_one_in_use_stays(kind: str) -> None:
-    equal = choose(rows(kind), kind, f"{kind}.v2")
-    assert equal is not None
-    assert equal.version == f"{kind}.v2"
-    best = choose(rows(kind, **{f"{kind}_v3": {DECIDES[kind]: 5.0}}), kind, f"{kind}.v2")
-    assert best is not None
-    assert best.version == f"{kind}.v3"
+    decides = DECIDES[kind]
+    assert chosen(rows(kind), kind, f"{kind}.v2") == f"{kind}.v2"
+    found = rows(
+        kind,
+        **{
+            f"{kind}_v1": {decides: 4.0, f"{decides}_folds": [3.0, 5.0]},
+            f"{kind}_v3": {decides: 5.0, f"{decides}_folds": [4.0, 6.0]},
+        },
+    )
+    assert chosen(found, kind, f"{kind}.v2") == f"{kind}.v3"
+    assert chosen(found, kind, f"{kind}.v99") == f"{kind}.v3"
+
+
+def test_one_that_is_better_in_some_folds_only_does_not_win() -> None:
+    found = rows("wish", wish_v3={"genre_lift": 2.1, "genre_lift_folds": [1.3, 2.9]})
+    assert chosen(found, "wish", "wish.v1") == "wish.v1"
 
 
 def test_a_wish_that_makes_lists_without_one_worse_does_not_win() -> None:
-    found = choose(rows("wish", wish_v2={"genre_lift": 9.0, "warm_recall": 0.2}), "wish", "wish.v1")
-    assert found is not None
-    assert found.version == "wish.v1"
+    better = {"genre_lift": 9.0, "genre_lift_folds": [8.0, 10.0]}
+    assert chosen(rows("wish", wish_v2=better), "wish", "wish.v1") == "wish.v2"
+    assert chosen(rows("wish", wish_v2=better | {"warm_recall": 0.2}), "wish", "wish.v1") == "wish.v1"
 
 
 def test_the_default_holds_until_a_winner_is_recorded(connection: psycopg.Connection) -> None:
