@@ -48,7 +48,7 @@ _LEARNING = {
     "ranker_evaluation": "evaluation",
     "ranker_onnx": "ONNX export and gate",
 }
-SIMULATED_EPOCHS = 6
+SIMULATED_EPOCHS = 10
 _ENCODER_TOLD_TIMES, _ENCODER_PATIENCE_SECONDS = 3, 5
 console = Console(highlight=False)
 errors = Console(highlight=False, stderr=True)
