@@ -37,7 +37,7 @@ from schemas.events import Item
 from schemas.ranker import TEXT_DIM
 
 GENRES = ("comedy", "crime", "romance", "space")
-ITEMS, PEOPLE, EVENTS = 480, 240, 14
+ITEMS, PEOPLE, EVENTS = 480, 960, 14
 TITLE_WORDS = 40
 
 
@@ -90,7 +90,8 @@ def score(data: PromptData, version: str) -> PromptFigures:
 def test_a_template_that_says_what_an_item_is_finds_it_before_anybody_had_it(data: PromptData) -> None:
     title, categories = score(data, "item.v2"), score(data, "item.v3")
     assert categories.cold_item_recall > 2 * title.cold_item_recall
-    assert categories.neighbours_recall > 2 * title.neighbours_recall
+    # Half the catalogue is of somebody's genres: twice what chance finds is all that categories can do.
+    assert categories.neighbours_recall > 1.5 * title.neighbours_recall
     assert categories.genre_lift > 1.5 * title.genre_lift
     assert categories.genre_lift_with_history > title.genre_lift_with_history
     assert categories.cold_item_recall_low <= categories.cold_item_recall <= categories.cold_item_recall_high
