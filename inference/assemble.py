@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from schemas.features import FeatureView, Merge, Transform, column
+from schemas.ranker import ZERO_VALUE
 
 Floats = NDArray[np.float64]
 Places = NDArray[np.intp]
@@ -165,6 +166,12 @@ def crossed(
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = np.where(weight > 0, (membership @ (values * mask)) / weight, 0.0)
     return mean.astype(np.float32), (weight > 0).astype(np.float32)
+
+
+def graph_values(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Event values of any shape as the ranker's graph takes them: 0 where there is none, a value of 0 as `ZERO_VALUE`."""
+    given = np.where(values == 0, np.float32(ZERO_VALUE), values)
+    return np.where(np.isfinite(given), given, 0).astype(np.float32)
 
 
 def history_gaps(occurred_at: Floats, at: float) -> NDArray[np.float32]:

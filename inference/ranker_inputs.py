@@ -7,7 +7,7 @@ from datetime import datetime
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.assemble import crossed, finish, history_gaps
+from inference.assemble import crossed, finish, graph_values, history_gaps
 from inference.candidates import Candidates
 from inference.live import Columns
 from inference.store import PersonRow
@@ -32,7 +32,7 @@ def person_inputs(
     if kept:
         vectors[0] = [history.vectors[row] for row in kept]
         kinds[0] = [KINDS.index(history.kinds[row]) + 1 for row in kept]
-        values[0] = np.nan_to_num(np.array([history.values[row] for row in kept], np.float32))  # None is NaN here
+        values[0] = graph_values(np.array([history.values[row] for row in kept], np.float32))  # None is NaN here
         gaps[0] = history_gaps(history.occurred_at[kept], seconds)
         mask[0] = 1.0
     return {

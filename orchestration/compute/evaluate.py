@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.assemble import graph_values
 from orchestration.compute.co_visitation import Neighbours, WindowedPopularity
-from orchestration.compute.interactions import graph_values
 from orchestration.compute.splits import Queries, Split
 from schemas.ranker import MAX_CANDIDATES, MAX_HISTORY
 

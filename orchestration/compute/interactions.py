@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from orchestration.compute.lake import Lake, duck
 from schemas.events import KINDS
-from schemas.ranker import ZERO_VALUE
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +54,6 @@ class Interactions:
             self.value[rows],
             self.available_at,
         )
-
-
-def graph_values(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Event values of any shape as the ranker's graph takes them: 0 where there is none, a value of 0 as `ZERO_VALUE`."""
-    given = np.where(values == 0, np.float32(ZERO_VALUE), values)
-    return np.where(np.isfinite(given), given, 0).astype(np.float32)
 
 
 def newest_known(lake: Lake, connection: psycopg.Connection) -> datetime | None:

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from inference.assemble import graph_values
 from orchestration.compute.batches import HistoryWindows, batches
 from orchestration.compute.co_visitation import positive
 from orchestration.compute.devices import Devices
 from orchestration.compute.evaluate import SlateFeatures, history_inputs
-from orchestration.compute.interactions import Interactions, graph_values
+from orchestration.compute.interactions import Interactions
 from orchestration.compute.mining import NEVER, SLATE
 from orchestration.compute.model import FIRST_EVENT, PROMPT, ItemTower, Ranker
 from orchestration.compute.objective import Trends, item_softmax

@@ -35,6 +35,7 @@ from tests.benchmarks.features_world import (
     events,
     fill,
     fingerprint,
+    label_table,
     names,
     peak_rss_mb,
     yesterday,
@@ -379,19 +380,6 @@ def growth(where: Place, sizes: Sizes, say: Say) -> Numbers:
     return {"seconds": min(seconds), "peak_rss_mb": peak_rss_mb(), "rss_before_mb": before}
 
 
-def _label_table(sizes: Sizes, rows: int) -> pa.Table:
-    rng = np.random.default_rng(7)
-    start = int((TODAY - timedelta(days=sizes.days)).timestamp())
-    at = rng.integers(start, start + sizes.days * 86_400, rows) * 1_000_000
-    return pa.table(
-        {
-            "user_id": names("user", rng.integers(0, sizes.users, rows)),
-            "item_id": names("item", rng.integers(0, sizes.items, rows)),
-            "at": pa.array(at, pa.timestamp("us", tz="UTC")),
-        }
-    )
-
-
 def _check_labels(made: Events, table: pa.Table, values: np.ndarray) -> None:
     """Counts of some labels against the events themselves."""
     view = VIEWS[0]
@@ -408,7 +396,7 @@ def pit(where: Place, sizes: Sizes, say: Say) -> Numbers:
     """20 thousand labels against 500 thousand events, ten features: from the lake's files to the values."""
     made = events(sizes, sizes.history)
     fill(where, sizes, sizes.history)
-    table = _label_table(sizes, sizes.labels).combine_chunks()
+    table = label_table(sizes, sizes.labels).combine_chunks()
     keys, at = {"user_id": table["user_id"].combine_chunks()}, table["at"].combine_chunks()
 
     def ask() -> np.ndarray:
@@ -429,7 +417,7 @@ def pit_many(where: Place, sizes: Sizes, say: Say) -> Numbers:
     made = events(sizes, sizes.history)
     fill(where, sizes, sizes.history)
     labels, out = where.folder / "labels.parquet", where.folder / "set.parquet"
-    table = _label_table(sizes, sizes.many_labels)
+    table = label_table(sizes, sizes.many_labels)
     pq.write_table(table, labels)
     before = peak_rss_mb()
     with where.connect() as connection:

@@ -133,6 +133,20 @@ def names(prefix: str, numbers: np.ndarray) -> pa.Array:
     return text.take(pa.array(place))
 
 
+def label_table(sizes: Sizes, rows: int) -> pa.Table:
+    """Labels of people and items at instants of the last `days` whole days."""
+    rng = np.random.default_rng(7)
+    start = int((TODAY - timedelta(days=sizes.days)).timestamp())
+    at = rng.integers(start, start + sizes.days * 86_400, rows) * 1_000_000
+    return pa.table(
+        {
+            "user_id": names("user", rng.integers(0, sizes.users, rows)),
+            "item_id": names("item", rng.integers(0, sizes.items, rows)),
+            "at": pa.array(at, pa.timestamp("us", tz="UTC")),
+        }
+    )
+
+
 def stage(made: Events, path: Path) -> Path:
     """The events as a staged Parquet file that `Lake.append` takes."""
     from orchestration.compute.lake import EVENT_SCHEMA

@@ -37,7 +37,7 @@ from schemas.manifest import (
     ArtifactFile,
     Manifest,
 )
-from schemas.ranker import SIZES, TEXT_DIM
+from schemas.ranker import SIZES, TEXT_DIM, ZERO_VALUE
 from schemas.views import CONTEXT_VIEWS, candidate_features, context_features, fingerprint
 
 F, G, D = len(context_features()), len(candidate_features()), SIZES["small"].dim
@@ -240,6 +240,11 @@ def test_nobody_with_a_known_item_reads_as_nobody() -> None:
 def test_a_value_that_is_no_number_is_no_value() -> None:
     inputs = person_inputs(person([unit(1), unit(2), unit(3)], [float("nan"), None, 4.0]), AT, None, D)
     assert inputs["history_values"].tolist() == [[0, 0, 4]]
+
+
+def test_a_value_of_zero_is_a_value_as_in_training() -> None:
+    inputs = person_inputs(person([unit(1), unit(2)], [0.0, 4.0]), AT, None, D)
+    assert inputs["history_values"].tolist() == [[pytest.approx(ZERO_VALUE), 4]]
 
 
 @pytest.mark.parametrize("wild", [np.nan, np.inf, -np.inf, 1e300])

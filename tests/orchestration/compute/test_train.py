@@ -12,10 +12,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from inference.assemble import graph_values
 from orchestration.compute.batches import HistoryWindows
 from orchestration.compute.co_visitation import popularity
 from orchestration.compute.evaluate import SlateFeatures, evaluate, history_inputs, score_popularity
-from orchestration.compute.interactions import Interactions, graph_values
+from orchestration.compute.interactions import Interactions
 from orchestration.compute.mining import SLATE, newest_labels, recent_rows
 from orchestration.compute.model import FeatureEncoder
 from orchestration.compute.objective import ABSENT, AllItemsSoftmax, Trends
