@@ -8,13 +8,15 @@ A day never has more than one current file, so there is nothing to compact; `rem
 
 from __future__ import annotations
 
+import atexit
 import re
 import secrets
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -63,6 +65,21 @@ def duck(memory_limit: str = _MEMORY_LIMIT) -> Iterator[duckdb.DuckDBPyConnectio
     ):
         connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
         yield connection
+
+
+def shared_duck() -> duckdb.DuckDBPyConnection:
+    """A connection of its own to the one DuckDB that this process keeps open for small questions: opening one takes longer
+    than they do. Close it when you are done."""
+    connection = _kept_open().cursor()
+    connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
+    return connection
+
+
+@cache
+def _kept_open() -> duckdb.DuckDBPyConnection:
+    kept = ExitStack()
+    atexit.register(kept.close)
+    return kept.enter_context(duck())
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +168,11 @@ class Lake:
         """The events in the files at `paths`, as `paths` returns them."""
         if not paths:
             return ds.dataset(EVENT_SCHEMA.empty_table())
-        full = [f"{self.root}/{path}" for path in paths]
+        # Made of single files, none of them is asked for before it is read: on S3 each question is a request.
+        parquet = ds.ParquetFileFormat()
+        files = [parquet.make_fragment(f"{self.root}/{path}", filesystem=self._fs) for path in paths]
         # The schema is ours, not the files': a column added later reads as NULL in older days.
-        return ds.dataset(full, schema=EVENT_SCHEMA, filesystem=self._fs, format="parquet")
+        return ds.FileSystemDataset(files, EVENT_SCHEMA, parquet, self._fs)
 
     def register(self, db: duckdb.DuckDBPyConnection, name: str, paths: Collection[str]) -> None:
         """Make the events in the files at `paths` the relation `name` of `db`."""

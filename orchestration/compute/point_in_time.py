@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import duckdb
 import numpy as np
 import psycopg
 import pyarrow as pa
@@ -16,10 +14,11 @@ from numpy.typing import NDArray
 
 from inference.assemble import finish, natural
 from orchestration.compute.exact import millionths
-from orchestration.compute.lake import Lake, duck
+from orchestration.compute.lake import Lake, shared_duck
 from orchestration.compute.materialise import load_item_categories
 from orchestration.compute.timeline import DAY, Timeline
-from orchestration.compute.windows import event_columns, parts_sql
+from orchestration.compute.variants import variants
+from orchestration.compute.windows import categories_sql, event_columns, parts_sql
 from schemas.errors import DefinitionError
 from schemas.features import FeatureView
 
@@ -54,22 +53,13 @@ class PointInTime:
         self._items = load_item_categories(connection)
         self._by_known_at = known_at
         self._views: dict[FeatureView, tuple[_Keys, Timeline]] = {}
-        self._duck = duck()
-        self._beside = ThreadPoolExecutor(1)
 
     def __enter__(self) -> PointInTime:
-        # Opening DuckDB takes about as long as it takes to read what it will be asked about.
-        self._opened = self._beside.submit(self._duck.__enter__)
+        self._db = shared_duck()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._beside.shutdown()
-        if self._opened.exception() is None:
-            self._duck.__exit__(None, None, None)
-
-    @property
-    def _db(self) -> duckdb.DuckDBPyConnection:
-        return self._opened.result()
+        self._db.close()
 
     def features(self, view: FeatureView, keys: dict[str, NDArray[np.str_]], at: NDArray[np.int64]) -> FeatureRows:
         """Features of `view` for n labels: `keys` one array `(n,)` per key column, `at (n,)` microseconds UTC.
@@ -128,32 +118,34 @@ class PointInTime:
         """The events of `view`, by key and time, and the keys they are of."""
         numbered = [key for key in view.entity.keys if key != "category"]
         states = event_columns(view)
-        ids = [*numbered, *(["item_id"] if view.entity.by_category else [])]
+        ids = [*numbered, *(["item_id"] if view.entity.by_category and "item_id" not in numbered else [])]
         events = self._events.to_table(columns=list(dict.fromkeys([*ids, *states, "occurred_at", "known_at"])))
         if not self._by_known_at:
             events = events.set_column(events.schema.get_field_index("known_at"), "known_at", events["occurred_at"])
         occurred, known = (np.asarray(events[name].cast(pa.int64())) for name in ("occurred_at", "known_at"))
-        parts = self._beside.submit(self._parts, view, events)
+        variant, example = variants([events[name].combine_chunks() for name in states], len(events))
         codes = {key: events[key].combine_chunks().dictionary_encode() for key in numbered}
         numbers = {key: np.asarray(code.indices).astype(np.int64) for key, code in codes.items()}
         if view.entity.by_category:
             # An item is of any number of categories: as many rows for each of its events.
-            row, category = parts.result()["row"].to_numpy(), parts.result()["category"].combine_chunks()
-            occurred, known, numbers = occurred[row], known[row], {key: number[row] for key, number in numbers.items()}
-            codes["category"] = category.dictionary_encode()
+            pairs = self._ask(categories_sql(view), events.select(ids))
+            row = pairs["row"].to_numpy()
+            occurred, known, variant = occurred[row], known[row], variant[row]
+            numbers = {key: number[row] for key, number in numbers.items()}
+            codes["category"] = pairs["category"].combine_chunks().dictionary_encode()
             numbers["category"] = np.asarray(codes["category"].indices).astype(np.int64)
         listed = view.entity.keys
         keys, key = _Keys.of([codes[name].dictionary for name in listed], [numbers[name] for name in listed])
-        return keys, Timeline(view, key, occurred, known, lambda: _by_state(view, parts.result()))
+        parts = self._ask(parts_sql(view), events.select(states).take(pa.array(example)))
+        return keys, Timeline(view, key, occurred, known, variant, _by_state(view, parts))
 
-    def _parts(self, view: FeatureView, events: pa.Table) -> pa.Table:
-        """What `parts_sql` gives for `events`, which without categories is a row for each of them, in their order."""
+    def _ask(self, sql: str, events: pa.Table) -> pa.Table:
+        """What `sql` gives for `events`, whose rows it knows by their number `row`."""
         self._db.register("items", self._items)
         self._db.register("events", events.append_column("row", pa.array(np.arange(len(events)))))
-        parts: pa.Table = self._db.sql(parts_sql(view)).to_arrow_table().combine_chunks()
+        found: pa.Table = self._db.sql(sql).to_arrow_table().combine_chunks()
         self._db.unregister("events")
-        in_order = view.entity.by_category or np.array_equal(parts["row"].to_numpy(), np.arange(len(events)))
-        return parts if in_order else parts.sort_by("row")
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ running totals. Events learned of on a later day are matched with the labels tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,18 +30,25 @@ _STEPS = 16
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Part = NDArray[Any]
+Variants = NDArray[np.integer]
 
 
 class Timeline:
     """The events of one view, `n` of them in any order: `key (n,)` numbers from 0, `occurred` and `known (n,)` microseconds.
 
-    `parts` gives what each event gives to each state, `(n,)`: bool for what is counted and for instants, masked millionths
-    for sums, float64 with NaN for nothing for the rest. To a state that is not among them every event gives the same. It
-    is asked once the events are sorted, as that takes as long as finding their parts.
+    `variant (n,)` says which of v variants an event is of, and `parts` what one of each variant gives to each state,
+    `(v,)`: bool for what is counted and for instants, masked millionths for sums, float64 with NaN for nothing for the
+    rest. To a state that is not among them every event gives the same.
     """
 
     def __init__(
-        self, view: FeatureView, key: Ints, occurred: Ints, known: Ints, parts: Callable[[], Mapping[str, Part]]
+        self,
+        view: FeatureView,
+        key: Ints,
+        occurred: Ints,
+        known: Ints,
+        variant: Variants,
+        parts: Mapping[str, Part],
     ) -> None:
         self._view = view
         day = occurred // DAY
@@ -61,37 +68,41 @@ class Timeline:
             rows = self._order.rows
         first, last = (int(occurred.min()) // DAY, int(visible.max()) // DAY) if len(key) else (0, 0)
         self._first_day, self._midnights = first, self._order.rank(np.arange(first, last + 2) * DAY)
-        every = np.ones(len(key), bool)
-        days = key * (last - first + 1) + (day - first)
+        every = np.ones(int(variant.max()) + 1 if len(variant) else 0, bool)
+        here_variant, late_variant = variant[rows], variant[late]
         # What is known of a key's rows in the order in which they happened needs no order of its own.
         here, starts = occurred[rows], self._order.starts
+        here_known = known[rows] if np.any(occurred < known) else here
         in_order = not len(late) and bool(np.all((here[1:] >= here[:-1]) | starts[1:]))
 
-        given = parts()
-
         def held(state: State) -> _Held:
-            part = given.get(state.name, every)
+            part = parts.get(state.name, every)
             match state.merge:
                 case Merge.SUM if state.is_count:
-                    return _Count(part[rows], part[late])
+                    return _Count(part[here_variant], part[late_variant])
                 case Merge.SUM:
-                    return _Sum(np.ma.asarray(part), rows, late)
+                    return _Sum(np.ma.asarray(part), here_variant, late_variant)
                 case Merge.DAYS:
-                    return _Count(*_days(part, rows, late, days))
+                    days = self._order.keys * (last - first + 1) + (here // DAY - first)
+                    late_days = key[late] * (last - first + 1) + (day[late] - first)
+                    return _Count(*_days(part[here_variant], days, part[late_variant], late_days))
                 case Merge.DECAY:
                     assert state.half_life_days is not None
                     half_life = state.half_life_days * DAY
-                    return _Decayed(part, rows, late, occurred, known, here, starts, half_life)
+                    weights, late_weights = part[here_variant], part[late_variant]
+                    return _Decayed(weights, here, here_known, starts, late_weights, occurred[late], half_life)
                 case Merge.LAST:
-                    by_value = np.argsort(part, kind="stable")
-                    return _Latest(part, by_value, rows, late, occurred, starts)
+                    values = part[variant]
+                    by_value = np.argsort(values, kind="stable")
+                    return _Latest(values, by_value, rows, late, occurred, starts)
                 case Merge.MAX if state.is_instant and in_order:
-                    return _LastRow(part[rows], here)
+                    return _LastRow(part[here_variant], here)
                 case Merge.MAX if state.is_instant:
                     every_row = np.arange(len(key))
-                    return _Latest(_instants(part, occurred), every_row, rows, late, occurred, starts)
+                    return _Latest(_instants(part[variant], occurred), every_row, rows, late, occurred, starts)
                 case _:
-                    values = _instants(part, occurred) if state.is_instant else part
+                    values = part[variant]
+                    values = _instants(values, occurred) if state.is_instant else values
                     return _Best(np.fmin if state.merge is Merge.MIN else np.fmax, values[rows], values[late])
 
         # NumPy lets go of the interpreter while it sorts, gathers and adds up.
@@ -106,10 +117,10 @@ class Timeline:
         Decayed states are weighed at the midnight that began the label's day. Instants are in seconds.
         """
         # Neighbours are looked up in neighbouring places.
-        order = np.lexsort((at, key))
+        order, right = self._order.in_order(key, at)
         key, at = key[order], at[order]
         day = at // DAY
-        right, midnight = self._order.place(key, self._order.rank(at)), day * DAY
+        midnight = day * DAY
         lefts = {}
         for days in {days for _, _, days in self._view.columns}:
             edge = np.clip(day - days - self._first_day, 0, len(self._midnights) - 1)
@@ -154,10 +165,22 @@ class Order:
         """For `key (m,)`: how many rows are of a lower key, or of this one and among the `rank (m,)` first in time."""
         return np.searchsorted(self._codes, (key << self._bits) + rank)
 
+    def in_order(self, key: Ints, instant: Ints) -> tuple[Ints, Ints]:
+        """`(m,)` the numbers of `key`, `instant (m,)` by key and instant, and in that order `place` of each `rank`."""
+        instant, by_time = _sorted(instant)
+        codes, order = _sorted((key[by_time] << self._bits) + self.rank(instant))
+        return by_time[order], np.searchsorted(self._codes, codes)
+
+    @property
+    def keys(self) -> Ints:
+        """`(n,)`: the keys of the rows."""
+        found: Ints = self._codes >> self._bits
+        return found
+
     @property
     def starts(self) -> NDArray[np.bool_]:
         """`(n,)`: True where a key's rows begin."""
-        return _changes(self._codes >> self._bits)
+        return _changes(self.keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,11 +235,12 @@ class _Count:
 class _Sum:
     """A sum over no values is none: they are counted beside it."""
 
-    def __init__(self, part: np.ma.MaskedArray[Any, Any], rows: Ints, late: Ints) -> None:
-        given, whole = ~np.ma.getmaskarray(part), summable(part)
-        self._running = np.concatenate([[0], np.cumsum(whole[rows])])
+    def __init__(self, part: np.ma.MaskedArray[Any, Any], here: Variants, late: Variants) -> None:
+        times = np.bincount(here, minlength=len(part)) + np.bincount(late, minlength=len(part))
+        given, whole = ~np.ma.getmaskarray(part), summable(part, times)
+        self._running = np.concatenate([[0], np.cumsum(whole[here])])
         self._late = whole[late]
-        self._given = _Count(given[rows], given[late])
+        self._given = _Count(given[here], given[late])
 
     def between(self, left: Ints, right: Ints, midnight: Ints) -> tuple[Part, Ints]:
         return self._running[right] - self._running[left], self._given.between(left, right, midnight)
@@ -315,24 +339,23 @@ class _Decayed:
     def __init__(
         self,
         part: Part,
-        rows: Ints,
-        late: Ints,
-        occurred: Ints,
-        known: Ints,
         here: Ints,
+        known: Ints,
         starts: NDArray[np.bool_],
+        late: Part,
+        late_at: Ints,
         half_life: float,
     ) -> None:
         self._half_life, self._starts = half_life, starts
-        delayed = np.flatnonzero(occurred < known)
-        self._as_of = np.maximum(occurred, known)[rows] if len(delayed) else here
-        gap = np.zeros(len(rows))
+        self._as_of = np.maximum(here, known)
+        gap = np.zeros(len(here))
         np.subtract(self._as_of[:-1], self._as_of[1:], out=gap[1:])
-        kept = np.exp2(gap / half_life, where=~starts, out=np.zeros(len(rows)))
+        kept = np.exp2(gap / half_life, where=~starts, out=np.zeros(len(here)))
         weights = part.astype(np.float64)
-        weights[delayed] *= np.exp2((occurred[delayed] - known[delayed]) / half_life)
-        self._total = recur(weights[rows], kept)
-        self._late, self._late_at = part[late], occurred[late]
+        delayed = np.flatnonzero(here < known)
+        weights[delayed] *= np.exp2((here[delayed] - known[delayed]) / half_life)
+        self._total = recur(weights, kept)
+        self._late, self._late_at = late, late_at
 
     def between(self, left: Ints, right: Ints, midnight: Ints) -> Floats:
         many, some = len(left), np.flatnonzero(left < right)
@@ -408,16 +431,18 @@ def _changes(values: Ints) -> NDArray[np.bool_]:
     return found
 
 
-def _days(part: Part, rows: Ints, late: Ints, group: Ints) -> tuple[Part, Part]:
-    """Which event is the first that makes its day count, among the prompt and among the late; `group` is key and day."""
+def _days(here: Part, here_days: Ints, late: Part, late_days: Ints) -> tuple[Part, Part]:
+    """Which event is the first that makes its day count, of those that do, `here (n,)` and `late (l,)`; days hold their key."""
 
-    def firsts(of: Ints) -> tuple[Part, Ints]:
-        counted = np.flatnonzero(part[of])
-        days = group[of][counted]
-        opens = np.zeros(len(of), bool)
-        opens[counted[_changes(days)]] = True
-        return opens, days
+    def firsts(counts: Part, days: Ints) -> Part:
+        if counts.all():
+            return _changes(days)
+        counted = np.flatnonzero(counts)
+        opens = np.zeros(len(counts), bool)
+        opens[counted[_changes(days[counted])]] = True
+        return opens
 
-    here, days = firsts(rows)
-    there, _ = firsts(late)
-    return here, there & ~np.isin(group[late], days)
+    opens = firsts(late, late_days)
+    if len(late):
+        opens &= ~np.isin(late_days, here_days[here])
+    return firsts(here, here_days), opens

@@ -3,7 +3,7 @@
 Tiles and snapshots also run on Spark: spark_sql.py carries them over.
 
     events ─▶ base (one row per event and key) ─▶ tile (key, day) ─▶ snapshot (partition, key)
-                       └─▶ parts (what each event gives to each state), which timeline.py merges as of any instant
+    events ─▶ parts (what an event gives to each state), which timeline.py merges as of any instant
 
 All statements read two relations that the caller registers: `events` (the lake's columns) and
 `items (item_id, categories)`. Instants are UTC; a partition P covers what happened before P + 1 day.
@@ -76,15 +76,19 @@ def snapshot_sql(view: FeatureView, days: str) -> str:
 
 
 def parts_sql(view: FeatureView) -> str:
-    """What each event gives to each state of `view`: one row per event and key, with `row`, a column of the relation
-    `events` that numbers its rows, and `category` where the view is keyed by it.
+    """What each row of the relation `events (row, <event_columns>)` gives to each state of `view`, with its `row`.
 
     What is counted, or is an instant, is 1 or 0; a sum is a DECIMAL of six places, everything else a DOUBLE, NULL for
     nothing. States to which every event gives the same have no column.
     """
-    listed = ["row", *(key for key in view.entity.keys if key == "category")]
-    listed += [f"{part} AS {state.name}" for state in view.states if (part := _part(state))]
-    return f"SELECT {', '.join(listed)} FROM ({base_sql(view.entity, columns=('row', *event_columns(view)))})"
+    listed = ["row", *(f"{part} AS {state.name}" for state in view.states if (part := _part(state)))]
+    return f"SELECT {', '.join(listed)} FROM events ORDER BY row"
+
+
+def categories_sql(view: FeatureView) -> str:
+    """Of a view that is keyed by category: a row `(row, category)` for each category of the item of each row of the
+    relation `events (row, <keys>, item_id)`."""
+    return f"SELECT row, category FROM ({base_sql(view.entity, columns=('row',))}) ORDER BY row, category"
 
 
 def event_columns(view: FeatureView) -> tuple[str, ...]:

@@ -27,11 +27,11 @@ def test_sums_stay_exact_where_a_running_total_leaves_64_bits() -> None:
     # One event a day: a window holds two, the running total all of them.
     occurred = np.arange(many) * DAY + 5
     parts = {
-        state.name: np.ma.masked_array(np.full(many, value), np.zeros(many, bool))
+        state.name: np.ma.masked_array([value], [False])
         for state in view.states
         if not state.is_count and not state.is_instant
     }
-    timeline = Timeline(view, np.zeros(many, np.int64), occurred, occurred, lambda: parts)
+    timeline = Timeline(view, np.zeros(many, np.int64), occurred, occurred, np.zeros(many, np.int64), parts)
     columns, present = timeline.read(np.zeros(2, np.int64), occurred[[7, -1]] + DAY - 10)
     assert present.all()
     sums = next(columns[name] for name, state, _ in view.columns if state.name in parts)

@@ -1,0 +1,32 @@
+"""Events that give the same to every state are one variant: what is asked of an event is then asked of a few rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+_MOST = 4096
+"""With more variants than this an event is its own: telling them apart costs as much as it saves."""
+
+
+def variants(columns: Sequence[pa.Array], n: int) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+    """Which variant each of n events is of `(n,)`, numbered from 0, and an event of each variant `(v,)`.
+
+    Events are of one variant where all `columns (n,)` are equal; NULL is a value of its own.
+    """
+    variant, many = np.zeros(n, np.int64), min(n, 1)
+    for column in columns:
+        coded = column.dictionary_encode(null_encoding="encode")
+        if many * len(coded.dictionary) > _MOST:
+            return np.arange(n), np.arange(n)
+        variant = variant * len(coded.dictionary) + np.asarray(coded.indices)
+        there = np.flatnonzero(np.bincount(variant, minlength=1)) if n else np.zeros(0, np.int64)
+        number = np.zeros(int(there.max(initial=-1)) + 1, np.int64)
+        number[there] = np.arange(len(there))
+        variant, many = number[variant], len(there)
+    example = np.zeros(many, np.int64)
+    example[variant] = np.arange(n)
+    return variant.astype(np.min_scalar_type(many)), example
