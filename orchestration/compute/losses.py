@@ -104,7 +104,11 @@ class Losses:
         text_only: Tensor,
         generator: np.random.Generator,
     ) -> Tensor:
-        """Softmax of `users (m, d)` for label rows `(m,)` over items, plus its text-only twin on a share of the rows."""
+        """Softmax of `users (m, d)` for label rows `(m,)` over items, plus its twin in which half the items are new.
+
+        Those have their text alone, in company of items that have more: a new item is to be as likely as it is, and is
+        no rival to others where all are known by text alone.
+        """
         target = self._tensor(self.interactions.item[rows]).long()
         when = self._tensor(self.trends.when(self.interactions.occurred_at[rows]))
         trend = self.trends.present(self.trends.gains(self.ranker.trend.weight))
@@ -112,8 +116,10 @@ class Losses:
             loss = item_softmax(users, target, vectors, trend, when, self.config, self.counts, generator)
             if self.config.text_only_weight:
                 part = self._tensor(generator.random(len(users)) < self.config.text_only_rate)
+                new = self._tensor(generator.random((len(vectors), 1)) < 0.5)
+                mixed = torch.where(new, text_only, vectors)
                 loss = loss + self.config.text_only_weight * item_softmax(
-                    users[part], target[part], text_only, trend, when[part], self.config, self.counts, generator
+                    users[part], target[part], mixed, trend, when[part], self.config, self.counts, generator
                 )
         return loss
 

@@ -19,7 +19,6 @@ from orchestration.compute.cold import HISTORY_LENGTHS, cold_items, genre_lift, 
 from orchestration.compute.evaluate import Evaluation, RankerScorer, aligned, evaluate, gain, interval, ranks
 from orchestration.compute.export import calibration_requests, export_fp32, quantise, session_runner
 from orchestration.compute.folded import fold
-from orchestration.compute.learn import wishes_for
 from orchestration.compute.parity import compare_int8
 from orchestration.compute.point_in_time import PointInTime
 from orchestration.compute.segments import segment_table
@@ -29,14 +28,13 @@ from orchestration.compute.train import train
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import Progress, TrainedRanker
 from orchestration.compute.true_relevance import true_relevance
-from orchestration.compute.vectors import load_text_vectors
 from orchestration.sources.simulator import Simulator
 from schemas.ranker import TEXT_DIM
 from tests.benchmarks import encoder_speed
 from tests.benchmarks import ml1m as sequences_file
 from tests.benchmarks.frame import elsewhere
 from tests.benchmarks.ranker_speed import scoring
-from tests.benchmarks.ranker_world import Sequences, Sizes, catalogue_of, dated, sequences
+from tests.benchmarks.ranker_world import Dated, Sequences, Sizes, catalogue_of, dated, sequences
 
 Say = Callable[[str], None]
 Found = dict[str, Any]
@@ -123,8 +121,8 @@ def ml100k(where: Where, sizes: Sizes, say: Say) -> Found:
             say("candidates")
             similarity = trained.scorer(slates, rerank=0)
             recalled = candidate_recall(split, sources_of(split, similarity=similarity))
-            vectors = load_text_vectors(connection, split.train.item_ids)
-            genres = wishes_for(connection, world.artifacts_url, split.train).item_categories
+            vectors = world.text_vectors(connection, split.train)
+            genres = world.wishes(connection, split.train).item_categories
         beyond = beyond_of(judgement, split, vectors, genres)
     numbers = {
         "ml100k_time_split_ndcg_at_10": judgement.row(RANKER).ndcg[10],
@@ -325,7 +323,7 @@ def learn_sequences(file: Path, world: Sequences, sizes: Sizes, say: Say) -> Tra
     )
 
 
-def train_dated(world: Any, config: TrainConfig, file: Path, say: Say = lambda _: None) -> TrainedRanker:
+def train_dated(world: Dated, config: TrainConfig, file: Path, say: Say = lambda _: None) -> TrainedRanker:
     """A model of the events before the cut, with what was known at each label."""
     torch.set_num_threads(1)
     split = world.split
@@ -335,10 +333,10 @@ def train_dated(world: Any, config: TrainConfig, file: Path, say: Say = lambda _
             say,
             lambda **more: train(
                 split.train,
-                load_text_vectors(connection, split.train.item_ids),
+                world.text_vectors(connection, split.train),
                 config,
                 features=Slates(ask, split.train, world.categories),
-                wishes=wishes_for(connection, world.artifacts_url, split.train),
+                wishes=world.wishes(connection, split.train),
                 **more,
             ),
         )

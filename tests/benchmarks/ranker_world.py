@@ -18,10 +18,12 @@ from orchestration.compute.encoder import export_encoder
 from orchestration.compute.ingest import ingest
 from orchestration.compute.interactions import Interactions, load_interactions
 from orchestration.compute.lake import Lake
+from orchestration.compute.prompt_records import PromptVersions
 from orchestration.compute.splits import Split, leave_one_out, time_split
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.training_set import load_categories
-from orchestration.compute.vectors import refresh_text_vectors
+from orchestration.compute.vectors import load_text_vectors, refresh_text_vectors, written_by
+from orchestration.compute.wish_texts import wishes_for
 from orchestration.compute.wishes import Wishes
 from orchestration.sources.open import is_simulated, open_source, simulated_world
 from orchestration.sources.simulator import Simulator
@@ -162,13 +164,23 @@ class Dated:
 
     url: str
     lake: Lake
-    artifacts_url: str
+    encoder_at: Path
     folder: Path
     split: Split
     categories: list[list[str]]
 
     def connect(self) -> psycopg.Connection[Any]:
         return psycopg.connect(self.url, options="-c TimeZone=UTC")
+
+    def text_vectors(self, connection: psycopg.Connection[Any], interactions: Interactions) -> NDArray[np.float32]:
+        """`(items, 384)` in the interactions' order."""
+        writer = written_by(PromptVersions().item, TextEncoder(self.encoder_at).version)
+        return load_text_vectors(connection, interactions.item_ids, writer)
+
+    def wishes(self, connection: psycopg.Connection[Any], interactions: Interactions) -> Wishes:
+        """What a person may say they want, as serving encodes it."""
+        encoder = TextEncoder(self.encoder_at, precision="int8")
+        return wishes_for(connection, interactions, encoder, PromptVersions())
 
 
 @contextmanager
@@ -190,4 +202,4 @@ def dated(sizes: Sizes, server: str, scratch: Path, folder: Path) -> Iterator[Da
         split = replace(split, queries=split.queries.take(np.sort(chosen)))
         categories = load_categories(connection, interactions)
         connection.commit()
-        yield Dated(where.url, where.lake, folder.as_uri(), where.folder, split, categories)
+        yield Dated(where.url, where.lake, encoder_at, where.folder, split, categories)
