@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,9 +35,9 @@ ONNX_FILES: dict[Precision, str] = {"fp32": "encoder.fp32.onnx", "int8": "encode
 CACHED_WISHES = 256
 # Dynamic quantisation scales activations by the whole batch, so int8 texts run alone: a wish's vector
 # must not depend on who asked beside them. Padding makes batches slower than single texts there anyway.
-BATCH_ROWS: dict[Precision, int] = {"fp32": 32, "int8": 1}
-
-CUDA_BATCH_ROWS = 256
+# Float texts run few at a time: what a layer hands on stays in the processor's cache, and hardly anything is padded.
+BATCH_TOKENS: dict[Precision, int] = {"fp32": 256, "int8": 1}
+CUDA_BATCH_TOKENS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,8 @@ class EncoderManifest:
 
 
 class TextEncoder:
-    """The encoder in `folder`, one session with `threads` threads. Safe to call from several threads.
+    """The encoder in `folder`, at work with `threads` threads (0: as many as there are processors). Safe to call from
+    several threads.
 
     With `cuda` it runs on the GPU, in float. Raises ArtifactError if a file is missing, differs from the manifest or has
     another dimension, or if the GPU was asked for and is not what the session got.
@@ -92,12 +95,15 @@ class TextEncoder:
         self.precision = precision
         if cuda and precision != "fp32":
             raise ArtifactError(f"the GPU has no {precision} products that would be faster; ask for fp32 there")
-        self._batch_rows = CUDA_BATCH_ROWS if cuda else BATCH_ROWS[precision]
+        self._batch_tokens = CUDA_BATCH_TOKENS if cuda else BATCH_TOKENS[precision]
+        threads = threads or os.cpu_count() or 1
+        # Many texts are shared out, a thread each: within a run threads would wait for each other at every product.
+        self._workers = threads if precision == "fp32" and not cuda else 1
         self._tokenizer = Tokenizer.from_str(verified(folder, TOKENIZER, self.manifest).decode("utf-8"))
         # The file brings its own length limit and pads to it; the original model overrides both.
         self._tokenizer.enable_truncation(self.manifest.max_tokens)
         self._tokenizer.no_padding()
-        self._session = _session(verified(folder, ONNX_FILES[precision], self.manifest), threads, cuda)
+        self._session = _session(verified(folder, ONNX_FILES[precision], self.manifest), threads // self._workers, cuda)
         self.provider: str = self._session.get_providers()[0]
         self._inputs = {entry.name for entry in self._session.get_inputs()}
         width = self._session.get_outputs()[0].shape[-1]
@@ -124,11 +130,30 @@ class TextEncoder:
         }
         with telemetry.span("recsys.encode_text", attributes=attributes):
             tokens = self._tokenizer.encode_batch(list(texts))
-            by_length = sorted(range(len(texts)), key=lambda row: len(tokens[row].ids))
-            for start in range(0, len(by_length), self._batch_rows):
-                rows = by_length[start : start + self._batch_rows]
+            batches = self._batches([len(text.ids) for text in tokens])
+
+            def run(rows: list[int]) -> None:
                 vectors[rows] = self._run([tokens[row] for row in rows])
+
+            if self._workers == 1 or len(batches) == 1:
+                for rows in batches:
+                    run(rows)
+            else:
+                with ThreadPoolExecutor(self._workers) as pool:
+                    list(pool.map(run, batches))
         return vectors
+
+    def _batches(self, lengths: list[int]) -> list[list[int]]:
+        """Rows that are run together, the longest first: as many as fit `_batch_tokens`, each as long as the longest."""
+        batches: list[list[int]] = []
+        room = 0
+        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+            if not room:
+                batches.append([])
+                room = max(self._batch_tokens // max(lengths[row], 1), 1)
+            batches[-1].append(row)
+            room -= 1
+        return batches
 
     def encode_one(self, text: str) -> NDArray[np.float32]:
         """`text` as a `(384,) float32` unit vector, read-only; the last 256 texts are remembered."""

@@ -32,7 +32,7 @@ def test_reads_and_training_sets(tmp_path: Path) -> None:
 
 
 @pytest.mark.prove
-def test_every_figure_of_the_issue(tmp_path: Path) -> None:
+def test_every_figure_is_there(tmp_path: Path) -> None:
     assert list(bench(tmp_path)) == list(KEYS)
 
 

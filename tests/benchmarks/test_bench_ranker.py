@@ -38,7 +38,7 @@ def test_sequences_and_the_same_checkpoint_in_int8(tmp_path: Path) -> None:
 
 
 @pytest.mark.prove
-def test_every_figure_of_the_issue(tmp_path: Path) -> None:
+def test_every_figure_and_a_repeat(tmp_path: Path) -> None:
     found, _, _ = bench(tmp_path)
     assert list(found) == ["data", *KEYS]
     again, _, _ = bench(tmp_path)  # from what is kept, in seconds
