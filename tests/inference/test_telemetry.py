@@ -16,6 +16,7 @@ from otlp_receiver import Receiver, receiving
 from inference import telemetry
 from inference.handlers.aws_lambda import create_handler
 from inference.http import handle
+from inference.propagation import of_messages
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 SPAN_ID = "b7ad6b7169203331"
@@ -52,7 +53,7 @@ def test_spans_arrive_nested_with_attributes_and_resource(receiver: Receiver) ->
         with telemetry.span("recsys.rank", attributes={"recsys.rows": 500}) as inner:
             inner.set("recsys.provider", "cpu")
     assert telemetry.flush(5_000)
-    assert receiver.paths == ["/v1/traces"]
+    assert sorted(receiver.paths) == ["/v1/metrics", "/v1/traces"]
     spans = receiver.spans()
     outer, inner_span = spans["POST /recommendations"], spans["recsys.rank"]
     assert outer.trace_id.hex() == inner_span.trace_id.hex() == TRACE_ID
@@ -177,12 +178,71 @@ def test_sdk_disabled_wins(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) 
         ({"x-amzn-trace-id": "Root=1-5759e988-bd862e3fe1be46a994272793"}, None),
         ({"x-amzn-trace-id": ";;=;Root"}, None),
         ({"traceparent": TRACEPARENT, "x-amzn-trace-id": XRAY}, (TRACE_ID, SPAN_ID, True)),
+        ({"ce-traceparent": TRACEPARENT}, (TRACE_ID, SPAN_ID, True)),
+        (
+            {"ce-traceparent": TRACEPARENT.replace("0af7", "ffff"), "traceparent": TRACEPARENT},
+            (TRACE_ID, SPAN_ID, True),
+        ),
         ({}, None),
     ],
 )
 def test_extract(carrier: dict[str, str], expected: tuple[str, str, bool] | None) -> None:
     context = telemetry.extract(carrier)
     assert (None if context is None else (context.trace_id, context.span_id, context.sampled)) == expected
+
+
+STATE = "congo=t61rcWkgMzE,vendor@larder=00f067aa0ba902b7"
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        (STATE, STATE),
+        (" congo=t61rcWkgMzE ,, vendor@larder=00f067aa0ba902b7", STATE),
+        ("a=1,a=2", ""),
+        ("Upper=1", ""),
+        ("a", ""),
+        ("a=\u00fc", ""),
+        (",".join(f"k{n}=v" for n in range(32)), ",".join(f"k{n}=v" for n in range(32))),
+        (",".join(f"k{n}=v" for n in range(33)), ""),
+        ("a=" + "x" * 511, ""),
+    ],
+)
+def test_tracestate_goes_along_if_it_is_one(sent: str, kept: str) -> None:
+    context = telemetry.extract({"traceparent": TRACEPARENT, "tracestate": sent})
+    assert context is not None
+    assert context.tracestate == kept
+    assert context.headers() == {"traceparent": TRACEPARENT} | ({"tracestate": kept} if kept else {})
+    assert telemetry.extract({"tracestate": sent}) is None
+
+
+def test_tracestate_passes_through_a_span(receiver: Receiver) -> None:
+    with telemetry.server_span("in", {"traceparent": TRACEPARENT, "tracestate": STATE}), telemetry.span("inner"):
+        assert telemetry.inject()["tracestate"] == STATE
+    assert telemetry.flush(5_000)
+    assert receiver.spans()["inner"].trace_state == STATE
+
+
+def test_a_batch_of_messages_links_to_each_of_its_senders(receiver: Receiver) -> None:
+    def text(value: str) -> dict[str, str]:
+        return {"stringValue": value, "dataType": "String"}
+
+    records = [
+        {"messageAttributes": {"traceparent": text(TRACEPARENT), "tracestate": text("a=1")}, "attributes": {}},
+        {"messageAttributes": {"traceparent": text(TRACEPARENT), "tracestate": text("a=1")}, "attributes": {}},
+        {"messageAttributes": {}, "attributes": {"AWSTraceHeader": XRAY}},
+        {"messageAttributes": {"traceparent": text("nonsense")}, "attributes": {"AWSTraceHeader": XRAY + "x"}},
+        {},
+    ]
+    senders = of_messages(records)
+    assert [sender.span_id for sender in senders] == [SPAN_ID, "53995c3f42cd8ad8"]
+    with telemetry.batch_span("POST /events", senders):
+        pass
+    assert telemetry.flush(5_000)
+    batch = receiver.spans()["POST /events"]
+    assert [link.span_id.hex() for link in batch.links] == [SPAN_ID, "53995c3f42cd8ad8"]
+    assert (batch.parent_span_id, batch.kind) == (b"", 5)  # CONSUMER
+    assert attributes(batch)["faas.trigger"] == "pubsub"
 
 
 def test_off_the_incoming_context_is_handed_on(off: None) -> None:

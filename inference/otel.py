@@ -1,0 +1,278 @@
+"""The OpenTelemetry SDK, set up once from the environment and only if an endpoint is set; nothing of it is imported before.
+
+It is kept out of OpenTelemetry's globals, which belong to whoever hosts us.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+import uuid
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Literal
+
+from inference.propagation import TraceContext
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import Meter
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+
+logger = logging.getLogger(__name__)
+
+Value = str | bool | int | float
+Kind = Literal["internal", "server", "client", "producer", "consumer"]
+
+ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
+ENDPOINT_VARIABLES = (ENDPOINT, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
+
+
+class _State:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.ready = False
+        self.tracing: Tracing | None = None
+        self.metering: Metering | None = None
+
+
+_state = _State()
+
+
+def tracing() -> Tracing | None:
+    """What makes spans; None where no endpoint for traces is set."""
+    if not _state.ready:
+        _set_up()
+    return _state.tracing
+
+
+def metering() -> Metering | None:
+    """What counts and measures; None where no endpoint for metrics is set."""
+    if not _state.ready:
+        _set_up()
+    return _state.metering
+
+
+def flush(timeout_ms: int) -> bool:
+    """Send what is waiting, within `timeout_ms`; False if it took longer. For platforms that freeze a process."""
+    waiting = [part.flush for part in (_state.tracing, _state.metering) if part is not None]
+    return _within(timeout_ms, waiting, "larder-flush")
+
+
+def shutdown(timeout_ms: int) -> None:
+    """Send what is waiting, within `timeout_ms`, and forget the set-up; what comes next reads the environment again."""
+    with _state.lock:
+        parts = [part for part in (_state.tracing, _state.metering) if part is not None]
+        _state.tracing = _state.metering = None
+        _state.ready = False
+    _within(timeout_ms, [part.stop for part in parts], "larder-telemetry-stop")
+
+
+def _within(timeout_ms: int, work: Sequence[Callable[[int], None]], name: str) -> bool:
+    # The SDK's own force_flush ignores its timeout, and a frozen process must not wait for a dead collector.
+    # Each in a thread of its own: spans that nobody takes hold no metric back.
+    until = time.monotonic() + timeout_ms / 1000
+    pending = []
+    for one in work:
+        done = threading.Event()
+        threading.Thread(target=_finish, args=(one, timeout_ms, done), name=name, daemon=True).start()
+        pending.append(done)
+    return all(done.wait(max(0.0, until - time.monotonic())) for done in pending)
+
+
+def _finish(work: Callable[[int], None], timeout_ms: int, done: threading.Event) -> None:
+    try:
+        work(timeout_ms)
+        done.set()
+    except Exception as error:  # noqa: BLE001 - telemetry that cannot be sent is no reason to fail
+        logger.warning("telemetry was not sent: %s", type(error).__name__)
+
+
+def _set_up() -> None:
+    with _state.lock:
+        if not _state.ready:
+            if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() != "true":
+                if _wanted("TRACES"):
+                    _state.tracing = Tracing(_tracer_provider())
+                if _wanted("METRICS"):
+                    _state.metering = Metering(_meter_provider())
+            _state.ready = True
+
+
+def _wanted(signal: Literal["TRACES", "METRICS"]) -> bool:
+    if os.environ.get(f"OTEL_{signal}_EXPORTER", "").strip().lower() == "none":
+        return False
+    return any(os.environ.get(name) for name in (ENDPOINT, f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT"))
+
+
+class OpenSpan:
+    """The SDK's span behind our two verbs."""
+
+    __slots__ = ("_span",)
+
+    def __init__(self, opened: Any) -> None:
+        self._span = opened
+
+    def set(self, name: str, value: Value) -> None:
+        self._span.set_attribute(name, value)
+
+    def fail(self, error_type: str) -> None:
+        from opentelemetry.trace import Status, StatusCode
+
+        self._span.set_attribute("error.type", error_type)
+        self._span.set_status(Status(StatusCode.ERROR))
+
+
+class Tracing:
+    """Spans, nested by context."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        from opentelemetry import trace
+
+        self._trace = trace
+        self._kinds = {kind.name.lower(): kind for kind in trace.SpanKind}
+        self._provider = provider
+        self._tracer = provider.get_tracer("larder", version())
+
+    @contextmanager
+    def span(
+        self,
+        name: str,
+        kind: Kind,
+        attributes: Mapping[str, Value] | None,
+        parent: TraceContext | None,
+        links: Sequence[TraceContext] = (),
+    ) -> Generator[OpenSpan]:
+        with self._tracer.start_as_current_span(
+            name,
+            context=self._trace.set_span_in_context(self._trace.NonRecordingSpan(_remote(parent))) if parent else None,
+            kind=self._kinds[kind],
+            attributes=dict(attributes or {}),
+            links=[self._trace.Link(_remote(link)) for link in links],
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as opened:
+            ours = OpenSpan(opened)
+            try:
+                yield ours
+            except BaseException as error:
+                ours.fail(type(error).__name__)
+                raise
+
+    def current(self) -> TraceContext | None:
+        context = self._trace.get_current_span().get_span_context()
+        if not context.is_valid:
+            return None
+        return TraceContext(
+            f"{context.trace_id:032x}",
+            f"{context.span_id:016x}",
+            context.trace_flags.sampled,
+            context.trace_state.to_header(),
+        )
+
+    def flush(self, timeout_ms: int) -> None:
+        self._provider.force_flush(timeout_ms)
+
+    def stop(self, timeout_ms: int) -> None:
+        self._provider.force_flush(timeout_ms)
+        self._provider.shutdown()
+
+
+class Metering:
+    """Where instruments come from; see inference/metrics.py for what they are."""
+
+    def __init__(self, provider: MeterProvider) -> None:
+        self._provider = provider
+        self.meter: Meter = provider.get_meter("larder", version())
+
+    def flush(self, timeout_ms: int) -> None:
+        self._provider.force_flush(timeout_ms)
+
+    def stop(self, timeout_ms: int) -> None:
+        self._provider.shutdown(timeout_ms)  # which sends what is waiting
+
+
+def _remote(context: TraceContext) -> Any:
+    from opentelemetry import trace
+
+    return trace.SpanContext(
+        int(context.trace_id, 16),
+        int(context.span_id, 16),
+        is_remote=True,
+        trace_flags=trace.TraceFlags(trace.TraceFlags.SAMPLED if context.sampled else trace.TraceFlags.DEFAULT),
+        trace_state=trace.TraceState.from_header([context.tracestate]) if context.tracestate else None,
+    )
+
+
+def _tracer_provider() -> TracerProvider:
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace.id_generator import IdGenerator
+
+    class SystemRandomIds(IdGenerator):
+        """Ids from the system: a seeded generator would repeat itself in every process woken from one snapshot."""
+
+        def generate_span_id(self) -> int:
+            return secrets.randbits(64) or 1
+
+        def generate_trace_id(self) -> int:
+            return secrets.randbits(128) or 1
+
+    provider = TracerProvider(resource=_resource(), id_generator=SystemRandomIds())
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return provider
+
+
+def _meter_provider() -> MeterProvider:
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+    from opentelemetry.sdk.metrics import Histogram, MeterProvider
+    from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+    from opentelemetry.sdk.metrics.view import Aggregation, ExponentialBucketHistogramAggregation
+
+    # Exponential buckets are as exact at 1 ms as at 1 s. Who has no place for them says so by the standard's variable.
+    said = os.environ.get("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION")
+    preferred: dict[type, Aggregation] = {} if said else {Histogram: ExponentialBucketHistogramAggregation()}
+    exporter = OTLPMetricExporter(preferred_aggregation=preferred)
+    return MeterProvider(metric_readers=[PeriodicExportingMetricReader(exporter)], resource=_resource())
+
+
+def _resource() -> Resource:
+    from opentelemetry.sdk.resources import Resource
+
+    return Resource.create(_resource_attributes())
+
+
+def _resource_attributes() -> dict[str, str]:
+    """Who we are. What OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say wins, so it is left out here."""
+    environment = os.environ
+    # Without an instance, the counts of two processes would be one series that jumps to and fro.
+    attributes = {"service.name": "larder", "service.version": version(), "service.instance.id": str(uuid.uuid4())}
+    if "AWS_LAMBDA_FUNCTION_NAME" in environment:
+        attributes |= {
+            "cloud.provider": "aws",
+            "cloud.platform": "aws_lambda",
+            "cloud.region": environment.get("AWS_REGION", ""),
+            "faas.name": environment["AWS_LAMBDA_FUNCTION_NAME"],
+            "faas.version": environment.get("AWS_LAMBDA_FUNCTION_VERSION", ""),
+            "faas.instance": environment.get("AWS_LAMBDA_LOG_STREAM_NAME", ""),
+        }
+    elif "K_SERVICE" in environment:  # Cloud Run and Knative alike, so the cloud stays unsaid
+        attributes |= {"faas.name": environment["K_SERVICE"], "faas.version": environment.get("K_REVISION", "")}
+    said = {part.partition("=")[0].strip() for part in environment.get("OTEL_RESOURCE_ATTRIBUTES", "").split(",")}
+    if environment.get("OTEL_SERVICE_NAME"):
+        said.add("service.name")
+    return {name: value for name, value in attributes.items() if value and name not in said}
+
+
+def version() -> str:
+    """The version of the code that runs."""
+    try:
+        return metadata.version("larder")
+    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        return "0"
