@@ -24,6 +24,8 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS
 OTHER_METHOD = "_OTHER"
 MAX_VERSIONS = 16
 """So many model versions are told apart by one process; what comes after them is `other`."""
+READING_SECONDS = 3_600
+"""What a request read longer ago says nothing of how fresh features are now: an idle process reports no age."""
 SECONDS_BOUNDARIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10)
 """For those who ask for explicit buckets."""
 
@@ -76,7 +78,8 @@ _lock = threading.Lock()
 _made: _Instruments | None = None
 _cold = True
 _versions: set[str] = set()
-_settled_at: dict[str, float] = {}
+_features: dict[str, tuple[float, float]] = {}
+"""Of each view when its partition ended and when a request last read it."""
 _readers: list[Callable[[], Iterable[Reading]]] = []
 
 
@@ -186,9 +189,10 @@ def initialised() -> None:
 
 def features_read(settled_at: Mapping[str, float | None]) -> None:
     """What a request for the present read: of each view when its newest settled partition ended, seconds since 1970."""
+    now = time.time()
     for view, at in settled_at.items():
         if at is not None:
-            _settled_at[view] = at
+            _features[view] = at, now
 
 
 def watch(read: Callable[[], Iterable[Reading]]) -> Callable[[], None]:
@@ -205,8 +209,9 @@ def watch(read: Callable[[], Iterable[Reading]]) -> Callable[[], None]:
 def _read(name: str) -> Iterable[tuple[float, Mapping[str, Value]]]:
     if name == "recsys.features.age":
         now = time.time()
-        for view, at in list(_settled_at.items()):
-            yield now - at, {"recsys.feature.view": view}
+        for view, (at, read_at) in list(_features.items()):
+            if now - read_at < READING_SECONDS:
+                yield now - at, {"recsys.feature.view": view}
     for read in list(_readers):
         for of, value, attributes in read():
             if of == name:

@@ -39,6 +39,8 @@ MAX_CATEGORIES = 100
 MAX_SHOWN_CHARS = 80
 """So much of an offending value is quoted back, never more."""
 
+_FIRST_INSTANT = datetime(1969, 12, 31, tzinfo=UTC)
+
 Scalar = str | int | float | bool | None
 
 
@@ -79,9 +81,14 @@ def _check_scalar(value: object) -> Scalar:
 
 def _to_utc(value: datetime) -> datetime:
     try:
-        return value.astimezone(UTC)
+        instant = value.astimezone(UTC)
     except OverflowError:
-        raise ValueError("it lies outside the years 1 to 9999 in UTC") from None
+        raise ValueError("it lies outside the years 1970 to 9999 in UTC") from None
+    # Windows reach back from an instant, and days before 1970 have no place in a partition. What is 1970 somewhere may
+    # still be 1969 in UTC.
+    if instant < _FIRST_INSTANT:
+        raise ValueError("it lies outside the years 1970 to 9999 in UTC")
+    return instant
 
 
 def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -111,13 +118,19 @@ _SCALAR_SCHEMA = {
     "minimum": -(2**53),
     "maximum": 2**53,
 }
+_INSTANT_SCHEMA = {
+    "type": "string",
+    "format": "date-time",
+    "pattern": r"^(19[7-9]|[2-9]\d\d)\d-",
+    "description": "With a time zone, from 1970 on.",
+}
 
 Key = Annotated[str, AfterValidator(_check_key), WithJsonSchema(_KEY_SCHEMA)]
 Kind = Annotated[str, AfterValidator(_check_kind), WithJsonSchema({"type": "string", "enum": list(KINDS)})]
 Text = Annotated[
     str | None, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_check_text), WithJsonSchema(_TEXT_SCHEMA)
 ]
-Instant = Annotated[AwareDatetime, AfterValidator(_to_utc)]
+Instant = Annotated[AwareDatetime, AfterValidator(_to_utc), WithJsonSchema(_INSTANT_SCHEMA)]
 ItemIds = Annotated[tuple[Key, ...], Field(max_length=MAX_CANDIDATES), AfterValidator(_unique)]
 Categories = Annotated[tuple[Key, ...], Field(max_length=MAX_CATEGORIES), AfterValidator(_unique)]
 ContextValue = Annotated[Scalar, PlainValidator(_check_scalar), WithJsonSchema(_SCALAR_SCHEMA)]
