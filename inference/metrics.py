@@ -58,6 +58,7 @@ class _Instruments:
         self.of = metering
         self.requests = seconds("http.server.request.duration", "Requests, by route and status")
         self.database = seconds("db.client.operation.duration", "Questions to Postgres, a pipeline each")
+        self.messages = seconds("messaging.process.duration", "Batches of messages from a queue")
         self.steps = seconds("recsys.step.duration", "Steps of a recommendation")
         self.initialised = seconds("faas.init_duration", "From the start of the process until it can answer")
         self.cold_starts = meter.create_counter("faas.coldstarts", "{coldstart}", "First requests of a process")
@@ -134,6 +135,15 @@ def database_took(operation: str, seconds: float, error: str = "") -> None:
         return
     attributes = {"db.system.name": "postgresql", "db.operation.name": operation}
     made.database.record(seconds, attributes | {"error.type": error} if error else attributes)
+
+
+def batch_processed(seconds: float, error: str = "") -> None:
+    """A batch of messages of a queue was worked off; `error` is the type of what went wrong."""
+    made = _instruments()
+    if made is None:
+        return
+    attributes = {"messaging.system": "aws_sqs", "messaging.operation.name": "process"}
+    made.messages.record(seconds, attributes | {"error.type": error} if error else attributes)
 
 
 def answered(model_version: str | None, degraded: Iterable[str], steps_ms: Mapping[str, float]) -> None:

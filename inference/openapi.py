@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from inference.otel import version
@@ -24,6 +26,7 @@ from schemas.serving import (
     EventsRequest,
     EventsResponse,
     HealthResponse,
+    Key,
     RecommendationRequest,
     RecommendationResponse,
     SimilarRequest,
@@ -37,15 +40,20 @@ _RETRY_AFTER = {"retry-after": {"description": "Seconds to wait.", "schema": {"t
 
 FAULTS: dict[int, str] = {
     400: "The body is not a JSON object.",
+    401: "No key came with the request, or none that is known.",
+    403: "The key is not for this.",
     404: "What the request asks about is not there.",
     413: f"The body is larger than {MAX_BODY_BYTES} bytes.",
     415: "The content type is not application/json.",
     422: "A field will not do; the message says why and what would.",
+    429: "More requests than the key allows; wait and try again.",
     500: "An error that nobody foresaw; it is logged under the trace that the message names.",
     503: "Nothing can answer right now; try again later.",
 }
 """What each status means, where a route gives it."""
 _BODY_FAULTS = (400, 413, 415, 422, 500, 503)
+_KEY_FAULTS = (401, 403, 429)
+_KEY = {"type": "http", "scheme": "bearer", "description": "A key with the scope that the operation names."}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,9 @@ class Operation:
     faults: tuple[int, ...] = ()
     also: dict[int, type[BaseModel]] = field(default_factory=dict)
     """Other statuses that come with an answer instead of an error."""
+    scope: str | None = None
+    """What a key must be for; None: open to all."""
+    success: int = 200
 
 
 OPERATIONS = (
@@ -111,7 +122,7 @@ def document() -> dict[str, Any]:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
-        "components": {"schemas": schemas["$defs"]},
+        "components": _components(schemas["$defs"], OPERATIONS),
     }
 
 
@@ -120,20 +131,31 @@ def text() -> str:
     return json.dumps(document(), indent=1, ensure_ascii=False) + "\n"
 
 
+def _components(schemas: dict[str, Any], operations: Sequence[Operation]) -> dict[str, Any]:
+    secured = {"securitySchemes": {"key": _KEY}} if any(each.scope for each in operations) else {}
+    return {"schemas": schemas} | secured
+
+
 def _operation(each: Operation) -> dict[str, Any]:
     said: dict[str, Any] = {
-        "operationId": f"{each.method.lower()}_{each.path.strip('/').replace('.', '_')}",
+        "operationId": re.sub(r"\W+", "_", f"{each.method.lower()}{each.path}").strip("_"),
         "summary": each.summary,
     }
+    if names := re.findall(r"{(\w+)}", each.path):
+        said["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": TypeAdapter(Key).json_schema()} for name in names
+        ]
+    if each.scope is not None:
+        said["security"] = [{"key": [each.scope]}]
     if each.request is not None:
         said["requestBody"] = {"required": True, "content": _content(each.request)}
     answer = {"schema": {"type": "object"}} if each.answer is None else _content(each.answer)["application/json"]
-    responses: dict[int, Any] = {200: {"description": "The answer.", "content": {"application/json": answer}}}
+    responses: dict[int, Any] = {each.success: {"description": "The answer.", "content": {"application/json": answer}}}
     for status, model in each.also.items():
         responses[status] = {"description": FAULTS[status], "content": _content(model)}
-    for status in each.faults:
+    for status in (*each.faults, *(_KEY_FAULTS if each.scope is not None else ())):
         responses[status] = {"description": FAULTS[status], "content": _content(ErrorResponse)}
-        if status == 503:
+        if status in (429, 503):
             responses[status]["headers"] = _RETRY_AFTER
     said["responses"] = {str(status): responses[status] for status in sorted(responses)}
     return said

@@ -11,9 +11,10 @@ OpenTelemetry is imported, and an incoming trace context is still handed on by `
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar, Token
+from types import TracebackType
 from typing import Protocol
 
 from inference import metrics, otel
@@ -51,59 +52,84 @@ class Span(Protocol):
         """Mark the span as failed; `error_type` is a type or a status, never a message."""
 
 
-@contextmanager
+class _Opening(AbstractContextManager[Span]):
+    """What `span` and its kin give: opens on entry, closes and measures on exit."""
+
+    __slots__ = ("_asked", "_began", "_carrier", "_opened", "_token", "_tracing")
+
+    def __init__(
+        self,
+        name: str,
+        kind: Kind,
+        attributes: Mapping[str, Value] | None,
+        carrier: Mapping[str, str] | None,
+        links: Sequence[TraceContext] = (),
+    ) -> None:
+        self._asked = (name, kind, attributes, links)
+        self._carrier = carrier
+        self._began = 0.0
+        self._tracing: otel.Tracing | None = None
+        self._opened: otel.OpenSpan | None = None
+        self._token: Token[TraceContext | None] | None = None
+
+    def __enter__(self) -> Span:
+        name, kind, attributes, links = self._asked
+        parent = None if self._carrier is None else extract(self._carrier)
+        self._tracing = otel.tracing()
+        self._began = time.perf_counter()
+        if self._tracing is not None:
+            self._opened = self._tracing.open(name, kind, attributes, parent, links)
+            return self._opened
+        if self._carrier is not None:
+            self._token = _incoming.set(parent)
+        return _NO_SPAN
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        took = time.perf_counter() - self._began
+        failed = kind.__name__ if kind is not None else ""
+        if self._tracing is not None and self._opened is not None:
+            if failed:
+                self._opened.fail(failed)
+            self._tracing.close(self._opened)
+        elif self._token is not None:
+            _incoming.reset(self._token)
+        name, of, _, _ = self._asked
+        if of == "client" and name.startswith(DATABASE):
+            metrics.database_took(name.removeprefix(DATABASE), took, failed)
+        elif of == "consumer":
+            metrics.batch_processed(took, failed)
+
+
 def span(
     name: str,
     kind: Kind = "internal",
     attributes: Mapping[str, Value] | None = None,
     carrier: Mapping[str, str] | None = None,
-) -> Generator[Span]:
+) -> AbstractContextManager[Span]:
     """A span around the block, child of the current one or, with a `carrier`, of the one named there.
 
     An exception that leaves the block marks the span as failed, with the exception's type.
     """
-    began = time.perf_counter()
-    failed = ""
-    tracing = otel.tracing()
-    try:
-        if tracing is None:
-            with _passing_on(carrier):
-                yield _NO_SPAN
-        else:
-            parent = extract(carrier) if carrier is not None else None
-            with tracing.span(name, kind, attributes, parent) as opened:
-                yield opened
-    except BaseException as error:
-        failed = type(error).__name__
-        raise
-    finally:
-        if kind == "client" and name.startswith(DATABASE):
-            metrics.database_took(name.removeprefix(DATABASE), time.perf_counter() - began, failed)
+    return _Opening(name, kind, attributes, carrier)
 
 
-@contextmanager
 def server_span(
     name: str, carrier: Mapping[str, str], attributes: Mapping[str, Value] | None = None
-) -> Generator[Span]:
+) -> AbstractContextManager[Span]:
     """The span of one request that came from outside; the process's first is flagged as a cold start."""
     cold = metrics.first_request(str((attributes or {}).get("faas.trigger", "http")))
-    with span(name, "server", {"faas.coldstart": cold, **(attributes or {})}, carrier) as opened:
-        yield opened
+    return _Opening(name, "server", {"faas.coldstart": cold, **(attributes or {})}, carrier)
 
 
-@contextmanager
 def batch_span(
     name: str, senders: Sequence[TraceContext], attributes: Mapping[str, Value] | None = None
-) -> Generator[Span]:
+) -> AbstractContextManager[Span]:
     """The span of a batch of messages, with a link to each of its `senders` (`propagation.of_messages`) and no parent."""
     cold = metrics.first_request("pubsub")
     said = {"faas.coldstart": cold, "faas.trigger": "pubsub", **(attributes or {})}
-    tracing = otel.tracing()
-    if tracing is None:
-        yield _NO_SPAN
-        return
-    with tracing.span(name, "consumer", said, None, senders) as opened:
-        yield opened
+    return _Opening(name, "consumer", said, None, senders)
 
 
 def current() -> TraceContext | None:
@@ -146,15 +172,3 @@ class _NoSpan:
 
 _NO_SPAN = _NoSpan()
 _incoming: ContextVar[TraceContext | None] = ContextVar("larder_incoming_trace", default=None)
-
-
-@contextmanager
-def _passing_on(carrier: Mapping[str, str] | None) -> Generator[None]:
-    if carrier is None:
-        yield
-        return
-    token = _incoming.set(extract(carrier))
-    try:
-        yield
-    finally:
-        _incoming.reset(token)

@@ -215,10 +215,10 @@ class RecommendationResponse(_Model):
 
 def _anchored_by(name: str) -> JsonDict:
     """The condition that of the two anchors of a SimilarRequest `name` is given and the other is not."""
-    other = "text" if name == "item_id" else "item_id"
-    given = {"type": "string"} if name == "item_id" else {"type": "string", "pattern": r"\S"}
-    left = {"type": "null"} if other == "item_id" else {"anyOf": [{"type": "null"}, {"pattern": r"^\s*$"}]}
-    return {"required": [name], "properties": {name: given, other: left}}
+    item_id: JsonDict = {"type": "string"} if name == "item_id" else {"type": "null"}
+    given: JsonDict = {"type": "string", "pattern": r"\S"}
+    blank: JsonDict = {"anyOf": [{"type": "null"}, {"pattern": r"^\s*$"}]}
+    return {"required": [name], "properties": {"item_id": item_id, "text": given if name == "text" else blank}}
 
 
 class SimilarRequest(_Model):

@@ -3,8 +3,9 @@
     python -m tests.benchmarks.telemetry_overhead [--quick]
 
 On means spans and metrics to an OTLP receiver in another process, exports included, and a line of log for each request.
-Both halves are of one run and one machine; the last line is one JSON object. `telemetry_overhead_rate` is how much longer
-the median request takes.
+Both halves are of one run and one machine, in short turns one after the other, so that a machine that is busier for a while
+is so for both; the last line is one JSON object. `telemetry_overhead_rate` is how much longer the median request takes: the
+median over all pairs of turns.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         ensure_view_tables(url)
         sizes: dict[str, Any] = {} if quick else {"people": 200, "items": 1_200, "size": "standard"}
         world = build(url, Path(folder) / "world", **sizes)
-        report = measure(world, rounds=2 if quick else 6, block=10 if quick else 400)
+        report = measure(world, rounds=2 if quick else 20, block=10 if quick else 150)
     report |= {"quick": quick, "machine": machine()}
     print(json.dumps(report))
     return report
@@ -55,6 +56,7 @@ def measure(world: ServedWorld, *, rounds: int, block: int) -> dict[str, Any]:
     """`rounds` times `block` requests without telemetry and as many with it, in turns; milliseconds and a rate."""
     application = world.application()
     took: dict[bool, list[float]] = {False: [], True: []}
+    ratios: list[float] = []
     before = os.environ.pop(ENDPOINT, None)
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     receiver = multiprocessing.get_context("spawn").Process(target=_receive, args=(theirs,))
@@ -65,17 +67,21 @@ def measure(world: ServedWorld, *, rounds: int, block: int) -> dict[str, Any]:
         _ask(application, world, block // 2)
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             for turn in range(rounds):
+                this: dict[bool, float] = {}
                 # Whoever is second may find the machine warmer, or busier: they take turns in that as well.
                 for on in (False, True) if turn % 2 else (True, False):
                     if on:
                         os.environ[ENDPOINT] = endpoint
                     request_log.open_log(nowhere if on else "off")
                     _ask(application, world, 5)  # what is set up once is not a request's cost
-                    took[on] += _ask(application, world, block)
+                    asked = _ask(application, world, block)
+                    this[on] = statistics.median(asked)
+                    took[on] += asked
                     os.environ.pop(ENDPOINT, None)
                     request_log.open_log("off")
                     telemetry.shutdown(10_000)
-                note(f"round {turn + 1} of {rounds}: {_p50(took[False]):.2f} ms off, {_p50(took[True]):.2f} ms on")
+                ratios.append(this[True] / this[False])
+                note(f"round {turn + 1} of {rounds}: {this[False]:.2f} ms off, {this[True]:.2f} ms on")
         ours.send("end")
         spans, series = ours.recv()
     finally:
@@ -88,11 +94,12 @@ def measure(world: ServedWorld, *, rounds: int, block: int) -> dict[str, Any]:
         f"the receiver got {spans} spans of {rounds * block} requests: this measured nothing"
     )
     assert series, "the receiver got no metric: this measured nothing"
-    off, on = _p50(took[False]), _p50(took[True])
+    spread = statistics.quantiles(ratios, n=4)
     return {
-        "telemetry_overhead_rate": round(on / off - 1, 4),
-        "p50_off_ms": round(off, 3),
-        "p50_on_ms": round(on, 3),
+        "telemetry_overhead_rate": round(statistics.median(ratios) - 1, 4),
+        "quartiles": [round(spread[0] - 1, 4), round(spread[2] - 1, 4)],
+        "p50_off_ms": round(statistics.median(took[False]), 3),
+        "p50_on_ms": round(statistics.median(took[True]), 3),
         "requests": len(took[True]),
         "spans": spans,
     }
@@ -109,10 +116,6 @@ def _ask(application: LarderApplication, world: ServedWorld, requests: int) -> l
         assert response.status == 200
         assert b'"degraded":[]' in response.body
     return found
-
-
-def _p50(values: list[float]) -> float:
-    return statistics.median(values)
 
 
 def _receive(connection: Connection) -> None:

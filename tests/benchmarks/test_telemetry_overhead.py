@@ -15,4 +15,5 @@ def test_a_quick_run_compares_both_halves(capsys: pytest.CaptureFixture[str]) ->
     assert report["requests"] == 20
     assert report["spans"] >= 20 * 5
     assert report["p50_off_ms"] > 0
-    assert report["telemetry_overhead_rate"] == pytest.approx(report["p50_on_ms"] / report["p50_off_ms"] - 1, abs=1e-3)
+    assert report["p50_on_ms"] > 0
+    assert report["quartiles"][0] <= report["telemetry_overhead_rate"] <= report["quartiles"][1]

@@ -44,6 +44,22 @@ def test_it_is_a_valid_document_of_every_route() -> None:
     }
 
 
+def test_a_route_that_wants_a_key_says_so_and_names_what_its_path_names() -> None:
+    each = openapi.Operation(
+        "POST", "/people/{user_id}/forget", "Forget", None, faults=(404,), scope="admin", success=202
+    )
+    said = openapi._operation(each)
+    assert said["operationId"] == "post_people_user_id_forget"
+    assert [(p["name"], p["in"], p["schema"]["format"]) for p in said["parameters"]] == [
+        ("user_id", "path", KEY_FORMAT)
+    ]
+    assert said["security"] == [{"key": ["admin"]}]
+    assert list(said["responses"]) == ["202", "401", "403", "404", "429"]
+    document = openapi.document() | {"paths": {each.path: {"post": said}}}
+    document["components"] = openapi._components(document["components"]["schemas"], [each])
+    OpenAPIV31SpecValidator(document).validate()
+
+
 def test_a_door_serves_it() -> None:
     response = handle(SmallApplication(), "GET", "/openapi.json", {}, b"", deadline=None)
     assert (response.status, response.headers["content-type"]) == (200, "application/json")

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from door_app import SmallApplication
-from otlp_receiver import METRICS, Receiver, receiving
+from otlp_receiver import METRICS, Receiver, points, receiving
 
-from inference import telemetry
+from inference import metrics, telemetry
 from inference.handlers.aws_lambda import create_handler
 from inference.http import handle
 from inference.propagation import of_messages
@@ -122,6 +122,48 @@ def test_the_lambda_door_flushes_before_the_process_freezes(receiver: Receiver) 
     request = receiver.spans()["POST /recommendations"]
     assert request.parent_span_id.hex() == SPAN_ID
     assert attributes(request)["faas.invocation_id"] == "invocation-1"
+    (answered,) = points(receiver.metrics()["http.server.request.duration"])
+    assert answered.count == 1
+    assert attributes(answered)["http.route"] == "/recommendations"
+
+
+def test_each_signal_has_its_own_endpoint_and_switch(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sent() -> set[str]:
+        telemetry.shutdown()
+        handle(SmallApplication(), "GET", "/health", {}, b"", deadline=None)
+        assert telemetry.flush(5_000)
+        paths = set(receiver.paths)
+        receiver.exports.clear()
+        return paths
+
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    assert sent() == {"/v1/metrics"}
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "otlp")
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    assert sent() == {"/v1/traces"}
+    monkeypatch.delenv("OTEL_METRICS_EXPORTER")
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", f"{receiver.url}/v1/metrics")
+    assert sent() == {"/v1/metrics"}
+
+
+def test_a_process_tells_a_bounded_number_of_versions_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_versions", set())
+    names = [f"{number:016x}" for number in range(100)]
+    assert {metrics.version_label(name) for name in names} == {*names[: metrics.MAX_VERSIONS], "other"}
+    assert metrics.version_label(names[0]) == names[0]
+    assert metrics.version_label(None) == "none"
+
+
+def test_what_was_read_long_ago_is_no_age(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_features", {})
+    metrics.features_read({"fresh": time.time() - 60, "never": None})
+    metrics._features["old"] = (time.time() - 60, time.time() - metrics.READING_SECONDS - 1)
+    handle(SmallApplication(), "GET", "/health", {}, b"", deadline=None)
+    assert telemetry.flush(5_000)
+    (age,) = points(receiver.metrics()["recsys.features.age"])
+    assert attributes(age) == {"recsys.feature.view": "fresh"}
+    assert 60 <= age.as_double < 120
 
 
 def test_a_dead_collector_holds_nobody_up(receiver: Receiver) -> None:
@@ -243,6 +285,8 @@ def test_a_batch_of_messages_links_to_each_of_its_senders(receiver: Receiver) ->
     assert [link.span_id.hex() for link in batch.links] == [SPAN_ID, "53995c3f42cd8ad8"]
     assert (batch.parent_span_id, batch.kind) == (b"", 5)  # CONSUMER
     assert attributes(batch)["faas.trigger"] == "pubsub"
+    (processed,) = points(receiver.metrics()["messaging.process.duration"])
+    assert (processed.count, attributes(processed)["messaging.system"]) == (1, "aws_sqs")
 
 
 def test_off_the_incoming_context_is_handed_on(off: None) -> None:

@@ -350,6 +350,17 @@ def test_there_is_an_objective_for_each_promise_and_panels_do_not_overlap() -> N
         taken |= cells
 
 
+def test_every_alert_leads_to_an_entry_of_the_readme() -> None:
+    operations = (FILES.parents[1] / "README.md").read_text(encoding="utf-8").partition("## Operations")[2]
+    entries = set(re.findall(r"^- \*\*(.+?)\.\*\*", operations, re.MULTILINE))
+    groups = yaml.safe_load((FILES / "rules.yaml").read_text())["groups"]
+    alerts = [rule for group in groups for rule in group["rules"] if "alert" in rule]
+    assert len(alerts) >= 8
+    for rule in alerts:
+        kind, _, entry = rule["annotations"]["runbook"].partition(": ")
+        assert (kind, entry[:1].upper() + entry[1:] in entries) == ("Operations", True), rule["alert"]
+
+
 @needs_promtool
 def test_promtool_accepts_rules_and_every_query(tmp_path: Path) -> None:
     assert PROMTOOL is not None
