@@ -130,11 +130,10 @@ def test_the_lambda_door_flushes_before_the_process_freezes(receiver: Receiver) 
 def test_each_signal_has_its_own_endpoint_and_switch(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     def sent() -> set[str]:
         telemetry.shutdown()
+        receiver.exports.clear()
         handle(SmallApplication(), "GET", "/health", {}, b"", deadline=None)
         assert telemetry.flush(5_000)
-        paths = set(receiver.paths)
-        receiver.exports.clear()
-        return paths
+        return set(receiver.paths)
 
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
     assert sent() == {"/v1/metrics"}
