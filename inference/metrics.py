@@ -190,6 +190,13 @@ def first_request(trigger: str) -> bool:
     return cold
 
 
+def cold_again() -> None:
+    """The next request is the first of its process: what wakes from a snapshot is a process of its own."""
+    global _cold
+    _cold = True
+    _features.clear()
+
+
 def initialised() -> None:
     """The process can answer now."""
     made = _instruments()
@@ -245,6 +252,6 @@ def process_age_seconds() -> float:
     try:
         with open("/proc/self/stat", encoding="ascii", errors="replace") as stat:
             ticks = int(stat.read().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
     except (OSError, ValueError, IndexError, AttributeError):
         return time.monotonic() - _IMPORTED_AT

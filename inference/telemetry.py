@@ -28,6 +28,7 @@ __all__ = [
     "TraceContext",
     "Value",
     "batch_span",
+    "before_snapshot",
     "current",
     "current_trace_id",
     "extract",
@@ -158,6 +159,12 @@ def flush(timeout_ms: int) -> bool:
 def shutdown(timeout_ms: int = 1000) -> None:
     """Flush and forget the set-up; the next span reads the environment again."""
     otel.shutdown(timeout_ms)
+
+
+def before_snapshot(timeout_ms: int = 1000) -> None:
+    """Flush and leave nothing of this process behind: no instance id, no thread, no count that two copies would share."""
+    otel.shutdown(timeout_ms)
+    metrics.cold_again()
 
 
 class _NoSpan:

@@ -154,6 +154,22 @@ def test_a_process_tells_a_bounded_number_of_versions_apart(monkeypatch: pytest.
     assert metrics.version_label(None) == "none"
 
 
+def test_what_wakes_from_a_snapshot_is_a_process_of_its_own(receiver: Receiver) -> None:
+    seen = []
+    for _ in range(2):
+        telemetry.before_snapshot()
+        receiver.exports.clear()
+        handle(SmallApplication(), "GET", "/health", {}, b"", deadline=None)
+        assert telemetry.flush(5_000)
+        (resource, *_) = receiver.metric_resources()
+        (cold,) = points(receiver.metrics()["faas.coldstarts"])
+        (requests,) = points(receiver.metrics()["http.server.request.duration"])
+        seen.append((attributes(resource.resource)["service.instance.id"], cold.as_int, requests.count))
+    (first, *counts), (second, *again) = seen
+    assert first != second
+    assert counts == again == [1, 1]
+
+
 def test_what_was_read_long_ago_is_no_age(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_features", {})
     metrics.features_read({"fresh": time.time() - 60, "never": None})
