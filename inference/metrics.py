@@ -125,7 +125,7 @@ def request_ended(
         attributes["http.route"] = route
     if status >= 500:
         attributes["error.type"] = error or str(status)
-    made.requests.record(seconds, attributes)
+    otel.measure(made.requests.record, seconds, attributes)
 
 
 def database_took(operation: str, seconds: float, error: str = "") -> None:
@@ -134,7 +134,7 @@ def database_took(operation: str, seconds: float, error: str = "") -> None:
     if made is None:
         return
     attributes = {"db.system.name": "postgresql", "db.operation.name": operation}
-    made.database.record(seconds, attributes | {"error.type": error} if error else attributes)
+    otel.measure(made.database.record, seconds, attributes | {"error.type": error} if error else attributes)
 
 
 def batch_processed(seconds: float, error: str = "") -> None:
@@ -143,7 +143,7 @@ def batch_processed(seconds: float, error: str = "") -> None:
     if made is None:
         return
     attributes = {"messaging.system": "aws_sqs", "messaging.operation.name": "process"}
-    made.messages.record(seconds, attributes | {"error.type": error} if error else attributes)
+    otel.measure(made.messages.record, seconds, attributes | {"error.type": error} if error else attributes)
 
 
 def answered(model_version: str | None, degraded: Iterable[str], steps_ms: Mapping[str, float]) -> None:
@@ -152,18 +152,20 @@ def answered(model_version: str | None, degraded: Iterable[str], steps_ms: Mappi
     if made is None:
         return
     rungs = tuple(degraded)
-    made.answers.add(1, {"recsys.model.version": version_label(model_version), "recsys.degraded": bool(rungs)})
+    otel.measure(
+        made.answers.add, 1, {"recsys.model.version": version_label(model_version), "recsys.degraded": bool(rungs)}
+    )
     for rung in rungs:
-        made.rungs.add(1, {"recsys.rung": rung})
+        otel.measure(made.rungs.add, 1, {"recsys.rung": rung})
     for step, took_ms in steps_ms.items():
-        made.steps.record(took_ms / 1000, {"recsys.step": step})
+        otel.measure(made.steps.record, took_ms / 1000, {"recsys.step": step})
 
 
 def ranked(rows: int) -> None:
     """The ranker scored `rows` candidates in one run."""
     made = _instruments()
     if made is not None:
-        made.rows.record(rows, {})
+        otel.measure(made.rows.record, rows, {})
 
 
 def events_posted(outcomes: Iterable[str]) -> None:
@@ -174,9 +176,9 @@ def events_posted(outcomes: Iterable[str]) -> None:
     counts: dict[str, int] = {}
     for outcome in outcomes:
         counts[outcome] = counts.get(outcome, 0) + 1
-    made.batches.record(sum(counts.values()), {})
+    otel.measure(made.batches.record, sum(counts.values()), {})
     for outcome, count in counts.items():
-        made.events.add(count, {"recsys.outcome": outcome})
+        otel.measure(made.events.add, count, {"recsys.outcome": outcome})
 
 
 def first_request(trigger: str) -> bool:
@@ -186,7 +188,7 @@ def first_request(trigger: str) -> bool:
     if cold:
         made = _instruments()
         if made is not None:
-            made.cold_starts.add(1, {"faas.trigger": trigger})
+            otel.measure(made.cold_starts.add, 1, {"faas.trigger": trigger})
     return cold
 
 
@@ -201,7 +203,7 @@ def initialised() -> None:
     """The process can answer now."""
     made = _instruments()
     if made is not None:
-        made.initialised.record(process_age_seconds(), {})
+        otel.measure(made.initialised.record, process_age_seconds(), {})
 
 
 def features_read(settled_at: Mapping[str, float | None]) -> None:

@@ -5,6 +5,7 @@ It is kept out of OpenTelemetry's globals, which belong to whoever hosts us.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
@@ -12,9 +13,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar, Token
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
+from inference.deferred import Deferred
 from inference.propagation import TraceContext
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 logger = logging.getLogger(__name__)
+deferred = Deferred()
 
 Value = str | bool | int | float
 Kind = Literal["internal", "server", "client", "producer", "consumer"]
@@ -97,7 +101,8 @@ def _set_up() -> None:
         if not _state.ready:
             if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() != "true":
                 if _wanted("TRACES"):
-                    _state.tracing = Tracing(_tracer_provider())
+                    ids = KnownIds()
+                    _state.tracing = Tracing(_tracer_provider(ids), ids)
                 if _wanted("METRICS"):
                     _state.metering = Metering(_meter_provider())
             _state.ready = True
@@ -110,38 +115,46 @@ def _wanted(signal: Literal["TRACES", "METRICS"]) -> bool:
 
 
 class OpenSpan:
-    """The SDK's span behind our two verbs."""
+    """A span between its two instants; what the SDK makes of it, it makes when the span is closed."""
 
-    __slots__ = ("_span", "token")
+    __slots__ = ("attributes", "context", "ended_ns", "error", "kind", "links", "name", "parent", "started_ns", "token")
 
-    def __init__(self, started: Any, token: Any) -> None:
-        self._span = started
-        self.token = token
-        """Gives back the context that was the current one before."""
-
-    def end(self) -> None:
-        self._span.end()
+    def __init__(
+        self,
+        name: str,
+        kind: Kind,
+        attributes: dict[str, Value],
+        context: TraceContext,
+        parent: TraceContext | None,
+        links: Sequence[TraceContext],
+    ) -> None:
+        self.name, self.kind, self.attributes, self.links = name, kind, attributes, links
+        self.context, self.parent = context, parent
+        self.error = ""
+        self.started_ns = time.time_ns()
+        self.ended_ns = 0
+        self.token: Token[OpenSpan | None] | None = None
 
     def set(self, name: str, value: Value) -> None:
-        self._span.set_attribute(name, value)
+        self.attributes[name] = value
 
     def fail(self, error_type: str) -> None:
-        from opentelemetry.trace import Status, StatusCode
+        self.error = error_type
 
-        self._span.set_attribute("error.type", error_type)
-        self._span.set_status(Status(StatusCode.ERROR))
+
+_current: ContextVar[OpenSpan | None] = ContextVar("larder_span", default=None)
 
 
 class Tracing:
-    """Spans, nested by context."""
+    """Spans, nested by context. A request pays for ids and instants; the SDK's work waits for `deferred`."""
 
-    def __init__(self, provider: TracerProvider) -> None:
-        from opentelemetry import context, trace
+    def __init__(self, provider: TracerProvider, ids: KnownIds) -> None:
+        from opentelemetry import trace
 
-        self._attach, self._detach = context.attach, context.detach
         self._trace = trace
         self._kinds = {kind.name.lower(): kind for kind in trace.SpanKind}
         self._provider = provider
+        self._ids = ids
         self._tracer = provider.get_tracer("larder", version())
 
     def open(
@@ -149,44 +162,77 @@ class Tracing:
         name: str,
         kind: Kind,
         attributes: Mapping[str, Value] | None,
-        parent: TraceContext | None,
+        remote: TraceContext | None,
         links: Sequence[TraceContext],
     ) -> OpenSpan:
-        """Start a span and make it the current one, until it is closed."""
-        # Not the SDK's own context manager: three generators within each other take longer than the span.
-        started = self._tracer.start_span(
-            name,
-            context=self._trace.set_span_in_context(self._trace.NonRecordingSpan(_remote(parent))) if parent else None,
-            kind=self._kinds[kind],
-            attributes=attributes,
-            links=[self._trace.Link(_remote(link)) for link in links] if links else None,
-            record_exception=False,
-            set_status_on_exception=False,
+        """Start a span below `remote`, else below the current one, and make it the current one until it is closed."""
+        within = _current.get()
+        said = dict(attributes) if attributes else {}
+        if remote is None and within is not None:
+            parent, sampled = within.context, within.context.sampled
+        else:
+            parent, sampled = remote, self._samples(remote, name, kind, said)
+        # Ids from the system: a seeded generator would repeat itself in every process woken from one snapshot.
+        context = TraceContext(
+            parent.trace_id if parent else secrets.token_hex(16),
+            secrets.token_hex(8),
+            sampled,
+            parent.tracestate if parent else "",
         )
-        return OpenSpan(started, self._attach(self._trace.set_span_in_context(started)))
+        opened = OpenSpan(name, kind, said, context, parent, links)
+        opened.token = _current.set(opened)
+        return opened
 
     def close(self, span: OpenSpan) -> None:
         """End a span that `open` gave; the one before it is the current one again."""
-        self._detach(span.token)
-        span.end()
+        span.ended_ns = time.time_ns()
+        if span.token is not None:
+            _current.reset(span.token)
+        if span.context.sampled:
+            deferred.add(self._emit, span)
 
     def current(self) -> TraceContext | None:
-        context = self._trace.get_current_span().get_span_context()
-        if not context.is_valid:
-            return None
-        return TraceContext(
-            f"{context.trace_id:032x}",
-            f"{context.span_id:016x}",
-            context.trace_flags.sampled,
-            context.trace_state.to_header(),
-        )
+        span = _current.get()
+        return span.context if span is not None else None
 
     def flush(self, timeout_ms: int) -> None:
+        deferred.drain()
         self._provider.force_flush(timeout_ms)
 
     def stop(self, timeout_ms: int) -> None:
-        self._provider.force_flush(timeout_ms)
+        self.flush(timeout_ms)
         self._provider.shutdown()
+
+    def _samples(self, remote: TraceContext | None, name: str, kind: Kind, attributes: Mapping[str, Value]) -> bool:
+        trace_id = int(remote.trace_id, 16) if remote else secrets.randbits(128)
+        decided = self._provider.sampler.should_sample(
+            context_of(remote), trace_id, name, self._kinds[kind], attributes
+        ).decision
+        return bool(decided.is_sampled())
+
+    def _emit(self, span: OpenSpan) -> None:
+        """The closed `span` as the SDK's own, with the ids that it had."""
+        self._ids.trace_id, self._ids.span_id = int(span.context.trace_id, 16), int(span.context.span_id, 16)
+        made = self._tracer.start_span(
+            span.name,
+            context=context_of(span.parent),
+            kind=self._kinds[span.kind],
+            attributes=span.attributes,
+            links=[self._trace.Link(_remote(link)) for link in span.links] if span.links else None,
+            start_time=span.started_ns,
+            record_exception=False,
+            set_status_on_exception=False,
+        )
+        if span.error:
+            made.set_attribute("error.type", span.error)
+            made.set_status(self._trace.Status(self._trace.StatusCode.ERROR))
+        made.end(span.ended_ns)
+
+
+class KnownIds:
+    """What the SDK's generator of ids gives next: those that the span has had since it was opened."""
+
+    trace_id = span_id = 1
 
 
 class Metering:
@@ -197,10 +243,32 @@ class Metering:
         self.meter: Meter = provider.get_meter("larder", version())
 
     def flush(self, timeout_ms: int) -> None:
+        deferred.drain()
         self._provider.force_flush(timeout_ms)
 
     def stop(self, timeout_ms: int) -> None:
+        deferred.drain()
         self._provider.shutdown(timeout_ms)  # which sends what is waiting
+
+
+def measure(record: Callable[..., None], value: float, attributes: Mapping[str, Value]) -> None:
+    """`record(value, attributes)` of an instrument, a little later, as of the current span."""
+    span = _current.get()
+    deferred.add(_measure, record, value, attributes, span.context if span is not None else None)
+
+
+def _measure(
+    record: Callable[..., None], value: float, attributes: Mapping[str, Value], within: TraceContext | None
+) -> None:
+    record(value, attributes, context_of(within))
+
+
+def context_of(context: TraceContext | None) -> Any:
+    """OpenTelemetry's context in which `context` is the current span; an empty one for None."""
+    from opentelemetry import trace
+    from opentelemetry.context import Context
+
+    return trace.set_span_in_context(trace.NonRecordingSpan(_remote(context)), Context()) if context else Context()
 
 
 def _remote(context: TraceContext) -> Any:
@@ -215,23 +283,22 @@ def _remote(context: TraceContext) -> Any:
     )
 
 
-def _tracer_provider() -> TracerProvider:
+def _tracer_provider(ids: KnownIds) -> TracerProvider:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.sdk.trace.id_generator import IdGenerator
 
-    class SystemRandomIds(IdGenerator):
-        """Ids from the system: a seeded generator would repeat itself in every process woken from one snapshot."""
-
+    class Known(IdGenerator):
         def generate_span_id(self) -> int:
-            return secrets.randbits(64) or 1
+            return ids.span_id
 
         def generate_trace_id(self) -> int:
-            return secrets.randbits(128) or 1
+            return ids.trace_id
 
-    provider = TracerProvider(resource=_resource(), id_generator=SystemRandomIds())
+    provider = TracerProvider(resource=_resource(), id_generator=Known())
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    atexit.register(deferred.drain)  # before the provider's own, which sends it
     return provider
 
 
@@ -245,7 +312,9 @@ def _meter_provider() -> MeterProvider:
     said = os.environ.get("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION")
     preferred: dict[type, Aggregation] = {} if said else {Histogram: ExponentialBucketHistogramAggregation()}
     exporter = OTLPMetricExporter(preferred_aggregation=preferred)
-    return MeterProvider(metric_readers=[PeriodicExportingMetricReader(exporter)], resource=_resource())
+    provider = MeterProvider(metric_readers=[PeriodicExportingMetricReader(exporter)], resource=_resource())
+    atexit.register(deferred.drain)
+    return provider
 
 
 def _resource() -> Resource:
