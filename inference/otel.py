@@ -150,7 +150,9 @@ class Tracing:
 
     def __init__(self, provider: TracerProvider, ids: KnownIds) -> None:
         from opentelemetry import trace
+        from opentelemetry.sdk.trace.sampling import Decision
 
+        self._sampled = Decision.RECORD_AND_SAMPLE
         self._trace = trace
         self._kinds = {kind.name.lower(): kind for kind in trace.SpanKind}
         self._provider = provider
@@ -168,17 +170,17 @@ class Tracing:
         """Start a span below `remote`, else below the current one, and make it the current one until it is closed."""
         within = _current.get()
         said = dict(attributes) if attributes else {}
-        if remote is None and within is not None:
-            parent, sampled = within.context, within.context.sampled
-        else:
-            parent, sampled = remote, self._samples(remote, name, kind, said)
+        parent = within.context if remote is None and within is not None else remote
         # Ids from the system: a seeded generator would repeat itself in every process woken from one snapshot.
-        context = TraceContext(
-            parent.trace_id if parent else secrets.token_hex(16),
-            secrets.token_hex(8),
-            sampled,
-            parent.tracestate if parent else "",
-        )
+        trace_id = parent.trace_id if parent else secrets.token_hex(16)
+        if parent is not None and parent is not remote:
+            sampled = parent.sampled
+        else:
+            result = self._provider.sampler.should_sample(
+                context_of(remote), int(trace_id, 16), name, self._kinds[kind], said
+            )
+            sampled = result.decision is self._sampled
+        context = TraceContext(trace_id, secrets.token_hex(8), sampled, parent.tracestate if parent else "")
         opened = OpenSpan(name, kind, said, context, parent, links)
         opened.token = _current.set(opened)
         return opened
@@ -202,13 +204,6 @@ class Tracing:
     def stop(self, timeout_ms: int) -> None:
         self.flush(timeout_ms)
         self._provider.shutdown()
-
-    def _samples(self, remote: TraceContext | None, name: str, kind: Kind, attributes: Mapping[str, Value]) -> bool:
-        trace_id = int(remote.trace_id, 16) if remote else secrets.randbits(128)
-        decided = self._provider.sampler.should_sample(
-            context_of(remote), trace_id, name, self._kinds[kind], attributes
-        ).decision
-        return bool(decided.is_sampled())
 
     def _emit(self, span: OpenSpan) -> None:
         """The closed `span` as the SDK's own, with the ids that it had."""

@@ -3,6 +3,7 @@
     python -m tests.benchmarks.telemetry_overhead [--quick]
 
 On means spans and metrics to an OTLP receiver in another process, exports included, and a line of log for each request.
+`cpu_…_ms` is what the process used per request, its threads and the last flush included.
 Both halves are of one run and one machine, in short turns one after the other, so that a machine that is busier for a while
 is so for both; the last line is one JSON object. `telemetry_overhead_rate` is how much longer the median request takes: the
 median over all pairs of turns.
@@ -34,6 +35,7 @@ from tests.served_world import ServedWorld, build
 
 HEADERS = {"content-type": "application/json"}
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
+WARM = 5
 SPANS = 6
 """Of one request: itself, two round trips, two runs of the ranker, re-ranking."""
 
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         ensure_view_tables(url)
         sizes: dict[str, Any] = {} if quick else {"people": 200, "items": 1_200, "size": "standard"}
         world = build(url, Path(folder) / "world", **sizes)
-        report = measure(world, rounds=2 if quick else 20, block=10 if quick else 150)
+        report = measure(world, rounds=2 if quick else 80, block=10 if quick else 50)
     report |= {"quick": quick, "machine": machine()}
     print(json.dumps(report))
     return report
@@ -58,8 +60,11 @@ def measure(world: ServedWorld, *, rounds: int, block: int) -> dict[str, Any]:
     """`rounds` times `block` requests without telemetry and as many with it, in turns; milliseconds and a rate."""
     application = world.application()
     took: dict[bool, list[float]] = {False: [], True: []}
+    cpu_seconds = {False: 0.0, True: 0.0}
     ratios: list[float] = []
     before = os.environ.pop(ENDPOINT, None)
+    # Spans leave while requests are asked, not only between the turns.
+    os.environ.setdefault("OTEL_BSP_SCHEDULE_DELAY", "200")
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     receiver = multiprocessing.get_context("spawn").Process(target=_receive, args=(theirs,))
     receiver.start()
@@ -75,13 +80,15 @@ def measure(world: ServedWorld, *, rounds: int, block: int) -> dict[str, Any]:
                     if on:
                         os.environ[ENDPOINT] = endpoint
                     request_log.open_log(nowhere if on else "off")
-                    _ask(application, world, 5)  # what is set up once is not a request's cost
+                    _ask(application, world, WARM)  # what is set up once is not a request's cost
+                    began = time.process_time()
                     asked = _ask(application, world, block)
                     this[on] = statistics.median(asked)
                     took[on] += asked
                     os.environ.pop(ENDPOINT, None)
                     request_log.open_log("off")
                     telemetry.shutdown(10_000)
+                    cpu_seconds[on] += time.process_time() - began
                 ratios.append(this[True] / this[False])
                 note(f"round {turn + 1} of {rounds}: {this[False]:.2f} ms off, {this[True]:.2f} ms on")
         ours.send("end")
@@ -102,6 +109,8 @@ def measure(world: ServedWorld, *, rounds: int, block: int) -> dict[str, Any]:
         "quartiles": [round(spread[0] - 1, 4), round(spread[2] - 1, 4)],
         "p50_off_ms": round(statistics.median(took[False]), 3),
         "p50_on_ms": round(statistics.median(took[True]), 3),
+        "cpu_off_ms": round(cpu_seconds[False] / len(took[False]) * 1_000, 3),
+        "cpu_on_ms": round(cpu_seconds[True] / len(took[True]) * 1_000, 3),
         "requests": len(took[True]),
         "spans": spans,
     }

@@ -211,6 +211,22 @@ def test_an_unsampled_parent_is_respected(receiver: Receiver) -> None:
     assert set(receiver.spans()) == {"heard"}
 
 
+def test_what_a_sampler_takes_is_sent_and_what_it_leaves_is_not(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.5")
+    telemetry.shutdown()
+    taken = set()
+    for number in range(64):
+        with telemetry.server_span(f"{number}", {}), telemetry.span(f"{number} inner"):
+            if telemetry.inject()["traceparent"].endswith("-01"):
+                taken |= {f"{number}", f"{number} inner"}
+    assert telemetry.flush(5_000)
+    assert set(receiver.spans()) == taken
+    assert 2 * 10 < len(taken) < 2 * 54
+
+
 def test_sdk_disabled_wins(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
     with telemetry.span("x"):
