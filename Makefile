@@ -7,7 +7,7 @@ PORT ?= 8080
 DATA ?=
 USER_ID ?=
 .DEFAULT_GOAL := help
-.PHONY: help install run ui backfill serve forget features explain training-set vacuum mend-lake test prove check bench-features bench-ranker bench-gpu format pictures clean
+.PHONY: help install run ui backfill serve forget features explain training-set vacuum mend-lake test prove check bench-features bench-ranker bench-gpu openapi format pictures clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -74,6 +74,9 @@ bench-ranker: install ## quality, size and speed of the ranker, measured; PEERS=
 
 bench-gpu: install ## the ranker on an NVIDIA GPU against PyTorch and the card's ceilings; writes tests/benchmarks/results/
 	@$(BIN)/python -W ignore -m tests.benchmarks.bench_gpu
+
+openapi: install ## write docs/openapi.json from the models that read requests and write answers
+	@$(BIN)/python -m inference.openapi
 
 format: install ## format the code and apply safe fixes
 	@$(BIN)/ruff format .

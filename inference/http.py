@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from inference import telemetry
+from inference import metrics, request_log, telemetry
+from inference.propagation import CARRIER_HEADERS
+from inference.request_log import Notes
 from schemas.errors import LarderError, RequestError, Unavailable
 from schemas.serving import (
     EventsRequest,
@@ -31,7 +33,6 @@ logger = logging.getLogger(__name__)
 JSON_TYPE = "application/json"
 ACCEPTED_TYPES = frozenset({JSON_TYPE, "application/x-www-form-urlencoded"})
 """The second is what `curl -d` says of any body it is not told about; whether it is JSON the parser decides."""
-CARRIER_HEADERS = ("traceparent", "x-amzn-trace-id")
 
 Carrier = Mapping[str, str]
 """Trace context as it came in: header names in lower case."""
@@ -70,6 +71,7 @@ class _Call:
     body: bytes
     deadline: float | None
     carrier: Carrier = field(default_factory=dict)
+    notes: Notes = field(default_factory=Notes)
 
 
 def _recommendations(call: _Call) -> Response:
@@ -79,13 +81,16 @@ def _recommendations(call: _Call) -> Response:
         asked = time.monotonic() + request.timeout_ms / 1000
         deadline = asked if deadline is None else min(asked, deadline)
     try:
-        return _answer(render(call.app.recommend(request, deadline, call.carrier)))
+        answer = call.app.recommend(request, deadline, call.carrier)
     except Unavailable as error:
         if deadline is None or time.monotonic() < deadline:
             raise
         limit = "the platform's limit" if request.timeout_ms is None else f"timeout_ms {request.timeout_ms}"
         message = f"there was no answer in time ({limit}); allow more"
         raise Unavailable(message, retry_after_seconds=error.retry_after_seconds) from error
+    call.notes.model_version, call.notes.prompt_version = answer.model_version, answer.prompt_version
+    call.notes.degraded = answer.degraded
+    return _answer(render(answer))
 
 
 def _similar(call: _Call) -> Response:
@@ -98,7 +103,14 @@ def _events(call: _Call) -> Response:
 
 def _health(call: _Call) -> Response:
     health = call.app.health()
+    call.notes.model_version, call.notes.degraded = health.model_version, health.degraded
     return _answer(render(health), status=503 if health.status == "unavailable" else 200)
+
+
+def _openapi(_: _Call) -> Response:
+    from inference import openapi  # made for who asks, not at every start
+
+    return _answer(openapi.text().encode())
 
 
 ROUTES: dict[str, tuple[str, Callable[[_Call], Response]]] = {
@@ -106,6 +118,7 @@ ROUTES: dict[str, tuple[str, Callable[[_Call], Response]]] = {
     "/similar": ("POST", _similar),
     "/events": ("POST", _events),
     "/health": ("GET", _health),
+    "/openapi.json": ("GET", _openapi),
 }
 
 
@@ -124,17 +137,54 @@ def handle(
     `headers` have names in lower case, `path` comes without its query, `deadline` is an instant of
     `time.monotonic()`. `attributes` are the door's own, for the request's span.
     """
+    return _observed(
+        method,
+        path,
+        headers,
+        attributes,
+        lambda carrier, notes: _respond(app, method, path, headers, _Call(app, body, deadline, carrier, notes)),
+    )
+
+
+def refused(
+    error: Exception,
+    method: str,
+    path: str,
+    headers: Mapping[str, str],
+    attributes: Mapping[str, telemetry.Value] | None = None,
+) -> Response:
+    """The answer to a request that a door cannot hand on because of `error`: traced, counted and logged like any other."""
+    return _observed(method, path, headers, attributes, lambda _, notes: _error_of(error, notes))
+
+
+def _observed(
+    method: str,
+    path: str,
+    headers: Mapping[str, str],
+    attributes: Mapping[str, telemetry.Value] | None,
+    respond: Callable[[Carrier, Notes], Response],
+) -> Response:
+    """What `respond` gives, under the request's span, measured and logged."""
+    began = time.perf_counter()
     carrier = {name: headers[name] for name in CARRIER_HEADERS if name in headers}
-    known = path in ROUTES
-    with telemetry.server_span(f"{method} {path}" if known else "unknown route", carrier, attributes) as span:
-        response = _respond(app, method, path, headers, _Call(app, body, deadline, carrier))
-        if known:
-            span.set("http.route", path)
+    method = method if method in metrics.METHODS else metrics.OTHER_METHOD
+    route = path if path in ROUTES else None
+    said = attributes or {}
+    with telemetry.server_span(f"{method} {path}" if route else "unknown route", carrier, said) as span:
+        context = telemetry.current()
+        notes = Notes(context.trace_id if context else secrets.token_hex(16))
+        response = respond(carrier, notes)
+        if route:
+            span.set("http.route", route)
             span.set("http.request.method", method)
         span.set("http.response.status_code", response.status)
         if response.status >= 500:
             span.fail(str(response.status))
-        return response
+        seconds = time.perf_counter() - began
+        metrics.request_ended(method, route, response.status, seconds, scheme=str(said.get("url.scheme", "http")))
+    trigger = str(said.get("faas.trigger", "http"))
+    request_log.write(notes, context, method, route, response.status, seconds, trigger=trigger)
+    return response
 
 
 def error_response(error: RequestError | Unavailable) -> Response:
@@ -147,23 +197,30 @@ def error_response(error: RequestError | Unavailable) -> Response:
 def _respond(app: Application, method: str, path: str, headers: Mapping[str, str], call: _Call) -> Response:
     try:
         if path not in ROUTES:
+            call.notes.error = "not_found"
             return _error(404, "not_found", f"there is no route {cut(path)}; known: {', '.join(_route_names())}")
         allowed, route = ROUTES[path]
         if method != allowed:
+            call.notes.error = "method_not_allowed"
             message = f"{path} does not take {cut(method)}; use {allowed}"
             return _error(405, "method_not_allowed", message, headers={"allow": allowed})
         if allowed == "POST":
             _check_content_type(headers)
         return route(call)
-    except (RequestError, Unavailable) as error:
-        return error_response(error)
     except Exception as error:  # noqa: BLE001 - the edge: whatever went wrong, the caller gets an answer
-        return internal_error(error)
+        return _error_of(error, call.notes)
 
 
-def internal_error(error: BaseException) -> Response:
+def _error_of(error: Exception, notes: Notes) -> Response:
+    if isinstance(error, RequestError | Unavailable):
+        notes.error = error.type
+        return error_response(error)
+    notes.error = type(error).__name__
+    return internal_error(error, notes.trace_id)
+
+
+def internal_error(error: BaseException, trace_id: str) -> Response:
     """Answer 500 for an unforeseen `error`, and log where it happened under the id that the caller is given."""
-    trace_id = telemetry.current_trace_id() or secrets.token_hex(16)
     # An exception's text may quote what a person sent, so only types and places are logged.
     causes: list[str] = []
     cause: BaseException | None = error

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from inference import metrics
 from inference.artifacts import verify
 from inference.cuda import PROVIDER, Bucket, CudaSession, device_count
 from inference.telemetry import Value, span
@@ -148,7 +149,10 @@ class Ranker:
             "recsys.rank.rows": int(inputs["candidate_vectors"].shape[1]),
         }
         with span("rank", attributes=attributes):
-            return engine.run(inputs)
+            answer = engine.run(inputs)
+        if rows := inputs["candidate_vectors"].shape[1]:
+            metrics.ranked(int(rows))
+        return answer
 
 
 def open_cuda(file: Path) -> CudaSession:

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from inference import explain, rerank
+from inference import explain, metrics, rerank
 from inference.candidates import Candidates, Filters
 from inference.encoder import TextEncoder
 from inference.ranker import Ranker
@@ -32,7 +32,7 @@ from schemas import prompts
 from schemas.errors import ArtifactError, DefinitionError, Unavailable
 from schemas.events import LIKED_VALUE, NEGATIVE_KINDS
 from schemas.serving import RecommendationRequest, RecommendationResponse, RecommendedItem
-from schemas.views import CONTEXT_VIEWS
+from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +91,11 @@ class Recommender:
         end = time.monotonic() + max(min(limits), 1) / 1000
         request_id = request.request_id or uuid.uuid4().hex
         try:
-            return self._personal(request, request_id, end, steps)
+            answer = self._personal(request, request_id, end, steps)
         except Unavailable:
-            return self._shipped(request, request_id)
+            answer = self._shipped(request, request_id)
+        metrics.answered(answer.model_version, answer.degraded, steps.ms)
+        return answer
 
     def _personal(
         self, request: RecommendationRequest, request_id: str, end: float, steps: Steps
@@ -106,6 +108,8 @@ class Recommender:
             person = self.store.read_person(
                 request.user_id, at, _left_ms(end), live=request.at is None, audited=audited
             )
+        if request.at is None:
+            metrics.features_read({name: columns.settled_at for name, columns in person.views.items()})
         ranker = self._ranker(person.champion, degraded)
         # A model has learned wishes as its own template writes them, whichever has won since.
         template = ranker.manifest.wish_template if ranker else person.wish_template
@@ -199,6 +203,8 @@ class Recommender:
                 live=asked.request.at is None,
                 audited=asked.audited,
             )
+        if asked.request.at is None:
+            metrics.features_read({view.name: candidates.features.settled_at for view in CANDIDATE_VIEWS})
         if not len(candidates):
             return candidates, np.zeros(0, np.float32)
         with steps.step("rank"):

@@ -6,14 +6,14 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from inference import artifacts
+from inference import artifacts, metrics, readings, request_log
 from inference.candidates import Filters
 from inference.encoder import TextEncoder
 from inference.ranker import Ranker
@@ -110,6 +110,8 @@ class LarderApplication:
     models: LoadedModels
     recommender: Recommender
     served: ServedLog
+    unwatch: Callable[[], None] = lambda: None
+    """Ends the readings that metrics take of this application."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> LarderApplication:
@@ -117,8 +119,9 @@ class LarderApplication:
         models = LoadedModels(settings.artifacts_url, settings.threads)
         # Its own connection: what is written after an answer must not keep the next request waiting.
         served = ServedLog(Store(settings.database_url, size=1), settings.audit_per_mille)
+        unwatch = readings.watch(models, served)
         recommender = Recommender(store, models, settings.candidates, settings.timeout_ms, served=served)
-        return cls(settings, store, models, recommender, served)
+        return cls(settings, store, models, recommender, served, unwatch)
 
     def warm(self) -> None:
         """Open a connection and load what is released, so that the first request finds it there."""
@@ -137,6 +140,7 @@ class LarderApplication:
 
     def close(self) -> None:
         """Write what waits and close every connection."""
+        self.unwatch()
         self.served.close()
         self.store.close()
 
@@ -199,6 +203,7 @@ class LarderApplication:
                 outcome: Literal["stored", "duplicate"] = "stored" if event.event_id in new else "duplicate"
                 new.discard(event.event_id)  # the second of two equal ids in one batch is a repeat
                 outcomes.append(EventOutcome(event_id=event.event_id, outcome=outcome))
+        metrics.events_posted(made.outcome for made in outcomes)
         return EventsResponse(outcomes=tuple(outcomes))
 
     def health(self) -> HealthResponse:
@@ -252,8 +257,11 @@ def _from_the_future(occurred_at: datetime, arrived: datetime) -> str:
 
 def create_application() -> LarderApplication:
     """The application that the environment describes, warm. Raises SettingsError for settings that cannot be used."""
-    application = LarderApplication.from_settings(read_settings())
+    settings = read_settings()
+    request_log.open_log(settings.request_log)
+    application = LarderApplication.from_settings(settings)
     application.warm()
+    metrics.initialised()
     return application
 
 

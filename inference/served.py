@@ -102,6 +102,11 @@ class ServedLog:
     def __post_init__(self) -> None:
         self._queue = queue.Queue(self.capacity)
 
+    @property
+    def waiting(self) -> int:
+        """Reads that are not written yet."""
+        return self._queue.unfinished_tasks
+
     def samples(self, user_id: str) -> bool:
         """Whether this person's reads are logged: the same people always, whatever process answers."""
         if not self.per_mille:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from inference.request_log import STREAMS, Stream
 from schemas.errors import SettingsError
 
 
@@ -25,6 +26,8 @@ class Settings:
     """Requests answered at the same time by one process."""
     audit_per_mille: int = 10
     """Of how many people in a thousand the features served are logged for the skew audit."""
+    request_log: Stream = "stderr"
+    """Where the line of each request goes, or `off`."""
 
 
 _LIMITS: dict[str, tuple[str, int, int]] = {
@@ -53,6 +56,10 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
             faults.append(f"{name} is not set; `make serve` sets it for the current deployment")
     if environ.get("ARTIFACTS_URL") and not environ["ARTIFACTS_URL"].startswith(("file://", "s3://")):
         faults.append(f"ARTIFACTS_URL is {environ['ARTIFACTS_URL']!r}; give file:///folder or s3://bucket/prefix")
+    said = environ.get("LARDER_REQUEST_LOG", "stderr").strip().lower()
+    stream = next((known for known in STREAMS if known == said), None)
+    if stream is None:
+        faults.append(f"LARDER_REQUEST_LOG is {said!r}; give {', '.join(STREAMS[:-1])} or {STREAMS[-1]}")
     if faults:
         raise SettingsError("settings cannot be used: " + "; ".join(faults))
-    return Settings(environ["DATABASE_URL"], environ["ARTIFACTS_URL"], **values)
+    return Settings(environ["DATABASE_URL"], environ["ARTIFACTS_URL"], **values, request_log=stream or "stderr")

@@ -18,13 +18,15 @@ from pydantic import (
     PlainValidator,
     SerializerFunctionWrapHandler,
     ValidationError,
+    WithJsonSchema,
     model_serializer,
     model_validator,
 )
+from pydantic.config import JsonDict
 from pydantic_core import ErrorDetails, from_json
 
 from schemas.errors import RequestError
-from schemas.events import KINDS, InvalidRow, check_id
+from schemas.events import KINDS, MAX_ID_BYTES, InvalidRow, check_id
 from schemas.ranker import MAX_CANDIDATES
 
 MAX_BODY_BYTES = 256 * 1024
@@ -36,6 +38,8 @@ MAX_CONTEXT_ENTRIES = 64
 MAX_CATEGORIES = 100
 MAX_SHOWN_CHARS = 80
 """So much of an offending value is quoted back, never more."""
+
+_FIRST_INSTANT = datetime(1969, 12, 31, tzinfo=UTC)
 
 Scalar = str | int | float | bool | None
 
@@ -77,22 +81,71 @@ def _check_scalar(value: object) -> Scalar:
 
 def _to_utc(value: datetime) -> datetime:
     try:
-        return value.astimezone(UTC)
+        instant = value.astimezone(UTC)
     except OverflowError:
-        raise ValueError("it lies outside the years 1 to 9999 in UTC") from None
+        raise ValueError("it lies outside the years 1970 to 9999 in UTC") from None
+    # Windows reach back from an instant, and days before 1970 have no place in a partition. What is 1970 somewhere may
+    # still be 1969 in UTC.
+    if instant < _FIRST_INSTANT:
+        raise ValueError("it lies outside the years 1970 to 9999 in UTC")
+    return instant
 
 
 def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(values))
 
 
-Key = Annotated[str, AfterValidator(_check_key)]
-Kind = Annotated[str, AfterValidator(_check_kind)]
-Text = Annotated[str | None, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_check_text)]
-Instant = Annotated[AwareDatetime, AfterValidator(_to_utc)]
+# What a validator of ours checks, pydantic cannot tell the OpenAPI document: it is said beside it.
+KEY_FORMAT = "larder-key"
+_KEY_SCHEMA = {
+    "type": "string",
+    "format": KEY_FORMAT,
+    "minLength": 1,
+    "maxLength": MAX_ID_BYTES,
+    "pattern": r"^[^\x00-\x1f\x7f]*$",
+    "description": f"At most {MAX_ID_BYTES} bytes in UTF-8, no control characters.",
+}
+_TEXT_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "maxLength": MAX_PROMPT_CHARS, "pattern": r"^[^\x00-\x08\x0b\x0c\x0e-\x1f]*$"},
+        {"type": "null"},
+    ],
+    "description": "Blank text counts as none.",
+}
+_SCALAR_SCHEMA = {
+    "type": ["string", "number", "boolean", "null"],
+    "maxLength": MAX_PROMPT_CHARS,
+    "minimum": -(2**53),
+    "maximum": 2**53,
+}
+_INSTANT_SCHEMA = {
+    "type": "string",
+    "format": "date-time",
+    "pattern": r"^(19[7-9]|[2-9]\d\d)\d-",
+    "description": "With a time zone, from 1970 on.",
+}
+
+Key = Annotated[str, AfterValidator(_check_key), WithJsonSchema(_KEY_SCHEMA)]
+Kind = Annotated[str, AfterValidator(_check_kind), WithJsonSchema({"type": "string", "enum": list(KINDS)})]
+Text = Annotated[
+    str | None, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_check_text), WithJsonSchema(_TEXT_SCHEMA)
+]
+Instant = Annotated[AwareDatetime, AfterValidator(_to_utc), WithJsonSchema(_INSTANT_SCHEMA)]
 ItemIds = Annotated[tuple[Key, ...], Field(max_length=MAX_CANDIDATES), AfterValidator(_unique)]
 Categories = Annotated[tuple[Key, ...], Field(max_length=MAX_CATEGORIES), AfterValidator(_unique)]
-Context = Annotated[dict[Key, Annotated[Scalar, PlainValidator(_check_scalar)]], Field(max_length=MAX_CONTEXT_ENTRIES)]
+ContextValue = Annotated[Scalar, PlainValidator(_check_scalar), WithJsonSchema(_SCALAR_SCHEMA)]
+Context = Annotated[
+    dict[Key, ContextValue],
+    Field(max_length=MAX_CONTEXT_ENTRIES),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "maxProperties": MAX_CONTEXT_ENTRIES,
+            "propertyNames": _KEY_SCHEMA,
+            "additionalProperties": _SCALAR_SCHEMA,
+        }
+    ),
+]
 
 
 class _Model(BaseModel):
@@ -160,8 +213,18 @@ class RecommendationResponse(_Model):
     degraded: tuple[str, ...] = ()
 
 
+def _anchored_by(name: str) -> JsonDict:
+    """The condition that of the two anchors of a SimilarRequest `name` is given and the other is not."""
+    item_id: JsonDict = {"type": "string"} if name == "item_id" else {"type": "null"}
+    given: JsonDict = {"type": "string", "pattern": r"\S"}
+    blank: JsonDict = {"anyOf": [{"type": "null"}, {"pattern": r"^\s*$"}]}
+    return {"required": [name], "properties": {"item_id": item_id, "text": given if name == "text" else blank}}
+
+
 class SimilarRequest(_Model):
     """Neighbours of one item, or of a text: exactly one of the two."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_anchored_by("item_id"), _anchored_by("text")]})
 
     item_id: Key | None = None
     text: Text = None
@@ -208,6 +271,20 @@ class EventOutcome(_Model):
     event_id: str
     outcome: Literal["stored", "duplicate", "refused"]
     reason: str | None = None
+
+
+class Fault(_Model):
+    """What was wrong: the thing, the value and the way out; `field` is the offending field's dotted path."""
+
+    type: str
+    message: str
+    field: str | None = None
+
+
+class ErrorResponse(_Model):
+    """The one shape of every error."""
+
+    error: Fault
 
 
 class EventsResponse(_Model):

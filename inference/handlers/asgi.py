@@ -9,14 +9,14 @@ import contextvars
 import logging
 import socket
 import sys
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import uvicorn
 
-from inference import telemetry
-from inference.http import Application, Response, error_response, handle, internal_error
+from inference import metrics, telemetry
+from inference.http import Application, Response, handle, refused
 from schemas.errors import LarderError, RequestError, Unavailable
 from schemas.serving import MAX_BODY_BYTES, body_too_large
 
@@ -68,7 +68,9 @@ class _Door:
             await send({"type": "lifespan.startup.failed", "message": type(error).__name__})
             return
         await send({"type": "lifespan.startup.complete"})
+        unwatch = metrics.watch(self._read)
         await receive()
+        unwatch()
         # Requests have ended by now; an application that holds a connection may say how to let go of it.
         close = getattr(self._app, "close", None)
         if callable(close):
@@ -87,27 +89,40 @@ class _Door:
             body = await _read_body(headers, receive)
         except RequestError as error:
             # What is left of the body was not read, so the connection cannot carry another request.
-            await _send(send, error_response(error), {"connection": "close"})
+            response = refused(error, scope["method"], scope["path"], headers, _attributes(scope))
+            await _send(send, response, {"connection": "close"})
             return
         if body is not None:
-            await _send(send, await self._call(scope["method"], scope["path"], headers, body))
+            await _send(send, await self._call(scope, headers, body))
 
-    async def _call(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Response:
+    async def _call(self, scope: Scope, headers: dict[str, str], body: bytes) -> Response:
+        method, path, attributes = scope["method"], scope["path"], _attributes(scope)
         if self._app is None:
-            return error_response(Unavailable("the application is not started; run the server with lifespan on"))
+            not_started = Unavailable("the application is not started; run the server with lifespan on")
+            return refused(not_started, method, path, headers, attributes)
         if self._in_flight >= self._limit:
-            return error_response(Unavailable(f"{self._in_flight} requests are waiting already; try again"))
+            full = Unavailable(f"{self._in_flight} requests are waiting already; try again")
+            return refused(full, method, path, headers, attributes)
         app = self._app
         context = contextvars.copy_context()
         self._in_flight += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(
-                self._pool, lambda: context.run(handle, app, method, path, headers, body, deadline=None)
+                self._pool,
+                lambda: context.run(handle, app, method, path, headers, body, deadline=None, attributes=attributes),
             )
         except RuntimeError as error:  # the pool is shut: the server is on its way out
-            return internal_error(error)
+            return refused(error, method, path, headers, attributes)
         finally:
             self._in_flight -= 1
+
+    def _read(self) -> Iterator[metrics.Reading]:
+        yield "recsys.requests.in_flight", self._in_flight, {}
+
+
+def _attributes(scope: Scope) -> dict[str, telemetry.Value]:
+    """What the door knows of a request, for its span."""
+    return {"url.scheme": scope.get("scheme", "http"), "faas.trigger": "http"}
 
 
 async def _read_body(headers: dict[str, str], receive: Receive) -> bytes | None:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from inference import telemetry
-from inference.http import CARRIER_HEADERS, JSON_TYPE, Application, Response, error_response, handle, internal_error
+from inference.http import JSON_TYPE, Application, Response, handle, refused
+from inference.propagation import CARRIER_HEADERS
 from schemas.errors import RequestError
 
 RESERVE_MS = 50
@@ -83,16 +84,19 @@ def _answer(
     deadline: float,
     over_http: bool,
 ) -> Response:
+    attributes: dict[str, telemetry.Value] = {
+        "faas.trigger": "http" if over_http else "other",
+        "faas.invocation_id": context.aws_request_id,
+        "url.scheme": "https",
+    }
+    method, path, headers = "POST", "", dict[str, str]()
     try:
         method, path, headers, body = _from_gateway(event) if over_http else _from_invocation(event, context)
         app = application()
-    except RequestError as error:
-        return error_response(error)
     except Exception as error:  # noqa: BLE001 - the edge: an application that cannot be built is an answer too
-        return internal_error(error)
+        return refused(error, method, path, headers, attributes)
     if not any(name in headers for name in CARRIER_HEADERS) and "_X_AMZN_TRACE_ID" in os.environ:
         headers["x-amzn-trace-id"] = os.environ["_X_AMZN_TRACE_ID"]
-    attributes = {"faas.trigger": "http" if over_http else "other", "faas.invocation_id": context.aws_request_id}
     return handle(app, method, path, headers, body, deadline=deadline, attributes=attributes)
 
 

@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+TRACES, METRICS = "/v1/traces", "/v1/metrics"
 
 
 class Receiver(ThreadingHTTPServer):
@@ -20,19 +23,35 @@ class Receiver(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Export)
-        self.bodies: list[bytes] = []
-        self.paths: list[str] = []
+        self.exports: list[tuple[str, bytes]] = []
         self.delay_seconds = 0.0
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    @property
+    def bodies(self) -> list[bytes]:
+        return [body for _, body in self.exports]
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.exports]
+
     def resources(self) -> list[Any]:
-        return [r for body in self.bodies for r in ExportTraceServiceRequest.FromString(body).resource_spans]
+        sent = [ExportTraceServiceRequest.FromString(body) for path, body in self.exports if path == TRACES]
+        return [r for request in sent for r in request.resource_spans]
 
     def spans(self) -> dict[str, Any]:
         return {s.name: s for r in self.resources() for scope in r.scope_spans for s in scope.spans}
+
+    def metric_resources(self) -> list[Any]:
+        sent = [ExportMetricsServiceRequest.FromString(body) for path, body in self.exports if path == METRICS]
+        return [r for request in sent for r in request.resource_metrics]
+
+    def metrics(self) -> dict[str, Any]:
+        """The newest state of each instrument: they are cumulative."""
+        return {m.name: m for r in self.metric_resources() for scope in r.scope_metrics for m in scope.metrics}
 
 
 class _Export(BaseHTTPRequestHandler):
@@ -41,8 +60,8 @@ class _Export(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         time.sleep(self.server.delay_seconds)
-        self.server.bodies.append(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
-        self.server.paths.append(self.path)
+        whole = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+        self.server.exports.append((self.path, whole))
         self.send_response(200)
         self.send_header("Content-Type", "application/x-protobuf")
         self.send_header("Content-Length", "0")
@@ -64,3 +83,8 @@ def receiving() -> Iterator[Receiver]:
         server.shutdown()
         server.server_close()
         thread.join(10)
+
+
+def points(metric: Any) -> list[Any]:
+    """The data points of a metric, whatever its kind."""
+    return list(getattr(metric, metric.WhichOneof("data")).data_points)

@@ -55,7 +55,7 @@ def ask(port: int, path: str, document: object = None, method: str = "POST") -> 
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     try:
         body = document if isinstance(document, bytes) else json.dumps(document).encode()
-        connection.request(method, path, body=body if method == "POST" else None, headers=JSON)
+        connection.request(method, path, body=None if method == "GET" else body, headers=JSON)
         response = connection.getresponse()
         return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
     finally:

@@ -1,0 +1,178 @@
+"""The OpenAPI document of the function, made from the models that read and write its bodies: `python -m inference.openapi`.
+
+What a request may hold, what an answer holds and which statuses a route gives stand here once; the routes themselves are
+those of inference/http.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+from pydantic.json_schema import models_json_schema
+
+from inference.otel import version
+from schemas.serving import (
+    MAX_BODY_BYTES,
+    ErrorResponse,
+    EventsRequest,
+    EventsResponse,
+    HealthResponse,
+    Key,
+    RecommendationRequest,
+    RecommendationResponse,
+    SimilarRequest,
+    SimilarResponse,
+)
+
+OPENAPI_VERSION = "3.1.0"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "openapi.json"
+_REF = "#/components/schemas/{model}"
+_RETRY_AFTER = {"retry-after": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 0}}}
+
+FAULTS: dict[int, str] = {
+    400: "The body is not a JSON object.",
+    401: "No key came with the request, or none that is known.",
+    403: "The key is not for this.",
+    404: "What the request asks about is not there.",
+    413: f"The body is larger than {MAX_BODY_BYTES} bytes.",
+    415: "The content type is not application/json.",
+    422: "A field will not do; the message says why and what would.",
+    429: "More requests than the key allows; wait and try again.",
+    500: "An error that nobody foresaw; it is logged under the trace that the message names.",
+    503: "Nothing can answer right now; try again later.",
+}
+"""What each status means, where a route gives it."""
+_BODY_FAULTS = (400, 413, 415, 422, 500, 503)
+_KEY_FAULTS = (401, 403, 429)
+_KEY = {"type": "http", "scheme": "bearer", "description": "A key with the scope that the operation names."}
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What one route takes and gives. `faults` are the statuses it may answer with when it does not answer."""
+
+    method: str
+    path: str
+    summary: str
+    answer: type[BaseModel] | None
+    request: type[BaseModel] | None = None
+    faults: tuple[int, ...] = ()
+    also: dict[int, type[BaseModel]] = field(default_factory=dict)
+    """Other statuses that come with an answer instead of an error."""
+    scope: str | None = None
+    """What a key must be for; None: open to all."""
+    success: int = 200
+
+
+OPERATIONS = (
+    Operation(
+        "POST",
+        "/recommendations",
+        "Items for a person, each with a score and, on demand, reasons",
+        RecommendationResponse,
+        RecommendationRequest,
+        _BODY_FAULTS,
+    ),
+    Operation(
+        "POST",
+        "/similar",
+        "Neighbours of an item or of a text",
+        SimilarResponse,
+        SimilarRequest,
+        (*_BODY_FAULTS, 404),
+    ),
+    Operation("POST", "/events", "Store events, each once", EventsResponse, EventsRequest, _BODY_FAULTS),
+    Operation(
+        "GET",
+        "/health",
+        "Versions, age of the model, round trip to the database, what is degraded",
+        HealthResponse,
+        faults=(500,),
+        also={503: HealthResponse},
+    ),
+    Operation("GET", "/openapi.json", "This document", None, faults=(500,)),
+)
+
+
+@cache
+def document() -> dict[str, Any]:
+    """The document; equal for every process of a version."""
+    models: list[type[BaseModel]] = [ErrorResponse]
+    models += [model for each in OPERATIONS for model in (each.request, each.answer) if model is not None]
+    # An answer is described by how it would be read: its serialiser leaves `reasons` out, which validation knows as a default.
+    _, schemas = models_json_schema([(model, "validation") for model in dict.fromkeys(models)], ref_template=_REF)
+    paths: dict[str, Any] = {}
+    for each in OPERATIONS:
+        paths.setdefault(each.path, {})[each.method.lower()] = _operation(each)
+    return {
+        "openapi": OPENAPI_VERSION,
+        "info": {
+            "title": "Larder",
+            "summary": "Recommendations, neighbours and events over HTTP",
+            "version": version(),
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "paths": paths,
+        "components": _components(schemas["$defs"], OPERATIONS),
+    }
+
+
+def text() -> str:
+    """The document as the file that is kept."""
+    return json.dumps(document(), indent=1, ensure_ascii=False) + "\n"
+
+
+def _components(schemas: dict[str, Any], operations: Sequence[Operation]) -> dict[str, Any]:
+    secured = {"securitySchemes": {"key": _KEY}} if any(each.scope for each in operations) else {}
+    return {"schemas": schemas} | secured
+
+
+def _operation(each: Operation) -> dict[str, Any]:
+    said: dict[str, Any] = {
+        "operationId": re.sub(r"\W+", "_", f"{each.method.lower()}{each.path}").strip("_"),
+        "summary": each.summary,
+    }
+    if names := re.findall(r"{(\w+)}", each.path):
+        said["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": TypeAdapter(Key).json_schema()} for name in names
+        ]
+    if each.scope is not None:
+        said["security"] = [{"key": [each.scope]}]
+    if each.request is not None:
+        said["requestBody"] = {"required": True, "content": _content(each.request)}
+    answer = {"schema": {"type": "object"}} if each.answer is None else _content(each.answer)["application/json"]
+    responses: dict[int, Any] = {each.success: {"description": "The answer.", "content": {"application/json": answer}}}
+    for status, model in each.also.items():
+        responses[status] = {"description": FAULTS[status], "content": _content(model)}
+    for status in (*each.faults, *(_KEY_FAULTS if each.scope is not None else ())):
+        responses[status] = {"description": FAULTS[status], "content": _content(ErrorResponse)}
+        if status in (429, 503):
+            responses[status]["headers"] = _RETRY_AFTER
+    said["responses"] = {str(status): responses[status] for status in sorted(responses)}
+    return said
+
+
+def _content(model: type[BaseModel]) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make openapi", description=__doc__)
+    parser.add_argument("--out", type=Path, default=DOCUMENT, help="file to write (default: docs/openapi.json)")
+    options = parser.parse_args()
+    options.out.write_text(text(), encoding="utf-8")
+    print(f"written: {options.out.name}, {len(document()['paths'])} routes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

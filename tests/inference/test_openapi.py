@@ -1,0 +1,120 @@
+"""The OpenAPI document: it is what the models say, every door serves it, and the running application keeps to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import schemathesis
+from conftest import replace_database
+from door_app import SmallApplication
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from served_world import ServedWorld, build
+from test_asgi_door import ask, served
+
+from inference import openapi
+from inference.handlers.asgi import create_app
+from inference.http import ROUTES, handle
+from schemas.serving import KEY_FORMAT, MAX_ID_BYTES
+
+# Characters of up to four bytes: as many as the limit allows in any of them.
+KEYS = st.text(
+    st.characters(exclude_categories=("Cs",), exclude_characters=[*map(chr, range(32)), "\x7f"]),
+    min_size=1,
+    max_size=32,
+).filter(lambda key: len(key.encode()) <= MAX_ID_BYTES)
+schemathesis.openapi.format(KEY_FORMAT, KEYS)
+
+
+def test_the_file_is_what_the_models_say() -> None:
+    assert openapi.DOCUMENT.read_text(encoding="utf-8") == openapi.text(), "run `make openapi`"
+
+
+def test_it_is_a_valid_document_of_every_route() -> None:
+    document = openapi.document()
+    OpenAPIV31SpecValidator(document).validate()
+    assert {path: {method.upper() for method in said} for path, said in document["paths"].items()} == {
+        path: {method} for path, (method, _) in ROUTES.items()
+    }
+
+
+def test_a_route_that_wants_a_key_says_so_and_names_what_its_path_names() -> None:
+    each = openapi.Operation(
+        "POST", "/people/{user_id}/forget", "Forget", None, faults=(404,), scope="admin", success=202
+    )
+    said = openapi._operation(each)
+    assert said["operationId"] == "post_people_user_id_forget"
+    assert [(p["name"], p["in"], p["schema"]["format"]) for p in said["parameters"]] == [
+        ("user_id", "path", KEY_FORMAT)
+    ]
+    assert said["security"] == [{"key": ["admin"]}]
+    assert list(said["responses"]) == ["202", "401", "403", "404", "429"]
+    document = openapi.document() | {"paths": {each.path: {"post": said}}}
+    document["components"] = openapi._components(document["components"]["schemas"], [each])
+    OpenAPIV31SpecValidator(document).validate()
+
+
+def test_a_door_serves_it() -> None:
+    response = handle(SmallApplication(), "GET", "/openapi.json", {}, b"", deadline=None)
+    assert (response.status, response.headers["content-type"]) == (200, "application/json")
+    assert json.loads(response.body) == json.loads(openapi.text())
+
+
+@pytest.fixture(scope="module")
+def world(postgres_url: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedWorld]:
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE fuzzed TEMPLATE {template}")
+    yield build(replace_database(postgres_url, "fuzzed"), tmp_path_factory.mktemp("fuzzed"))
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("DROP DATABASE fuzzed WITH (FORCE)")
+
+
+@pytest.fixture(scope="module")
+def port(world: ServedWorld) -> Iterator[int]:
+    with served(create_app(world.application)) as number:
+        yield number
+
+
+def whole(body: Any) -> Any:
+    """`body` with whole numbers where it has them with a point: to JSON Schema 1.0 is one, the function refuses it."""
+    if not isinstance(body, dict):
+        return body
+    counts = {name: int(body[name]) for name in ("k", "timeout_ms") if _has_a_point(body.get(name))}
+    return body | counts
+
+
+def _has_a_point(value: object) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
+schema = schemathesis.openapi.from_dict(openapi.document())
+SAME_EVERY_TIME = settings(
+    max_examples=30, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@schema.parametrize()
+@SAME_EVERY_TIME
+def test_the_application_keeps_to_it(case: Any, port: int) -> None:
+    case.body = whole(case.body)
+    case.call_and_validate(base_url=f"http://127.0.0.1:{port}")
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(3_600)
+@schema.parametrize()
+@settings(max_examples=5_000, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+def test_the_application_keeps_to_it_however_long_one_tries(case: Any, port: int) -> None:
+    case.body = whole(case.body)
+    case.call_and_validate(base_url=f"http://127.0.0.1:{port}")
+
+
+def test_the_served_document_is_the_file(port: int) -> None:
+    status, _, body = ask(port, "/openapi.json", method="GET")
+    assert (status, json.loads(body)) == (200, json.loads(Path(openapi.DOCUMENT).read_text()))
