@@ -7,7 +7,7 @@ PORT ?= 8080
 DATA ?=
 USER_ID ?=
 .DEFAULT_GOAL := help
-.PHONY: help install run ui backfill serve forget features explain training-set vacuum mend-lake test prove check bench-features bench-ranker bench-gpu openapi format pictures clean
+.PHONY: help install run ui backfill serve deploy rollback forget features explain training-set vacuum mend-lake test prove check bench-features bench-ranker bench-gpu openapi format pictures clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -34,6 +34,12 @@ backfill: install ## materialise days again in the instance of `make ui`: VIEW=a
 
 serve: install ## answer over HTTP on this machine [PORT=8080]
 	@$(BIN)/python -m infra.serve --port $(PORT)
+
+deploy: install ## the released model and its function to a cloud, safe to repeat: [PLAN=1: only say what would change] [TARGET=aws|cloud-run]
+	@$(BIN)/python -m infra.deploy deploy $(if $(TARGET),--target '$(TARGET)') $(if $(PLAN),--plan)
+
+rollback: install ## let the model before serve again [VERSION=…], or the function's version before: WHAT=function [TARGET=aws|cloud-run]
+	@$(BIN)/python -m infra.deploy rollback $(if $(WHAT),--what '$(WHAT)') $(if $(VERSION),--version '$(VERSION)') $(if $(TARGET),--target '$(TARGET)')
 
 forget: install ## erase a person: USER_ID=… [YES=1: do not ask] [REQUEST=1: only ask Dagster to] or RESUME=1
 	@$(BIN)/python -m orchestration.forget $(if $(USER_ID),--user '$(USER_ID)') $(if $(RESUME),--resume) $(if $(YES),--yes) $(if $(REQUEST),--request)

@@ -47,6 +47,16 @@ def read_alias(connection: psycopg.Connection[Any], alias: str = CHAMPION) -> Al
     return Alias(*row) if row else None
 
 
+def released_before(connection: psycopg.Connection[Any], version: str) -> str | None:
+    """The newest version that passed its gate and is older than `version`, or None."""
+    row = connection.execute(
+        "SELECT m.version FROM model_versions AS m JOIN gate_records AS g USING (version) WHERE g.passed AND m.created_at < "
+        "(SELECT created_at FROM model_versions WHERE version = %s) ORDER BY m.created_at DESC LIMIT 1",
+        (version,),
+    ).fetchone()
+    return str(row[0]) if row else None
+
+
 def promote(connection: psycopg.Connection[Any], version: str, alias: str = CHAMPION) -> Alias:
     """Point `alias` at `version` by compare-and-set; promoting what already serves changes nothing.
 

@@ -26,12 +26,17 @@ _PATIENCE_SECONDS = 15
 
 
 def prepare_dagster(record: Deployment) -> None:
-    """Give `record` its Dagster home and point this process and its children at it."""
+    """Give `record` its Dagster home and point this process and its children at it.
+
+    Where an instance of production is there (infra/dagster/production.yaml asks for DAGSTER_POSTGRES_URL), runs belong to it.
+    """
+    os.environ["DEPLOYMENT"] = record.name
+    if os.environ.get("DAGSTER_POSTGRES_URL") and os.environ.get("DAGSTER_HOME"):
+        return
     home = record.dagster_home
     home.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(__file__).parent / "dagster" / "dagster.yaml", home / "dagster.yaml")
     os.environ["DAGSTER_HOME"] = str(home)
-    os.environ["DEPLOYMENT"] = record.name
     # One transaction for a hundred partition events instead of one each.
     os.environ.setdefault("DAGSTER_EVENT_BATCH_SIZE", "100")
 

@@ -40,8 +40,12 @@ class Stage:
 
 @contextmanager
 def asset_span(context: dg.AssetExecutionContext) -> Iterator[None]:
-    """A span around an asset's body, under the trace that launched the run (tag `traceparent`), if one did."""
-    carrier = {"traceparent": tag} if (tag := context.run.tags.get("traceparent")) else None
+    """A span around an asset's body, under the trace that launched the run (tag `traceparent`), if one did.
+
+    The first asset of a run that nothing traced begins a trace, and the others of that run join it.
+    """
+    recorded = context.instance.get_run_by_id(context.run.run_id) or context.run
+    carrier = {"traceparent": tag} if (tag := recorded.tags.get("traceparent")) else None
     names = ", ".join(sorted(key.to_user_string() for key in context.selected_asset_keys))
     with span(f"asset {names}", attributes={"dagster.run_id": context.run.run_id}, carrier=carrier):
         if carrier is None and (made := inject()):

@@ -10,6 +10,7 @@ LarderError
 ├── DefinitionError        a declaration is wrong: fix schemas/views.py or a prompt file
 ├── ArtifactError          a model file is missing, changed or of another shape: release again
 ├── GateError              a model did not pass: it is not released
+├── DeployError            the cloud refused, or the function it got does not answer: see the message, `make deploy` again
 ├── UnknownPerson          nothing is held of that person: check the id
 ├── RequestError           the caller sent something unusable: fix the request (HTTP 4xx)
 └── Unavailable            nothing can answer right now: try again later (HTTP 503)
@@ -60,6 +61,10 @@ class ArtifactError(LarderError):
 
 class GateError(LarderError):
     type = "gate"
+
+
+class DeployError(LarderError):
+    type = "deploy"
 
 
 class UnknownPerson(LarderError):

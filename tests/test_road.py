@@ -14,13 +14,14 @@ from typing import Any
 import dagster as dg
 import psycopg
 import pytest
+from aws_double import AWS_ENVIRONMENT, furnish, put_package, running_aws
 from lambda_runtime_api import running_function
 from otlp_receiver import receiving
 
 from inference import http
 from inference.runtime import LarderApplication
 from inference.settings import Settings
-from infra import postgres
+from infra import postgres, release
 from infra.deployment import Deployment
 from infra.feature_tables import ensure_view_tables
 from orchestration.compute import learn
@@ -395,6 +396,49 @@ def test_a_trace_reaches_from_the_request_to_database_and_model(road: Road) -> N
         assert spans[name].trace_id == request.trace_id, name
     assert b"canary wish" not in sent
     assert user.encode() not in sent
+
+
+def test_the_release_goes_to_the_cloud_and_its_smoke_request_hangs_under_the_runs_trace(
+    road: Road, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    handler = "inference.handlers.aws_lambda.handler"
+    environment = {
+        "DATABASE_URL": road.url,
+        "ARTIFACTS_URL": road.record.artifacts_url,
+        "LARDER_ACCESS": "keys-over-http",
+    }
+    with receiving() as receiver, running_aws() as aws:
+        environment |= {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url}
+        for name, value in {**AWS_ENVIRONMENT, "AWS_ENDPOINT_URL": aws.url, "LARDER_DEPLOY_TARGET": "aws"}.items():
+            monkeypatch.setenv(name, value)
+        furnish(aws)
+        with psycopg.connect(road.url) as connection:
+            released = release.read(connection, road.record.artifacts_url)
+        put_package(aws, released)
+        with running_function(handler, environment) as function:
+
+            def invoked(event: Any, context: Any) -> bytes:
+                sent = json.dumps({"custom": context.client_context.custom})
+                return function.invoke(event, headers={"Lambda-Runtime-Client-Context": sent})
+
+            aws.handlers["1"] = invoked
+            result = road.materialise("recommend_function", tags={"traceparent": parent})
+            live = aws.client("lambda").get_alias(FunctionName="larder-small", Name="live")
+        spans = receiver.spans()
+    (event,) = result.get_asset_materialization_events()
+    page = event.materialization.metadata  # type: ignore[union-attr]
+    assert str(page["deployed"].value).startswith(f"yes: model {released.version}")
+    assert live["FunctionVersion"] == "1"
+    requests = [span for span in spans.values() if span.kind == 2]
+    assert requests
+    assert {span.trace_id.hex() for span in requests} == {parent.split("-")[1]}
+
+
+def test_without_a_cloud_the_asset_says_that_nothing_was_deployed(road: Road) -> None:
+    (event,) = road.materialise("recommend_function").get_asset_materialization_events()
+    page = event.materialization.metadata  # type: ignore[union-attr]
+    assert page["deployed"].value == "no: LARDER_DEPLOY_TARGET names no cloud"
 
 
 def test_templates_are_judged_side_by_side_and_what_won_is_encoded_and_served(road: Road) -> None:

@@ -66,8 +66,9 @@ def ranker_release(context: dg.AssetExecutionContext, larder: Larder) -> dg.Mate
     owners=[OWNER],
     kinds={"onnx"},
     deps=["ranker_release", "popular_items", "co_visitation", *(view.name for view in VIEWS)],
-    description="The function with the released model: a first real request, under this run's trace.",
-    code_version="1",
+    description="The function with the released model: a first real request here, and, where LARDER_DEPLOY_TARGET names a "
+    "cloud, the same deployment as `make deploy`, its smoke request under this run's trace.",
+    code_version="2",
 )
 def recommend_function(context: dg.AssetExecutionContext, larder: Larder) -> dg.MaterializeResult[Any]:
     from inference.runtime import LarderApplication
@@ -86,8 +87,9 @@ def recommend_function(context: dg.AssetExecutionContext, larder: Larder) -> dg.
             answer = application.recommend(request)
             took.append((time.perf_counter() - start) * 1000)
         application.close()
-    if not answer.items:
-        raise dg.Failure("the smoke request was answered with an empty list; look at popular_items and items")
+        if not answer.items:
+            raise dg.Failure("the smoke request was answered with an empty list; look at popular_items and items")
+        deployed = _deploy(context, larder)
     return dg.MaterializeResult(
         metadata={
             "model_version": str(answer.model_version),
@@ -96,5 +98,24 @@ def recommend_function(context: dg.AssetExecutionContext, larder: Larder) -> dg.
             "first_request_ms": took[0],
             "p50_ms": sorted(took[1:])[len(took[1:]) // 2],
             metadata.ROWS: len(answer.items),
+            "deployed": deployed,
         }
     )
+
+
+def _deploy(context: dg.AssetExecutionContext, larder: Larder) -> str:
+    """Deploy as `make deploy` does, and where to; or why not, in words that stand on the asset's page."""
+    from infra import deploy
+    from infra.deploy_settings import TARGET_VARIABLE, read_target
+
+    target = read_target()
+    if target is None:
+        return f"no: {TARGET_VARIABLE} names no cloud"
+    with larder.connect() as connection:
+        if registry.read_alias(connection) is None:
+            told = "no: no model is released, and a function would answer from the floor"
+            progress(context)(f"not deployed: {told.removeprefix('no: ')}")
+            return told
+    released, urls, changed = deploy.deploy(larder.record, larder.url, target, progress(context))
+    where = ", ".join(urls.values()) or target
+    return f"{'yes' if changed else 'it was already'}: model {released.version} at {where}"
