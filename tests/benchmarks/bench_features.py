@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("machine", report["machine"])
         numbers: dict[str, float] = {}
         for name in chosen:
-            numbers |= frame.kept(work, name, lambda name=name: _section(name, server, Path(scratch), sizes))
+            numbers |= frame.kept(work, name, partial(_section, name, server, Path(scratch), sizes))
             say(name, {key: numbers[key] for key in list(numbers) if key in KEYS})
         if options.peers:
             from tests.benchmarks.feast_peer import measure

@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("data: a simulated world, not MovieLens; figures named ml1m and ml100k are of that world\n")
         numbers: dict[str, float] = {}
         for name in (*chosen, *(("rectools",) if options.peers else ())):
-            found = frame.kept(work, name, lambda name=name: _section(name, work, Path(scratch), options.quick))
+            found = frame.kept(work, name, partial(_section, name, work, Path(scratch), options.quick))
             numbers |= found["numbers"]
             report["sections"][name] = found
             for text in found["tables"]:

@@ -92,7 +92,8 @@ def _many(command: list[str], folder: Path, say: Callable[[str], None]) -> dict[
 
 def _prepare(url: str, folder: Path, sizes: Sizes) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    views, rows, expected = [], 0, {}
+    views, rows = [], 0
+    expected: dict[str, float] = {}
     users = names("user", np.arange(sizes.users - min(sizes.feast_rows, sizes.users), sizes.users))
     items = names("item", np.arange(sizes.items))
     asked = items.slice(len(items) - sizes.candidates).to_pylist()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +313,7 @@ def backfill(where: Place, sizes: Sizes, say: Say) -> Numbers:
     for repeat in range(sizes.rounds):
         for into, days in ((single, sizes.days), (in_chunks, 30)):
             _empty(where)
-            into += timed(lambda days=days: _backfill(where, first, last, days), 1)
+            into += timed(partial(_backfill, where, first, last, days), 1)
             with where.connect() as connection:
                 prints.add(tuple(fingerprint(connection, table) for table in tables))
         say(

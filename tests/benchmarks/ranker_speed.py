@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def scoring(size: str, *, threads: int = THREADS, runs: int = 200) -> dict[str, 
         # One after the other within each round: whatever else the machine does meets all of them.
         took = _rounds(
             {
-                f"{precision}_score_{n}": lambda engine=engine, inputs=inputs: engine.run(inputs)
+                f"{precision}_score_{n}": partial(engine.run, inputs)
                 for precision, engine in engines.items()
                 for n, inputs in asked.items()
             },
