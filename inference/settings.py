@@ -25,6 +25,8 @@ class Settings:
     """Requests answered at the same time by one process."""
     audit_per_mille: int = 10
     """Of how many people in a thousand the features served are logged for the skew audit."""
+    database_read_url: str | None = None
+    """Where reads go; None: to `database_url`. A replica shows an event when it has reached it, not at once."""
 
 
 _LIMITS: dict[str, tuple[str, int, int]] = {
@@ -55,4 +57,9 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         faults.append(f"ARTIFACTS_URL is {environ['ARTIFACTS_URL']!r}; give file:///folder or s3://bucket/prefix")
     if faults:
         raise SettingsError("settings cannot be used: " + "; ".join(faults))
-    return Settings(environ["DATABASE_URL"], environ["ARTIFACTS_URL"], **values)
+    return Settings(
+        environ["DATABASE_URL"],
+        environ["ARTIFACTS_URL"],
+        database_read_url=environ.get("DATABASE_READ_URL") or None,
+        **values,
+    )

@@ -93,7 +93,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
             made.materialise("item_vectors", "ranker_release", "recommend_function")
             made.application.warm()
             yield made
-            made.application.store.close()
+            made.application.close()
 
 
 def newest_user(road: Road) -> str:
