@@ -37,6 +37,10 @@ class ModelFailed(Unavailable):
     """A model raised instead of answering, or cannot answer in the time that is left; another rung does."""
 
 
+class Superseded(Unavailable):
+    """The alias moved on, or another thread was quicker, before this version was loaded: nothing is wrong with it."""
+
+
 @dataclass(frozen=True, slots=True)
 class PopularItem:
     """One place of the shipped list; `categories` None where the list is from before it had them."""
@@ -98,7 +102,8 @@ class LoadedModels:
         if loading is None:
             return True
         loading.start()
-        return loading.error() is None
+        error = loading.error()
+        return error is None or isinstance(error, Superseded)
 
     def first(self, champion: Champion, wait_ms: float) -> Ranker:
         """The ranker of `champion`, waited for at most `wait_ms`: for a process that has none yet.
@@ -152,7 +157,7 @@ class LoadedModels:
     def _load(self, champion: Champion) -> Release:
         with self._one_at_a_time:
             if not self._is_wanted(champion):
-                raise Unavailable(f"model {champion.version} is not the champion any more")
+                raise Superseded(f"model {champion.version} is not the champion any more")
 
             def open_ranker(folder: Path) -> Ranker:
                 return Ranker(folder, version=champion.version, threads=self.threads)

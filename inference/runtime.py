@@ -93,6 +93,8 @@ class LarderApplication:
         """
         random.seed()
         self._disconnect()
+        for breaker in self.models.breakers():
+            breaker.reset()
         try:
             self.store.ping(self.settings.timeout_ms)
         except LarderError as error:

@@ -85,7 +85,8 @@ def flip_under_load(app: LarderApplication, world: Released, flips: int, callers
                 continue
             version = right[person].get(answer)
             if version is None:
-                faults.append(json.loads(answer))
+                document = json.loads(answer)
+                faults.append((person, document["model_version"], document["degraded"], len(document["items"])))
             else:
                 seen[version] += 1
 
@@ -176,6 +177,21 @@ def test_a_request_that_read_the_alias_before_a_release_does_not_undo_it(
     assert app.models.follow(late)
     time.sleep(0.3)
     assert serving(app) == second
+
+
+def test_a_load_that_was_overtaken_is_no_refusal(app: LarderApplication, world: Released) -> None:
+    """A version may be wanted, unwanted and wanted again while its first attempt still runs: the second finds it done."""
+    first, second = world.versions
+    wait_for(app, serving(app) or first)
+    other = second if serving(app) == first else first
+    champion = Champion(other, 1_000, f"models/ranker/{other}")
+    loading = app.models._loading(champion)
+    assert loading is not None
+    app.models._wanted = None
+    with pytest.raises(Unavailable, match="is not the champion any more"):
+        loading.get(30_000)
+    app.models._wanted = (champion, loading)
+    assert app.models.follow(champion)
 
 
 def test_a_first_model_that_takes_longer_than_the_request_has_is_there_for_the_next(
