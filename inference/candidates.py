@@ -14,7 +14,7 @@ from inference.live import HEAD_MOST, Columns, live_columns, snapshot_columns, u
 from inference.sql_files import half_vectors, statement, vector_literal
 from schemas import online_sql
 from schemas.feature_sql import read_sql
-from schemas.features import ITEM
+from schemas.features import ITEM, FeatureView
 from schemas.views import CANDIDATE_VIEWS
 
 SOURCES: dict[str, int] = {"user_vector": 1, "wish": 2, "co_visitation": 4, "trending": 8, "fresh": 16, "given": 32}
@@ -67,6 +67,8 @@ class Candidates:
     has_vector: NDArray[np.bool_]
     wish: NDArray[np.float32]
     features: Columns
+    features_read: bool = True
+    """False where they could not be, and `features` says nothing."""
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -85,13 +87,16 @@ def candidates_sql(
     given: list[str] | None,
     live: bool,
     audited: bool = False,
+    features: bool = True,
 ) -> tuple[str, dict[str, Any]]:
     """The statement of `Store.pick_candidates` and its parameters; arguments as there."""
     sources, parameters = _sources(filters, limit, champion, dim, user_vector, wish_text, recent, given)
     (view,) = CANDIDATE_VIEWS
     picked = "item_id IN (SELECT item_id FROM merged)"
-    if live:
-        features = f"edge AS MATERIALIZED ({online_sql.edge_sql([view])}), t AS ({online_sql.tiles_sql(ITEM, picked)})"
+    if not features:
+        read, joins, columns = "nothing AS (SELECT 1)", "", "NULL"
+    elif live:
+        read = f"edge AS MATERIALIZED ({online_sql.edge_sql([view])}), t AS ({online_sql.tiles_sql(ITEM, picked)})"
         joins = (
             f"LEFT JOIN {online_sql.rows_table(ITEM)} AS r ON r.item_id = m.item_id "
             "LEFT JOIN t ON t.item_id = m.item_id CROSS JOIN edge"
@@ -99,7 +104,7 @@ def candidates_sql(
         columns = online_sql.outputs_sql(ITEM) + (f", {online_sql.SEEN}" if audited else "")
         parameters["today"] = utc_day(at)
     else:
-        features = f"features AS ({read_sql(view, picked)})"
+        read = f"features AS ({read_sql(view, picked)})"
         joins = "LEFT JOIN features AS f ON f.item_id = m.item_id"
         columns = ", ".join(f"f.{name}" for name in ("as_of", "settled_at", *(name for name, _, _ in view.columns)))
         parameters["head_since"] = at - HEAD_MOST
@@ -115,7 +120,7 @@ def candidates_sql(
         allowed=filters.allowed("i"),
         limit=limit,
         sources="\n    UNION ALL ".join(sources),
-        features=features,
+        features=read,
         feature_joins=joins,
         vector=vector,
         vector_join=vector_join,
@@ -126,7 +131,9 @@ def candidates_sql(
     return sql, parameters | {"at": at, **filters.parameters()}
 
 
-def candidates_of(rows: Sequence[tuple[Any, ...]], dim: int, today: date | None) -> Candidates:
+def candidates_of(
+    rows: Sequence[tuple[Any, ...]], dim: int, today: date | None, *, features: bool = True
+) -> Candidates:
     """Rows of `candidates_sql` as arrays; `today` is the day of a live read, None for one at an earlier instant."""
     (view,) = CANDIDATE_VIEWS
     raw = [row[5] for row in rows]
@@ -134,7 +141,13 @@ def candidates_of(rows: Sequence[tuple[Any, ...]], dim: int, today: date | None)
     vectors = np.zeros((len(rows), dim), np.float32)
     if has_vector.any():
         vectors[has_vector] = half_vectors([value for value in raw if value is not None])
-    features = [(row[0], *row[7:]) for row in rows]
+    read = [(row[0], *row[7:]) for row in rows]
+    if not features:
+        columns = _unknown(view, [row[0] for row in rows])
+    elif today is None:
+        columns = snapshot_columns(view, read)
+    else:
+        columns = live_columns(ITEM, read, today, 1)[view.name]
     return Candidates(
         [row[0] for row in rows],
         [row[3] for row in rows],
@@ -144,8 +157,15 @@ def candidates_of(rows: Sequence[tuple[Any, ...]], dim: int, today: date | None)
         vectors,
         has_vector,
         np.array([row[6] or 0.0 for row in rows], np.float32),
-        snapshot_columns(view, features) if today is None else live_columns(ITEM, features, today, 1)[view.name],
+        columns,
+        features,
     )
+
+
+def _unknown(view: FeatureView, item_ids: list[str]) -> Columns:
+    """The columns of items whose features were not read."""
+    nothing = np.full(len(item_ids), np.nan)
+    return Columns([(item_id,) for item_id in item_ids], {name: nothing for name, _, _ in view.columns}, nothing, False)
 
 
 def _sources(

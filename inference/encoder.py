@@ -22,14 +22,16 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from inference import telemetry
+from inference.artifacts import ENCODER_MANIFEST
 from inference.cuda import PROVIDER as CUDA_PROVIDER
+from inference.onnx_file import check
 from schemas.errors import ArtifactError
 from schemas.manifest import ArtifactFile
 from schemas.ranker import TEXT_DIM
 
 Precision = Literal["fp32", "int8"]
 
-MANIFEST = "encoder.json"
+MANIFEST = ENCODER_MANIFEST
 TOKENIZER = "tokenizer.json"
 ONNX_FILES: dict[Precision, str] = {"fp32": "encoder.fp32.onnx", "int8": "encoder.int8.onnx"}
 CACHED_WISHES = 256
@@ -103,7 +105,9 @@ class TextEncoder:
         # The file brings its own length limit and pads to it; the original model overrides both.
         self._tokenizer.enable_truncation(self.manifest.max_tokens)
         self._tokenizer.no_padding()
-        self._session = _session(verified(folder, ONNX_FILES[precision], self.manifest), threads // self._workers, cuda)
+        graph = verified(folder, ONNX_FILES[precision], self.manifest)
+        check(graph, str(folder / ONNX_FILES[precision]))
+        self._session = _session(graph, threads // self._workers, cuda)
         self.provider: str = self._session.get_providers()[0]
         self._inputs = {entry.name for entry in self._session.get_inputs()}
         width = self._session.get_outputs()[0].shape[-1]

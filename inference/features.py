@@ -14,11 +14,13 @@ from datetime import UTC, datetime
 from enum import IntEnum
 from functools import cache
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from inference.assemble import encode, natural, recipe
+from inference.connections import StoreConnection
 from inference.live import HEAD_MOST, Columns, layout_of, snapshot_columns, utc_day
 from inference.packed import Packed, read_packed
 from inference.sql_files import text_array
@@ -177,12 +179,16 @@ def _read_past(
         for part, asked in enumerate(wanted.values())
         for place, column in enumerate(zip(*dict.fromkeys(asked), strict=True))
     }
-    with store.connection() as connection, span("db read_features", kind="client", attributes=_ATTRIBUTES):
+
+    def question(connection: StoreConnection) -> list[tuple[Any, ...]]:
         with connection.pipeline():
-            set_locally(connection, timeout_ms, PLAN_ONCE)
+            set_locally(connection, connection.server_ms(), PLAN_ONCE)
             # Planning this statement takes longer than running it: the connection keeps its plan.
             cursor = connection.cursor(binary=True).execute(_past_sql(views), parameters, prepare=True)
-        rows = cursor.fetchall()
+        return cursor.fetchall()
+
+    with span("db read_features", kind="client", attributes=_ATTRIBUTES):
+        rows = store.ask(question, timeout_ms)
     widest = max(len(view.entity.keys) for view in views)
     found: dict[str, FeatureBlock] = {}
     for part, view in enumerate(views):

@@ -72,13 +72,14 @@ class _Call:
     deadline: float | None
     carrier: Carrier = field(default_factory=dict)
     notes: Notes = field(default_factory=Notes)
+    arrived: float = field(default_factory=time.monotonic)
 
 
 def _recommendations(call: _Call) -> Response:
     request = parse(RecommendationRequest, call.body)
     deadline = call.deadline
     if request.timeout_ms is not None:
-        asked = time.monotonic() + request.timeout_ms / 1000
+        asked = call.arrived + request.timeout_ms / 1000
         deadline = asked if deadline is None else min(asked, deadline)
     try:
         answer = call.app.recommend(request, deadline, call.carrier)
@@ -131,18 +132,26 @@ def handle(
     *,
     deadline: float | None,
     attributes: Mapping[str, telemetry.Value] | None = None,
+    arrived: float | None = None,
 ) -> Response:
     """The answer to one request; never raises.
 
     `headers` have names in lower case, `path` comes without its query, `deadline` is an instant of
-    `time.monotonic()`. `attributes` are the door's own, for the request's span.
+    `time.monotonic()`. `attributes` are the door's own, for the request's span. `arrived` is the instant from which the
+    caller's `timeout_ms` counts, now by default: a request may have waited for its turn.
     """
     return _observed(
         method,
         path,
         headers,
         attributes,
-        lambda carrier, notes: _respond(app, method, path, headers, _Call(app, body, deadline, carrier, notes)),
+        lambda carrier, notes: _respond(
+            app,
+            method,
+            path,
+            headers,
+            _Call(app, body, deadline, carrier, notes, time.monotonic() if arrived is None else arrived),
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import threading
@@ -15,8 +16,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from inference import metrics
-from inference.artifacts import verify
+from inference.artifacts import verified, verify
 from inference.cuda import PROVIDER, Bucket, CudaSession, device_count
+from inference.onnx_file import check
 from inference.telemetry import Value, span
 from schemas.errors import ArtifactError
 from schemas.manifest import RANKER_FP16, RANKER_FP32, RANKER_INT8, TEXT_PROJECTION
@@ -42,8 +44,9 @@ class Engine(Protocol):
 class CpuEngine:
     """`file` on ONNX Runtime's CPU provider, for inputs of any shape."""
 
-    def __init__(self, file: Path, threads: int) -> None:
-        self._session = _session(file, threads)
+    def __init__(self, file: Path, threads: int, graph: bytes | None = None) -> None:
+        """`graph` is the file's content where it was read already: then what was verified is what is loaded."""
+        self._session = _session(file, threads, graph)
         self.provider: str = self._session.get_providers()[0]
 
     def holds(self, inputs: Inputs) -> bool:
@@ -74,7 +77,7 @@ class Ranker:
         open_gpu: Callable[[Path], Engine] | None = None,
     ) -> None:
         """`open_gpu` opens the artefact's graph for the GPU; by default `open_cuda` where the driver shows a card."""
-        self.manifest = verify(folder)
+        self.manifest = verify(folder, ())
         self.version = self.manifest.version
         if version is not None and version != self.version:
             raise ArtifactError(f"{folder} holds version {self.version}, not {version}; release again")
@@ -88,9 +91,13 @@ class Ranker:
         self.folder = folder
         self.dim = self.manifest.dim
         self._cpu_precision = precision if RANKER_INT8 in self.manifest.files else "fp32"
-        self._cpu = CpuEngine(folder / (RANKER_INT8 if self._cpu_precision == "int8" else RANKER_FP32), threads)
+        graph = RANKER_INT8 if self._cpu_precision == "int8" else RANKER_FP32
+        # What is read below is verified as it is read.
+        verify(folder, self.manifest.files.keys() - {graph, TEXT_PROJECTION})
+        self._cpu = self._open_cpu(graph, threads)
         self._gpu: Engine | None = None
-        with np.load(folder / TEXT_PROJECTION, allow_pickle=False) as arrays:
+        projection = verified(folder, TEXT_PROJECTION, self.manifest.files, read=True)
+        with np.load(io.BytesIO(projection), allow_pickle=False) as arrays:
             self._weight = arrays["weight"].astype(np.float32)
             self._bias = arrays["bias"].astype(np.float32)
         if open_gpu is None and device_count() > 0:
@@ -100,6 +107,12 @@ class Ranker:
         if open_gpu is not None and RANKER_FP16 in self.manifest.files:
             self.warming = threading.Thread(target=self._take_over, args=(open_gpu,), name="gpu", daemon=True)
             self.warming.start()
+
+    def _open_cpu(self, name: str, threads: int) -> CpuEngine:
+        graph = verified(self.folder, name, self.manifest.files, read=True)
+        found = check(graph, str(self.folder / name), self.manifest.files)
+        # Weights in a file of their own are found beside the graph only if it is opened by its name.
+        return CpuEngine(self.folder / name, threads, None if found.locations else graph)
 
     @property
     def provider(self) -> str:
@@ -113,6 +126,8 @@ class Ranker:
 
     def _take_over(self, open_gpu: Callable[[Path], Engine]) -> None:
         try:
+            graph = verified(self.folder, RANKER_FP16, self.manifest.files, read=True)
+            check(graph, str(self.folder / RANKER_FP16), self.manifest.files)
             engine = open_gpu(self.folder / RANKER_FP16)
         except Exception:  # whatever a driver does, requests must not feel it
             logger.exception("the GPU cannot run model %s; the CPU goes on", self.version)
@@ -175,7 +190,7 @@ def _first_difference(theirs: tuple[str, ...], ours: tuple[str, ...]) -> str:
     return ""
 
 
-def _session(file: Path, threads: int) -> ort.InferenceSession:
+def _session(file: Path, threads: int, graph: bytes | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or os.cpu_count() or 1
     options.inter_op_num_threads = 1
@@ -183,7 +198,10 @@ def _session(file: Path, threads: int) -> ort.InferenceSession:
     # Threads wait for each other some two hundred times in a run: sleeping in between costs a quarter of it (2.7 ms for
     # 2.1). Once the run is over nobody may spin: other requests, and the database beside us, need the processor.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    try:
+        session = ort.InferenceSession(graph or str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own unrelated types for a malformed graph
+        raise ArtifactError(f"ONNX Runtime cannot load {file} ({type(error).__name__}); export it again") from error
     names = {entry.name for entry in session.get_inputs()}, {entry.name for entry in session.get_outputs()}
     if names != (set(INPUTS), set(OUTPUTS)):
         raise ArtifactError(f"{file} has inputs {sorted(names[0])} and outputs {sorted(names[1])}; export it again")

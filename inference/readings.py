@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from inference import metrics
 
 if TYPE_CHECKING:
-    from inference.runtime import LoadedModels
+    from inference.models import LoadedModels
     from inference.served import ServedLog
 
 
@@ -18,7 +18,7 @@ def watch(models: LoadedModels, served: ServedLog) -> Callable[[], None]:
     """Observe both until what this returns is called."""
 
     def read() -> Iterator[metrics.Reading]:
-        ranker = models.loaded()
+        ranker = models.current()
         if ranker is not None:
             version = metrics.version_label(ranker.version)
             which = {"recsys.model.version": version}

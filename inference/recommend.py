@@ -2,8 +2,10 @@
 
     read_person ─▶ user vector ─▶ pick_candidates ─▶ rank ─▶ re-rank ─▶ explain        two database round trips
 
-The ladder, each rung named in `degraded`: `features` (read without them), `wish` (the encoder failed), `ranker` (no
-released model: co-visitation and trending), `database` (the list that ships with the artefact), then Unavailable.
+The ladder, each rung named in `degraded`: `features` (read without them), `wish` (the encoder failed), `release` (the
+model before goes on, because the champion cannot be loaded), `ranker` (no model: co-visitation and trending), `database`
+(the list that ships with the artefact), then Unavailable. Each step gets a share of the time that is left, so that the
+rungs below it have some.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,9 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference import explain, metrics, rerank
+from inference.breaker import Resting
 from inference.candidates import Candidates, Filters
-from inference.encoder import TextEncoder
-from inference.ranker import Ranker
+from inference.connections import Lost, StatementFailed
+from inference.deadline import CANDIDATES_SHARE, FLOOR_SHARE, MODEL_SHARE, READ_SHARE, Deadline
+from inference.models import PopularItem
+from inference.ranker import Answer, Inputs, Ranker
 from inference.ranker_inputs import candidate_inputs, no_candidates, person_inputs
 from inference.served import ServedLog, ServedRead
 from inference.store import Champion, History, PersonRow, Store
@@ -42,13 +47,19 @@ FLOOR_VERSION = "co-visitation"
 
 
 class Models(Protocol):
-    """Where the core gets its models; see inference/runtime.py."""
+    """Where the core gets its models; see inference/models.py."""
 
-    def ranker(self, champion: Champion) -> Ranker: ...
+    def current(self) -> Ranker | None: ...
 
-    def encoder(self) -> TextEncoder: ...
+    def follow(self, champion: Champion) -> bool: ...
 
-    def popular(self) -> list[tuple[str, str, float]]: ...
+    def first(self, champion: Champion, wait_ms: float) -> Ranker: ...
+
+    def run(self, ranker: Ranker, inputs: Inputs, left_ms: float) -> Answer: ...
+
+    def encode(self, text: str, left_ms: float, space: str | None = None) -> NDArray[np.float32]: ...
+
+    def popular(self, wait_ms: float) -> Sequence[PopularItem]: ...
 
 
 @dataclass(slots=True)
@@ -85,40 +96,52 @@ class Recommender:
         Raises Unavailable only when not even the shipped list of popular items can be had.
         """
         steps = steps or Steps()
-        limits = [self.timeout_ms, request.timeout_ms or self.timeout_ms]
+        limits: list[float] = [self.timeout_ms, request.timeout_ms or self.timeout_ms]
         if deadline is not None:
-            limits.append(int((deadline - time.monotonic()) * 1000))
-        end = time.monotonic() + max(min(limits), 1) / 1000
+            limits.append((deadline - time.monotonic()) * 1_000)
+        ends = Deadline.after(max(min(limits), 1))
         request_id = request.request_id or uuid.uuid4().hex
+        # What is known of the person by then holds on the last rung too.
+        seen: list[str] = []
         try:
-            answer = self._personal(request, request_id, end, steps)
+            answer = self._personal(request, request_id, ends, steps, seen)
         except Unavailable:
-            answer = self._shipped(request, request_id)
+            answer = self._shipped(request, request_id, ends, seen)
         metrics.answered(answer.model_version, answer.degraded, steps.ms)
         return answer
 
     def _personal(
-        self, request: RecommendationRequest, request_id: str, end: float, steps: Steps
+        self, request: RecommendationRequest, request_id: str, ends: Deadline, steps: Steps, seen: list[str]
     ) -> RecommendationResponse:
         at = request.at or self.now()
         degraded: list[str] = []
+        # One reference for the whole request, taken before anything is read: model and vectors are of one version.
+        current = self.models.current()
         # A read at an instant that the caller names knows of later events what training does not: it is not audited.
         audited = request.at is None and self.served is not None and self.served.samples(request.user_id)
         with steps.step("read"):
-            person = self.store.read_person(
-                request.user_id, at, _left_ms(end), live=request.at is None, audited=audited
-            )
-        if request.at is None:
+            person, features = self._read(request, at, audited, current, ends)
+        if not features:
+            _note(degraded, "features")
+        elif request.at is None:
             metrics.features_read({name: columns.settled_at for name, columns in person.views.items()})
-        ranker = self._ranker(person.champion, degraded)
+        seen += person.history.item_ids
+        ranker = self._ranker(current, person, ends, degraded)
         # A model has learned wishes as its own template writes them, whichever has won since.
         template = ranker.manifest.wish_template if ranker else person.wish_template
-        wish_text = self._encode_wish(request.prompt, template, degraded, steps)
-        asked = _Asked(request, at, person, wish_text, audited)
-        if ranker is None:
-            candidates, scores = self._by_floor(asked, end, steps)
-        else:
-            candidates, scores = self._by_ranker(ranker, asked, end, steps, degraded)
+        wish_text = self._encode_wish(request.prompt, template, ranker, ends, degraded, steps)
+        asked = _Asked(request, at, person, wish_text, audited and features, features)
+        ranked: tuple[Candidates, NDArray[np.float32]] | None = None
+        if ranker is not None:
+            try:
+                ranked = self._by_ranker(ranker, asked, ends, steps, degraded)
+            except (Lost, Resting):
+                raise  # whom nobody can reach, nobody can ask for less
+            except Unavailable as error:
+                logger.warning("no ranking by model %s: %s", ranker.version, error)
+                ranker = None
+                _note(degraded, "ranker")
+        candidates, scores = ranked or self._by_floor(asked, ends, steps, degraded)
         with steps.step("re-rank"), span("re-rank", attributes={"recsys.rank.rows": len(candidates)}):
             if request.diversity and candidates.vectors.shape[1]:
                 order = rerank.maximal_marginal_relevance(scores, candidates.vectors, request.k, request.diversity)
@@ -126,7 +149,7 @@ class Recommender:
                 order = rerank.best(scores, request.k)
         with steps.step("explain"):
             items = self._items(order, candidates, scores, person.history, request.explain)
-        if audited and self.served is not None:
+        if asked.audited and candidates.features_read and self.served is not None:
             self.served.offer(_served(asked, request_id, candidates, order))
         return RecommendationResponse(
             request_id=request_id,
@@ -136,48 +159,72 @@ class Recommender:
             degraded=tuple(degraded),
         )
 
+    def _read(
+        self, request: RecommendationRequest, at: datetime, audited: bool, current: Ranker | None, ends: Deadline
+    ) -> tuple[PersonRow, bool]:
+        """What is known of the person, and whether with features: where those cannot be read, the history alone is."""
+        model = current.version if current else None
+        live = request.at is None
+        try:
+            row = self.store.read_person(
+                request.user_id, at, ends.share_ms(READ_SHARE), live=live, audited=audited, model=model
+            )
+        except StatementFailed:
+            limit = ends.share_ms(READ_SHARE)
+            return self.store.read_person(request.user_id, at, limit, live=live, model=model, features=False), False
+        return row, True
+
+    def _ranker(self, current: Ranker | None, person: PersonRow, ends: Deadline, degraded: list[str]) -> Ranker | None:
+        """The model to rank with: the one in memory until the champion is; the champion, waited for, if there is none."""
+        champion = person.champion
+        if champion is not None and current is not None:
+            if not self.models.follow(champion):
+                _note(degraded, "release")
+            return current
+        if champion is not None:
+            try:
+                ranker = self.models.first(champion, ends.share_ms(MODEL_SHARE))
+            except (ArtifactError, Unavailable) as error:
+                logger.warning("no model to rank with: %s", error)
+            else:
+                if ranker.version == person.model_version:
+                    return ranker
+        _note(degraded, "ranker")
+        return None
+
     def _encode_wish(
-        self, prompt: str | None, template: str, degraded: list[str], steps: Steps
+        self,
+        prompt: str | None,
+        template: str,
+        ranker: Ranker | None,
+        ends: Deadline,
+        degraded: list[str],
+        steps: Steps,
     ) -> NDArray[np.float32] | None:
         if prompt is None:
             return None
         try:
             with steps.step("encode wish"), span("encode wish"):
-                return self.models.encoder().encode_one(prompts.render_wish(prompts.load(template), prompt))
-        except (ArtifactError, DefinitionError) as error:
+                text = prompts.render_wish(prompts.load(template), prompt)
+                space = ranker.manifest.encoder_version if ranker else None
+                return self.models.encode(text, ends.share_ms(MODEL_SHARE), space)
+        except (ArtifactError, DefinitionError, Unavailable) as error:
             logger.error("a wish was not followed: %s", error)
-            degraded.append("wish")
+            _note(degraded, "wish")
             return None
 
-    def _ranker(self, champion: Champion | None, degraded: list[str]) -> Ranker | None:
-        try:
-            if champion is not None:
-                return self.models.ranker(champion)
-        except ArtifactError:
-            pass
-        degraded.append("ranker")
-        return None
-
-    def _by_floor(self, asked: _Asked, end: float, steps: Steps) -> tuple[Candidates, NDArray[np.float32]]:
+    def _by_floor(
+        self, asked: _Asked, ends: Deadline, steps: Steps, degraded: list[str]
+    ) -> tuple[Candidates, NDArray[np.float32]]:
         """Without a model: what is nearest to the wish; without one what people went on to, then what is trending."""
         with steps.step("candidates"):
-            candidates = self.store.pick_candidates(
-                at=asked.at,
-                filters=asked.filters(),
-                limit=self.candidates,
-                timeout_ms=_left_ms(end),
-                wish_text=asked.wish_text,
-                recent=asked.recent(),
-                given=asked.request.candidates,
-                live=asked.request.at is None,
-                audited=asked.audited,
-            )
+            candidates = self._pick(asked, ends, FLOOR_SHARE, degraded)
         place = np.arange(len(candidates), 0, -1, dtype=np.float32) / max(len(candidates), 1) * 1e-3
         evidence = candidates.evidence if asked.wish_text is None else candidates.wish
         return candidates, (evidence + place).astype(np.float32)
 
     def _by_ranker(
-        self, ranker: Ranker, asked: _Asked, end: float, steps: Steps, degraded: list[str]
+        self, ranker: Ranker, asked: _Asked, ends: Deadline, steps: Steps, degraded: list[str]
     ) -> tuple[Candidates, NDArray[np.float32]]:
         wish = ranker.project(asked.wish_text[None]) if asked.wish_text is not None else None
         with steps.step("user vector"):
@@ -186,32 +233,56 @@ class Recommender:
                 not all(asked.person.views[view.name].settled for view in CONTEXT_VIEWS)
                 and asked.person.history.item_ids
             ):
-                degraded.append("features")
-            user_vector, _ = ranker.run(inputs | no_candidates(ranker.dim))
+                _note(degraded, "features")
+            user_vector, _ = self.models.run(ranker, inputs | no_candidates(ranker.dim), ends.left_ms())
         with steps.step("candidates"):
-            candidates = self.store.pick_candidates(
+            candidates = self._pick(asked, ends, CANDIDATES_SHARE, degraded, ranker, user_vector[0])
+        if not len(candidates):
+            return candidates, np.zeros(0, np.float32)
+        with steps.step("rank"):
+            rows = candidate_inputs(candidates, asked.person.views, asked.at)
+            _, scores = self.models.run(ranker, inputs | rows, ends.left_ms())
+        likeness = candidates.wish if asked.wish_text is not None else None
+        return candidates, rerank.follow_wish(scores[0], likeness, ranker.manifest.wish_weight)
+
+    def _pick(
+        self,
+        asked: _Asked,
+        ends: Deadline,
+        share: float,
+        degraded: list[str],
+        ranker: Ranker | None = None,
+        user_vector: NDArray[np.float32] | None = None,
+    ) -> Candidates:
+        """Candidates with their features; without them where those cannot be read."""
+
+        def pick(features: bool) -> Candidates:
+            return self.store.pick_candidates(
                 at=asked.at,
                 filters=asked.filters(),
                 limit=self.candidates,
-                timeout_ms=_left_ms(end),
-                champion=ranker.version,
-                dim=ranker.dim,
-                user_vector=user_vector[0],
+                timeout_ms=ends.share_ms(share),
+                champion=ranker.version if ranker else None,
+                dim=ranker.dim if ranker else 0,
+                user_vector=user_vector,
                 wish_text=asked.wish_text,
                 recent=asked.recent(),
                 given=asked.request.candidates,
                 live=asked.request.at is None,
                 audited=asked.audited,
+                features=features,
             )
-        if asked.request.at is None:
-            metrics.features_read({view.name: candidates.features.settled_at for view in CANDIDATE_VIEWS})
-        if not len(candidates):
-            return candidates, np.zeros(0, np.float32)
-        with steps.step("rank"):
-            rows = candidate_inputs(candidates, asked.person.views, asked.at)
-            _, scores = ranker.run(inputs | rows)
-        likeness = candidates.wish if asked.wish_text is not None else None
-        return candidates, rerank.follow_wish(scores[0], likeness, ranker.manifest.wish_weight)
+
+        try:
+            picked = pick(asked.features)
+        except StatementFailed:
+            if not asked.features:
+                raise
+            picked = pick(False)
+            _note(degraded, "features")
+        if picked.features_read and asked.request.at is None:
+            metrics.features_read({view.name: picked.features.settled_at for view in CANDIDATE_VIEWS})
+        return picked
 
     def _items(
         self,
@@ -250,16 +321,25 @@ class Recommender:
             for index in order.tolist()
         )
 
-    def _shipped(self, request: RecommendationRequest, request_id: str) -> RecommendationResponse:
-        """The list that ships with the artefact, when the database cannot be asked."""
-        left_out = set(request.exclude)
-        wanted = None if request.candidates is None else set(request.candidates)
+    def _shipped(
+        self, request: RecommendationRequest, request_id: str, ends: Deadline, seen: Sequence[str]
+    ) -> RecommendationResponse:
+        """The list that ships with the artefact, when the database cannot be asked. What the request demands holds here
+        too; of what the person had, only what was read before it failed."""
+        left_out = {*request.exclude, *(seen if request.candidates is None else ())}
+        given = None if request.candidates is None else set(request.candidates)
+        only, never = set(request.filters.categories), set(request.filters.exclude_categories)
         items = [
             RecommendedItem(
-                item_id=item_id, score=score, title=title, reasons=("popular",) if request.explain else None
+                item_id=item.item_id,
+                score=item.score,
+                title=item.title,
+                reasons=("popular",) if request.explain else None,
             )
-            for item_id, title, score in self.models.popular()
-            if item_id not in left_out and (wanted is None or item_id in wanted)
+            for item in self.models.popular(ends.left_ms())
+            if item.item_id not in left_out
+            and (given is None or item.item_id in given)
+            and _allowed(item.categories, only, never)
         ]
         return RecommendationResponse(
             request_id=request_id, items=tuple(items[: request.k]), model_version="popular", degraded=("database",)
@@ -275,6 +355,7 @@ class _Asked:
     person: PersonRow
     wish_text: NDArray[np.float32] | None
     audited: bool = False
+    features: bool = True
 
     def filters(self) -> Filters:
         # Candidates that the caller names are ranked even if the person had them.
@@ -315,8 +396,13 @@ def _row(history: History, row: int) -> NDArray[np.float32]:
     return vector
 
 
-def _left_ms(end: float) -> int:
-    left = int((end - time.monotonic()) * 1000)
-    if left <= 0:
-        raise Unavailable("the deadline passed before the database could be asked")
-    return left
+def _note(degraded: list[str], rung: str) -> None:
+    if rung not in degraded:
+        degraded.append(rung)
+
+
+def _allowed(categories: frozenset[str] | None, only: set[str], never: set[str]) -> bool:
+    """Whether a filter by category lets an item through; where its categories are not known, none does."""
+    if not only and not never:
+        return True
+    return categories is not None and not categories & never and (not only or bool(categories & only))

@@ -1,29 +1,27 @@
-"""What a warm process keeps: connections, the released ranker, the encoder, the shipped list. The core behind the doors."""
+"""What a warm process keeps, and the core behind the doors: every route's work, on stores, models and a log of what was served."""
 
 from __future__ import annotations
 
-import json
 import logging
-import threading
+import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
-from pathlib import Path
 from typing import Literal
 
-from inference import artifacts, metrics, readings, request_log
+from inference import metrics, readings, request_log, telemetry
+from inference.breaker import Breaker
 from inference.candidates import Filters
-from inference.encoder import TextEncoder
-from inference.ranker import Ranker
+from inference.deadline import Deadline
+from inference.models import LoadedModels
 from inference.recommend import FLOOR_VERSION, Recommender
 from inference.served import ServedLog
 from inference.settings import Settings, read_settings
 from inference.store import Champion, Store
 from schemas import prompts
 from schemas.errors import ArtifactError, LarderError, RequestError, Unavailable
-from schemas.manifest import CHAMPION_POINTER, ENCODER_PATH, POPULAR_ITEMS
 from schemas.serving import (
     EventOutcome,
     EventsRequest,
@@ -40,65 +38,9 @@ logger = logging.getLogger(__name__)
 
 CLOCK_SKEW = timedelta(minutes=5)
 """How far a sender's clock may be ahead of ours: an event further in the future is refused."""
-
-
-@dataclass(slots=True)
-class LoadedModels:
-    """Models by version, each loaded and verified once; a release is picked up with the alias row of the next request."""
-
-    artifacts_url: str
-    threads: int = 1
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _rankers: dict[str, Ranker] = field(default_factory=dict)
-    _refused: dict[str, ArtifactError] = field(default_factory=dict)
-    _encoder: TextEncoder | None = None
-    _popular: list[tuple[str, str, float]] | None = None
-
-    def ranker(self, champion: Champion) -> Ranker:
-        """The ranker of `champion`. Raises ArtifactError, also later, if its files cannot be trusted."""
-        loaded = self._rankers.get(champion.version)
-        if loaded is not None:
-            return loaded
-        with self._lock:
-            if champion.version in self._refused:
-                raise self._refused[champion.version]
-            if champion.version not in self._rankers:
-                try:
-                    folder = artifacts.fetch(self.artifacts_url, champion.path)
-                    loaded = Ranker(folder, version=champion.version, threads=self.threads)
-                except ArtifactError as error:
-                    logger.error("model %s cannot be used: %s", champion.version, error)
-                    self._refused[champion.version] = error
-                    raise
-                # Only what serves stays in memory: the release before is dropped.
-                self._rankers = {champion.version: loaded}
-                self._popular = _read_popular(loaded.folder)
-            return self._rankers[champion.version]
-
-    def encoder(self) -> TextEncoder:
-        """The wish encoder (int8). Raises ArtifactError if it is missing or changed."""
-        with self._lock:
-            if self._encoder is None:
-                self._encoder = TextEncoder(
-                    artifacts.fetch(self.artifacts_url, ENCODER_PATH), precision="int8", threads=self.threads
-                )
-            return self._encoder
-
-    def popular(self) -> list[tuple[str, str, float]]:
-        """`(item_id, title, score)` of the list that ships with the last release. Raises Unavailable without one."""
-        if self._popular is None:
-            try:
-                pointer = json.loads(artifacts.get(self.artifacts_url, CHAMPION_POINTER))
-                self._popular = _read_popular(artifacts.fetch(self.artifacts_url, pointer["path"]))
-            except ArtifactError as error:
-                raise Unavailable(
-                    "the database cannot be reached or did not answer in time, and no model was released yet"
-                ) from error
-        return self._popular
-
-    def loaded(self) -> Ranker | None:
-        """The ranker in memory, if any."""
-        return next(iter(self._rankers.values()), None)
+_WARM_MS = 60_000
+"""What a start may wait for a model: before the first request nobody has a deadline."""
+_WRITE_BEFORE_SNAPSHOT_MS = 5_000
 
 
 @dataclass(slots=True)
@@ -107,6 +49,8 @@ class LarderApplication:
 
     settings: Settings
     store: Store
+    """Reads: of the replica, where one is set."""
+    writer: Store
     models: LoadedModels
     recommender: Recommender
     served: ServedLog
@@ -115,24 +59,57 @@ class LarderApplication:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> LarderApplication:
-        store = Store(settings.database_url, size=settings.concurrency)
+        store = Store(settings.database_read_url or settings.database_url, settings.concurrency)
+        writer = Store(settings.database_url, settings.concurrency, "the database (writes)")
         models = LoadedModels(settings.artifacts_url, settings.threads)
         # Its own connection: what is written after an answer must not keep the next request waiting.
-        served = ServedLog(Store(settings.database_url, size=1), settings.audit_per_mille)
+        served = ServedLog(Store(settings.database_url, 1, "the database (log)"), settings.audit_per_mille)
         unwatch = readings.watch(models, served)
         recommender = Recommender(store, models, settings.candidates, settings.timeout_ms, served=served)
-        return cls(settings, store, models, recommender, served, unwatch)
+        return cls(settings, store, writer, models, recommender, served, unwatch)
 
     def warm(self) -> None:
-        """Open a connection and load what is released, so that the first request finds it there."""
+        """Open a connection and load what is released, side by side, so that the first request finds it there."""
+        self.models.begin()
         try:
             champion = self.store.ping(self.settings.timeout_ms)
             if champion is not None:
-                self.models.ranker(champion)
-            self.models.encoder()
+                self.models.first(champion, _WARM_MS)
+            self.models.finish(_WARM_MS)
         except LarderError as error:
             # Not fatal: requests will answer from a lower rung and name it.
             logger.warning("not fully warm: %s", error)
+
+    def before_snapshot(self) -> None:
+        """Let go of all that must not be in a snapshot of this process: connections, spans that wait, threads that work.
+
+        What is loaded stays: it is what the snapshot is for.
+        """
+        self.served.flush(_WRITE_BEFORE_SNAPSHOT_MS)
+        self._disconnect()
+        telemetry.before_snapshot()
+
+    def after_restore(self) -> None:
+        """Begin a new life: every copy of the snapshot opens its own connection and draws its own random numbers.
+
+        Ids come from the system's generator and need nothing; the seeded one is seeded anew for whoever uses it.
+        """
+        random.seed()
+        self._disconnect()
+        for breaker in self.models.breakers():
+            breaker.reset()
+        try:
+            self.store.ping(self.settings.timeout_ms)
+        except LarderError as error:
+            logger.warning("not fully warm after a restore: %s", error)
+
+    def breakers(self) -> tuple[Breaker, ...]:
+        """One per dependency, for metrics."""
+        return self.store.breaker, self.writer.breaker, self.served.store.breaker, *self.models.breakers()
+
+    def _disconnect(self) -> None:
+        for store in (self.store, self.writer, self.served.store):
+            store.restored()
 
     def flush(self, timeout_ms: int) -> bool:
         """Write what was left for after the answers, within `timeout_ms`; False if it took longer."""
@@ -142,6 +119,7 @@ class LarderApplication:
         """Write what waits and close every connection."""
         self.unwatch()
         self.served.close()
+        self.writer.close()
         self.store.close()
 
     def recommend(
@@ -155,9 +133,10 @@ class LarderApplication:
         text = None
         if request.text is not None:
             try:
-                ranker = self.models.loaded()
+                ranker = self.models.current()
                 wording = prompts.load(ranker.manifest.wish_template if ranker else prompts.DEFAULTS["wish"])
-                text = self.models.encoder().encode_one(prompts.render_wish(wording, request.text))
+                limit = _timeout_ms(self.settings.timeout_ms, deadline)
+                text = self.models.encode(prompts.render_wish(wording, request.text), limit)
             except ArtifactError as error:
                 raise Unavailable("the text encoder is not there; materialise text_vectors") from error
         found = self.store.similar(
@@ -194,7 +173,7 @@ class LarderApplication:
             # Nothing happens after it arrived: a clock that runs a little ahead must not put an event into a window
             # that has not begun, nor a read count what is yet to come.
             rows.append(event.model_dump() | {"occurred_at": min(occurred_at, arrived).isoformat()})
-        new = self.store.accept_events(rows, _timeout_ms(self.settings.timeout_ms, deadline)) if rows else set()
+        new = self.writer.accept_events(rows, _timeout_ms(self.settings.timeout_ms, deadline)) if rows else set()
         outcomes: list[EventOutcome] = []
         for place, event in enumerate(request.events):
             if place in refused:
@@ -216,19 +195,21 @@ class LarderApplication:
             round_trip = (time.perf_counter() - start) * 1000
         except Unavailable:
             degraded.append("database")
-        ranker: Ranker | None = self.models.loaded()
-        try:
-            if champion is not None:
-                ranker = self.models.ranker(champion)
-            elif round_trip is not None:
+        if champion is not None and self.models.current() is not None:
+            if not self.models.follow(champion):
+                degraded.append("release")
+        elif champion is not None:
+            try:
+                self.models.first(champion, self.settings.timeout_ms)
+            except (ArtifactError, Unavailable):
                 degraded.append("ranker")
-        except ArtifactError:
-            ranker = None
+        elif round_trip is not None:
             degraded.append("ranker")
+        ranker = None if "ranker" in degraded else self.models.current()
         status: Literal["ok", "degraded", "unavailable"] = "ok" if not degraded else "degraded"
         if round_trip is None:
             try:
-                self.models.popular()
+                self.models.popular(self.settings.timeout_ms)
             except Unavailable:
                 status = "unavailable"
         age = None
@@ -255,9 +236,9 @@ def _from_the_future(occurred_at: datetime, arrived: datetime) -> str:
     )
 
 
-def create_application() -> LarderApplication:
-    """The application that the environment describes, warm. Raises SettingsError for settings that cannot be used."""
-    settings = read_settings()
+def create_application(settings: Settings | None = None) -> LarderApplication:
+    """The application of `settings`, those of the environment by default, warm. Raises SettingsError if they cannot be used."""
+    settings = settings or read_settings()
     request_log.open_log(settings.request_log)
     application = LarderApplication.from_settings(settings)
     application.warm()
@@ -265,15 +246,5 @@ def create_application() -> LarderApplication:
     return application
 
 
-def _timeout_ms(limit: int, deadline: float | None) -> int:
-    if deadline is None:
-        return limit
-    left = int((deadline - time.monotonic()) * 1000)
-    if left <= 0:
-        raise Unavailable("the deadline passed before the database could be asked")
-    return min(limit, left)
-
-
-def _read_popular(folder: Path) -> list[tuple[str, str, float]]:
-    file = folder / POPULAR_ITEMS
-    return [(row["item_id"], row["title"], float(row["score"])) for row in json.loads(file.read_text(encoding="utf-8"))]
+def _timeout_ms(limit: int, deadline: float | None) -> float:
+    return limit if deadline is None else min(limit, Deadline(deadline).share_ms(1.0))

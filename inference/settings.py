@@ -28,6 +28,8 @@ class Settings:
     """Of how many people in a thousand the features served are logged for the skew audit."""
     request_log: Stream = "stderr"
     """Where the line of each request goes, or `off`."""
+    database_read_url: str | None = None
+    """Where reads go; None: to `database_url`. A replica shows an event when it has reached it, not at once."""
 
 
 _LIMITS: dict[str, tuple[str, int, int]] = {
@@ -62,4 +64,10 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         faults.append(f"LARDER_REQUEST_LOG is {said!r}; give {', '.join(STREAMS[:-1])} or {STREAMS[-1]}")
     if faults:
         raise SettingsError("settings cannot be used: " + "; ".join(faults))
-    return Settings(environ["DATABASE_URL"], environ["ARTIFACTS_URL"], **values, request_log=stream or "stderr")
+    return Settings(
+        environ["DATABASE_URL"],
+        environ["ARTIFACTS_URL"],
+        database_read_url=environ.get("DATABASE_READ_URL") or None,
+        request_log=stream or "stderr",
+        **values,
+    )

@@ -6,36 +6,33 @@ A recommendation takes two round trips: `read_person` and `pick_candidates`. Eac
 from __future__ import annotations
 
 import json
-import logging
-import queue
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from functools import cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psycopg
 from numpy.typing import NDArray
+from psycopg import generators
 
+from inference.breaker import Breaker
 from inference.candidates import Candidates, Filters, candidates_of, candidates_sql
+from inference.connections import Connections, StoreConnection
 from inference.live import HEAD_MOST, Columns, live_columns, snapshot_columns, utc_day
 from inference.sql_files import half_vectors, statement, vector_literal
 from inference.telemetry import span
 from schemas import online_sql, prompts
-from schemas.errors import Unavailable
 from schemas.feature_sql import read_sql
 from schemas.features import Entity, FeatureView
 from schemas.ranker import MAX_HISTORY
 from schemas.views import CONTEXT_VIEWS, CROSS_VIEWS
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-_NEVER = 1 << 30
-"""Executions before psycopg prepares a statement by itself."""
-_CONNECT_SECONDS = 2
 SERVED_KEPT = timedelta(days=7)
 """How long vectors as served are kept for the skew audit."""
 _SHOWN_PERSON = "user_id = %(user_id)s AND NOT EXISTS (SELECT FROM erasure_requests AS q WHERE q.user_id = %(user_id)s)"
@@ -47,6 +44,8 @@ PLAN_ONCE = {"plan_cache_mode": "force_generic_plan"}
 day's partition of the recent events, takes longer than running it."""
 _ROW = PLAN_ONCE | {"enable_seqscan": "off"}
 """What is asked by key goes by the index, also when the plan was made while the table was still small."""
+NO_COLUMNS = Columns([], {}, np.zeros(0), False)
+"""A view of which nothing was read."""
 _PLAN_EACH = {"plan_cache_mode": "auto", "enable_seqscan": "on"}
 """What holds for all others, whatever stayed in the session."""
 
@@ -81,83 +80,49 @@ class PersonRow:
     views: dict[str, Columns]
     wish_template: str = prompts.DEFAULTS["wish"]
     """The one that won, for those who answer without a model."""
-
-
-class StoreConnection(psycopg.Connection[Any]):
-    """A connection that knows what its session holds, so that nothing is set or prepared twice."""
-
-    pooled = False
-    """Whether a pooler stands between: the next transaction may then meet another session."""
-    timeout_ms: int | None = None
-    """The statement timeout of a session that is set for `Store.read_row`; None: it is not."""
-
-    def __init__(self, pgconn: psycopg.pq.abc.PGconn) -> None:
-        super().__init__(pgconn)
-        self.prepared: dict[str, bytes] = {}
-        """Names of the statements that `Store.read_row` has asked in this session."""
+    model_version: str | None = None
+    """The version whose item vectors the history has."""
 
 
 @dataclass(slots=True)
 class Store:
-    """Connections to one database, opened when needed, at most `size` at a time."""
+    """Questions to one database, over at most `size` connections; `name` says in messages and metrics whose they are.
+
+    Every method takes the time that it may have, and ends in it whatever the network does. All raise StatementFailed if
+    the database refuses a statement, and Unavailable if it cannot be reached or does not answer in time.
+    """
 
     url: str
     size: int = 4
-    _idle: queue.LifoQueue[StoreConnection] = field(default_factory=queue.LifoQueue)
+    name: str = "the database"
+    _connections: Connections = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._connections = Connections(self.url, self.size, self.name)
+
+    @property
+    def breaker(self) -> Breaker:
+        """What keeps requests from a database that does not answer."""
+        return self._connections.breaker
 
     @contextmanager
-    def connection(self) -> Iterator[StoreConnection]:
-        """A connection in autocommit; a broken one is thrown away. Raises Unavailable if none can be had."""
-        try:
-            connection = self._idle.get_nowait()
-        except queue.Empty:
-            connection = self._connect()
-        try:
+    def connection(self, timeout_ms: float | None = None) -> Iterator[StoreConnection]:
+        """A connection in autocommit, for at most `timeout_ms` if given; a broken one is thrown away."""
+        with self._connections.connection(timeout_ms) as connection:
             yield connection
-        except psycopg.errors.QueryCanceled as error:
-            raise Unavailable("the database did not answer in time") from error
-        except (psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedTable) as error:
-            # This code was deployed before the database was: a feature was added and its tables are not made yet.
-            message = (
-                f"the database does not have the tables of this version's features yet ({error.diag.message_primary}); "
-                "`make run` or `make serve` with this version makes them"
-            )
-            # A recommendation goes down a rung, and its answer names the rung alone.
-            logger.error(message)
-            raise Unavailable(message) from error
-        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-            connection.close()
-            raise Unavailable("the database cannot be reached") from error
-        finally:
-            if connection.closed or self._idle.qsize() >= self.size:
-                connection.close()
-            else:
-                self._idle.put(connection)
+
+    def ask(self, question: Callable[[StoreConnection], T], timeout_ms: float) -> T:
+        """What `question` reads from a connection; asked once more on a new one if the first turns out to be dead."""
+        return self._connections.run(question, timeout_ms)
 
     def close(self) -> None:
-        """Close every idle connection."""
-        while not self._idle.empty():
-            self._idle.get_nowait().close()
+        """Close every connection; the next question opens another."""
+        self._connections.close()
 
-    def _connect(self) -> StoreConnection:
-        try:
-            connection = StoreConnection.connect(
-                self.url,
-                autocommit=True,
-                # Nothing is prepared by itself: only what every request asks is worth it, and says so below.
-                prepare_threshold=_NEVER,
-                connect_timeout=_CONNECT_SECONDS,
-                application_name="larder",
-                client_encoding="UTF8",
-            )
-            answering = connection.execute("SELECT pg_backend_pid()").fetchone()
-            if answering is None or answering[0] != connection.info.backend_pid:
-                # A pooler stands between: the next transaction may meet a server that prepared something else.
-                connection.prepare_threshold = None
-                connection.pooled = True
-        except psycopg.Error as error:
-            raise Unavailable("the database cannot be reached") from error
-        return connection
+    def restored(self) -> None:
+        """Start anew in a process that woke from a snapshot: what was open leads nowhere."""
+        self.close()
+        self.breaker.reset()
 
     def read_row(self, sql: str, parameters: Sequence[str], timeout_ms: int) -> list[bytes | None]:
         """The one row, every value in binary, of a statement with parameters `$1`, `$2` … that is asked again and again.
@@ -165,52 +130,73 @@ class Store:
         It is planned once for all parameters. Where the session is ours alone its settings stay, and all that is sent
         from the second time on is the statement's name and the parameters; behind a pooler nothing stays.
         """
-        with self.connection() as connection:
+
+        def question(connection: StoreConnection) -> list[bytes | None]:
             name = connection.prepared.get(sql)
             if name is not None and connection.timeout_ms == timeout_ms:
                 # A cursor would take longer to hand this over than the server to answer it.
                 values = [parameter.encode() for parameter in parameters]
-                result = connection.pgconn.exec_prepared(name, values, result_format=psycopg.pq.Format.BINARY)
-                if connection.closed:  # then the result may name no SQLSTATE, and would be no OperationalError
+                connection.pgconn.send_query_prepared(name, values, result_format=psycopg.pq.Format.BINARY)
+                results = connection.wait(generators.execute(connection.pgconn))
+                if connection.closed or not results:  # then there may be no SQLSTATE
                     raise psycopg.OperationalError("the connection was lost")
+                result = results[-1]
                 if result.status != psycopg.pq.ExecStatus.TUPLES_OK:
                     raise psycopg.errors.error_from_result(result)
             else:
                 result = _first_result(connection, sql, parameters, timeout_ms)
             return [result.get_value(0, column) for column in range(result.nfields)]
 
+        return self.ask(question, timeout_ms)
+
     # --- one round trip each -------------------------------------------------------------------------------------
 
     def read_person(
-        self, user_id: str, at: datetime, timeout_ms: int, *, live: bool = False, audited: bool = False
+        self,
+        user_id: str,
+        at: datetime,
+        timeout_ms: float,
+        *,
+        live: bool = False,
+        audited: bool = False,
+        model: str | None = None,
+        features: bool = True,
     ) -> PersonRow:
         """Champion, newest events with their item vectors, and the person's feature views, as of `at`.
 
         `live` says that `at` is the present: features then come packed, with all that happened until now. Without it
         they come from daily snapshots and single events, which know what was before any instant. `audited`: also which
-        transactions a live read saw.
+        transactions a live read saw. `model` is the version whose item vectors are wanted, None: the champion's, whichever
+        it is in the very snapshot that names it. Without `features` the views are empty.
         """
         today = utc_day(at)
-        parameters = {"user_id": user_id, "at": at, "limit": MAX_HISTORY}
+        parameters = {"user_id": user_id, "at": at, "limit": MAX_HISTORY, "model": model}
         parameters |= {"today": today} if live else {"head_since": at - HEAD_MOST}
         views = (*CONTEXT_VIEWS, *CROSS_VIEWS)
         entities = online_sql.entities(views)
         reads = [_entity_sql(entity, audited) for entity in entities] if live else [_person_sql(view) for view in views]
-        with self.connection() as connection, span("db read_person", kind="client", attributes=_db(3 + len(reads))):
+        if not features:
+            reads = []
+
+        def question(connection: StoreConnection) -> list[list[tuple[Any, ...]]]:
             with connection.pipeline():
-                set_locally(connection, timeout_ms, PLAN_ONCE)
+                set_locally(connection, connection.server_ms(), PLAN_ONCE)
                 cursors = [
-                    _execute(connection, sql, parameters, prepare=True)
-                    for sql in (
-                        statement("read_champion"),
-                        statement("read_history"),
-                        *reads,
-                    )
+                    _execute(connection, sql, parameters, prepare=True) for sql in (statement("read_history"), *reads)
                 ]
-            rows = [cursor.fetchall() for cursor in cursors]
+            return [cursor.fetchall() for cursor in cursors]
+
+        with span("db read_person", kind="client", attributes=_db(2 + len(reads))):
+            rows = self.ask(question, timeout_ms)
         champion, wish_template = _released(rows[0][0])
-        history = rows[1][::-1]
+        history = [row[5:] for row in rows[0][::-1] if row[5] is not None]
         vectors = iter(half_vectors([row[4] for row in history if row[4] is not None]))
+        if not features:
+            read = {view.name: NO_COLUMNS for view in views}
+        elif live:
+            read = _live(entities, rows[1:], today)
+        else:
+            read = {view.name: snapshot_columns(view, result) for view, result in zip(views, rows[1:], strict=True)}
         return PersonRow(
             champion,
             History(
@@ -221,10 +207,9 @@ class Store:
                 np.array([row[3] for row in history], np.float64),
                 [None if row[4] is None else next(vectors) for row in history],
             ),
-            _live(entities, rows[2:], today)
-            if live
-            else {view.name: snapshot_columns(view, result) for view, result in zip(views, rows[2:], strict=True)},
+            read,
             wish_template,
+            rows[0][0][4],
         )
 
     def pick_candidates(
@@ -233,7 +218,7 @@ class Store:
         at: datetime,
         filters: Filters,
         limit: int,
-        timeout_ms: int,
+        timeout_ms: float,
         champion: str | None = None,
         dim: int = 0,
         user_vector: NDArray[np.float32] | None = None,
@@ -242,10 +227,11 @@ class Store:
         given: Sequence[str] | None = None,
         live: bool = False,
         audited: bool = False,
+        features: bool = True,
     ) -> Candidates:
         """Candidates with titles, vectors and features, at most `limit`, from the sources that apply.
 
-        `user_vector (d,)` searches the champion's item vectors, `wish_text (384,)` the text vectors; `recent` are the person's last items, newest first; `given` replaces all sources; `live` and `audited` as in `read_person`.
+        `user_vector (d,)` searches the champion's item vectors, `wish_text (384,)` the text vectors; `recent` are the person's last items, newest first; `given` replaces all sources; `live`, `audited` and `features` as in `read_person`.
         """
         sql, parameters = candidates_sql(
             at=at,
@@ -259,13 +245,18 @@ class Store:
             given=None if given is None else list(given),
             live=live,
             audited=audited,
+            features=features,
         )
-        with self.connection() as connection, span("db pick_candidates", kind="client", attributes=_db(2)):
+
+        def question(connection: StoreConnection) -> list[tuple[Any, ...]]:
             with connection.pipeline():
-                set_locally(connection, timeout_ms, _SEARCH | PLAN_ONCE)
+                set_locally(connection, connection.server_ms(), _SEARCH | PLAN_ONCE)
                 cursor = _execute(connection, sql, parameters, prepare=True)
-            rows = cursor.fetchall()
-        return candidates_of(rows, dim, utc_day(at) if live else None)
+            return cursor.fetchall()
+
+        with span("db pick_candidates", kind="client", attributes=_db(2)):
+            rows = self.ask(question, timeout_ms)
+        return candidates_of(rows, dim, utc_day(at) if live else None, features=features)
 
     def similar(
         self,
@@ -275,7 +266,7 @@ class Store:
         filters: Filters,
         item_id: str | None,
         text: NDArray[np.float32] | None,
-        timeout_ms: int,
+        timeout_ms: float,
     ) -> list[tuple[str, str, float]] | None:
         """`(item_id, title, cosine)` of the k nearest items by text; None if the anchor item has no vector."""
         if item_id is not None:
@@ -286,9 +277,10 @@ class Store:
         parameters: dict[str, object] = {"at": at, "k": k, "item_id": item_id, **filters.parameters()}
         if item_id is None:
             parameters["text"] = vector_literal(text)
-        with self.connection() as connection, span("db similar", kind="client", attributes=_db(3)):
+
+        def question(connection: StoreConnection) -> list[tuple[str, str, float]] | None:
             with connection.pipeline():
-                set_locally(connection, timeout_ms, _SEARCH)
+                set_locally(connection, connection.server_ms(), _SEARCH)
                 known = _execute(connection, "SELECT 1 FROM text_vectors WHERE item_id = %(item_id)s", parameters)
                 found = _execute(
                     connection, statement("similar_items").format(query=query, allowed=filters.allowed("i")), parameters
@@ -297,21 +289,33 @@ class Store:
                 return None
             return found.fetchall()
 
-    def accept_events(self, events: Sequence[dict[str, object]], timeout_ms: int) -> set[str]:
-        """Store events once each; returns the ids that were new. All or none."""
+        with span("db similar", kind="client", attributes=_db(3)):
+            return self.ask(question, timeout_ms)
+
+    def accept_events(self, events: Sequence[dict[str, object]], timeout_ms: float) -> set[str]:
+        """Store events once each; returns the ids that were new. All or none.
+
+        If the connection was lost after the events were stored and before the answer came, the second try finds all of
+        them there: they are kept once, and count as repeats.
+        """
         people = sorted({str(event["user_id"]) for event in events})
-        with self.connection() as connection, span("db accept_events", kind="client", attributes=_db(3)):
+
+        def question(connection: StoreConnection) -> set[str]:
             with connection.pipeline():
-                set_locally(connection, timeout_ms)
+                set_locally(connection, connection.server_ms())
                 stored = _execute(connection, _accept_events_sql(), {"events": json.dumps(events)})
                 _execute(connection, statement("trim_history"), {"user_ids": people, "keep": MAX_HISTORY})
             return {row[0] for row in stored.fetchall()}
 
-    def log_served(self, rows: Sequence[dict[str, object]], timeout_ms: int) -> int:
+        with span("db accept_events", kind="client", attributes=_db(3)):
+            return self.ask(question, timeout_ms)
+
+    def log_served(self, rows: Sequence[dict[str, object]], timeout_ms: float) -> int:
         """Keep feature vectors as they were served, of people who are not forgotten; drop old ones. Gives how many."""
-        with self.connection() as connection, span("db log_served", kind="client", attributes=_db(4)):
+
+        def question(connection: StoreConnection) -> int:
             with connection.pipeline():
-                set_locally(connection, timeout_ms)
+                set_locally(connection, connection.server_ms())
                 # An erasure that is under way ends first, and its tombstone is seen by the next statement.
                 _execute(connection, f"SELECT pg_advisory_xact_lock_shared({online_sql.ERASURE_LOCK})", None)
                 stored = _execute(connection, statement("log_served"), {"rows": json.dumps(rows)})
@@ -320,16 +324,24 @@ class Store:
                 )
             return stored.rowcount
 
-    def ping(self, timeout_ms: int) -> Champion | None:
+        with span("db log_served", kind="client", attributes=_db(4)):
+            return self.ask(question, timeout_ms)
+
+    def ping(self, timeout_ms: float) -> Champion | None:
         """The champion, in one round trip: what `/health` measures."""
-        with self.connection() as connection, connection.pipeline():
-            set_locally(connection, timeout_ms)
-            cursor = _execute(connection, statement("read_champion"))
-        return _released(cursor.fetchall()[0])[0]
+
+        def question(connection: StoreConnection) -> tuple[Any, ...]:
+            with connection.pipeline():
+                set_locally(connection, connection.server_ms())
+                cursor = _execute(connection, statement("read_champion"))
+            row: tuple[Any, ...] = cursor.fetchall()[0]
+            return row
+
+        return _released(self.ask(question, timeout_ms))[0]
 
 
 def _released(row: tuple[Any, ...]) -> tuple[Champion | None, str]:
-    """A row of `read_champion`."""
+    """The columns of `read_champion`, with which a row of `read_history` begins."""
     return None if row[0] is None else Champion(*row[:3]), row[3] or prompts.DEFAULTS["wish"]
 
 

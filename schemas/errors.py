@@ -9,6 +9,7 @@ LarderError
 ├── InstanceError          no Dagster instance runs, or it refuses: start it with `make ui`
 ├── DefinitionError        a declaration is wrong: fix schemas/views.py or a prompt file
 ├── ArtifactError          a model file is missing, changed or of another shape: release again
+│   └── StoreUnavailable   the artefacts' bucket does not answer: check ARTIFACTS_URL and its credentials, or wait
 ├── GateError              a model did not pass: it is not released
 ├── DeployError            the cloud refused, or the function it got does not answer: see the message, `make deploy` again
 ├── UnknownPerson          nothing is held of that person: check the id
@@ -57,6 +58,12 @@ class DefinitionError(LarderError):
 
 class ArtifactError(LarderError):
     type = "artifact"
+
+
+class StoreUnavailable(ArtifactError):
+    """Whether the artefact is there cannot be told now; later it can."""
+
+    type = "artifact_store"
 
 
 class GateError(LarderError):

@@ -94,7 +94,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
             made.materialise("item_vectors", "ranker_release", "recommend_function")
             made.application.warm()
             yield made
-            made.application.store.close()
+            made.application.close()
 
 
 def newest_user(road: Road) -> str:
@@ -240,7 +240,7 @@ def test_without_a_wish_a_model_ranks_by_itself_and_with_one_as_its_manifest_say
     blank = road.post("/recommendations", request | {"prompt": "  "})
     assert [item["score"] for item in plain["items"]] == [item["score"] for item in blank["items"]]
     assert plain["prompt_version"] is None
-    ranker = road.application.models.loaded()
+    ranker = road.application.models.current()
     assert ranker is not None
     with psycopg.connect(road.url) as connection:
         (record,) = connection.execute("SELECT record FROM gate_records").fetchone() or ({},)
@@ -259,7 +259,7 @@ def test_without_a_wish_a_model_ranks_by_itself_and_with_one_as_its_manifest_say
 
 
 def test_everything_the_gate_looked_at_stands_in_the_manifest(road: Road) -> None:
-    ranker = road.application.models.loaded()
+    ranker = road.application.models.current()
     assert ranker is not None
     manifest = ranker.manifest
     assert manifest.quality["verdict"]["passed"] is True

@@ -9,6 +9,7 @@ import contextvars
 import logging
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +18,7 @@ import uvicorn
 
 from inference import metrics, telemetry
 from inference.http import Application, Response, handle, refused
-from schemas.errors import LarderError, RequestError, Unavailable
+from schemas.errors import LarderError, RequestError, SettingsError, Unavailable
 from schemas.serving import MAX_BODY_BYTES, body_too_large
 
 logger = logging.getLogger(__name__)
@@ -31,18 +32,39 @@ GRACE_SECONDS = 10
 """How long requests in flight may take to finish after SIGTERM; Cloud Run kills after ten."""
 
 
-def create_app(app_factory: Callable[[], Application], *, threads: int = 8, max_waiting: int = 64) -> AsgiApp:
+BODY_SECONDS = 10.0
+"""How long a body may take to arrive. Whoever sends slower than that holds a connection for nothing."""
+
+
+def create_app(
+    app_factory: Callable[[], Application],
+    *,
+    threads: int = 8,
+    max_waiting: int = 64,
+    timeout_ms: int | None = None,
+    body_seconds: float = BODY_SECONDS,
+) -> AsgiApp:
     """An ASGI app around what `app_factory` builds, once, when the server starts.
 
     At most `threads` requests run at once and `max_waiting` more wait; beyond that the answer is 503,
-    because a queue without an end only turns slow answers into none.
+    because a queue without an end only turns slow answers into none. `timeout_ms` is the deadline of a request, counted
+    from when its body was there, waiting included; a body that takes longer than `body_seconds` to arrive is answered 408.
     """
-    return _Door(app_factory, threads, max_waiting)
+    return _Door(app_factory, threads, max_waiting, timeout_ms, body_seconds)
 
 
 class _Door:
-    def __init__(self, app_factory: Callable[[], Application], threads: int, max_waiting: int) -> None:
+    def __init__(
+        self,
+        app_factory: Callable[[], Application],
+        threads: int,
+        max_waiting: int,
+        timeout_ms: int | None,
+        body_seconds: float,
+    ) -> None:
         self._factory = app_factory
+        self._timeout_ms = timeout_ms
+        self._body_seconds = body_seconds
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="larder")
         self._limit = threads + max_waiting
         self._in_flight = 0
@@ -86,7 +108,13 @@ class _Door:
             name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         try:
-            body = await _read_body(headers, receive)
+            async with asyncio.timeout(self._body_seconds):
+                body = await _read_body(headers, receive)
+        except TimeoutError:
+            late = RequestError(f"the body did not arrive within {self._body_seconds:g} s; send it at once", status=408)
+            response = refused(late, scope["method"], scope["path"], headers, _attributes(scope))
+            await _send(send, response, {"connection": "close"})
+            return
         except RequestError as error:
             # What is left of the body was not read, so the connection cannot carry another request.
             response = refused(error, scope["method"], scope["path"], headers, _attributes(scope))
@@ -105,11 +133,15 @@ class _Door:
             return refused(full, method, path, headers, attributes)
         app = self._app
         context = contextvars.copy_context()
+        arrived = time.monotonic()
+        deadline = None if self._timeout_ms is None else arrived + self._timeout_ms / 1_000
         self._in_flight += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(
                 self._pool,
-                lambda: context.run(handle, app, method, path, headers, body, deadline=None, attributes=attributes),
+                lambda: context.run(
+                    handle, app, method, path, headers, body, deadline=deadline, attributes=attributes, arrived=arrived
+                ),
             )
         except RuntimeError as error:  # the pool is shut: the server is on its way out
             return refused(error, method, path, headers, attributes)
@@ -190,8 +222,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8080, help="port to listen on; 0 picks one (default: %(default)s)")
     options = parser.parse_args(arguments)
     from inference.runtime import create_application
+    from inference.settings import read_settings
 
-    return 0 if serve(create_app(create_application), options.host, options.port) else 1
+    try:
+        settings = read_settings()
+    except SettingsError as error:
+        print(f"error ({error.type}): {error}", file=sys.stderr)
+        return 1
+    app = create_app(lambda: create_application(settings), threads=settings.concurrency, timeout_ms=settings.timeout_ms)
+    return 0 if serve(app, options.host, options.port) else 1
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""The AWS Lambda door: API Gateway HTTP API v2, function URLs, and direct invocation.
+"""The AWS Lambda door: API Gateway HTTP API v2, function URLs, direct invocation, and batches of an SQS queue.
 
 A direct invocation's event is the recommendation request itself, its answer the same bytes as over
-HTTP; a fault comes back in the one error shape.
+HTTP; a fault comes back in the one error shape. A batch of an SQS queue holds events, see inference/handlers/sqs.py.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 import os
 import threading
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from inference import telemetry
+from inference.handlers import sqs
 from inference.http import JSON_TYPE, Application, Response, handle, refused
 from inference.propagation import CARRIER_HEADERS
 from schemas.errors import RequestError
@@ -38,10 +40,11 @@ class LambdaContext(Protocol):
 Handler = Callable[[dict[str, Any], LambdaContext], dict[str, Any] | bytes]
 
 
-def create_handler(app_factory: Callable[[], Application]) -> Handler:
+def create_handler(app_factory: Callable[[], Application], *, snapshots: bool = False) -> Handler:
     """A handler around what `app_factory` builds at the first invocation, once per process.
 
-    A factory that fails is tried again by the next invocation; this one gets the error.
+    A factory that fails is tried again by the next invocation; this one gets the error. With `snapshots` the platform
+    (Lambda SnapStart) is told what to do before it takes one, when the application is built, and after it restored one.
     """
     lock = threading.Lock()
     built: list[Application] = []
@@ -58,6 +61,8 @@ def create_handler(app_factory: Callable[[], Application]) -> Handler:
         deadline = time.monotonic() + max(0, remaining_ms - RESERVE_MS) / 1000
         over_http = isinstance(event, dict) and "requestContext" in event
         try:
+            if sqs.is_batch(event):
+                return _answer_batch(application, event, deadline)
             response = _answer(application, event, context, deadline, over_http)
         finally:
             flush_by = (
@@ -70,7 +75,35 @@ def create_handler(app_factory: Callable[[], Application]) -> Handler:
                 flush(_left_ms(flush_by))
         return _gateway(response) if over_http else response.body
 
+    def before_snapshot() -> None:
+        _tell(application(), "before_snapshot")
+
+    def after_restore() -> None:
+        _tell(application(), "after_restore")
+
+    if snapshots:
+        with contextlib.suppress(ImportError):  # no runtime of Lambda's
+            import snapshot_restore_py
+
+            snapshot_restore_py.register_before_snapshot(before_snapshot)
+            snapshot_restore_py.register_after_restore(after_restore)
     return handler
+
+
+def _tell(app: Application, what: str) -> None:
+    """An application that holds something which must not be in a snapshot may say how to let go of it."""
+    tell = getattr(app, what, None)
+    if callable(tell):
+        tell()
+
+
+def _answer_batch(application: Callable[[], Application], event: dict[str, Any], deadline: float) -> dict[str, Any]:
+    try:
+        app = application()
+    except Exception as error:  # noqa: BLE001 - the edge: without an application every message goes back
+        refused(error, "POST", "/events", {}, {"faas.trigger": "pubsub"})
+        return sqs.all_failed(event)
+    return sqs.answer_batch(app, event, deadline)
 
 
 def _left_ms(until: float) -> int:
@@ -143,4 +176,4 @@ def _create_application() -> Application:
     return create_application()
 
 
-handler = create_handler(_create_application)
+handler = create_handler(_create_application, snapshots=True)

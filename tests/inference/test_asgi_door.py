@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -106,6 +106,40 @@ def test_a_body_without_a_length_is_cut_off_while_it_streams(port: int) -> None:
         assert connection.recv(64).startswith(b"HTTP/1.1 413 ")
 
 
+def test_a_body_that_trickles_in_is_answered_408_and_does_not_hold_its_connection() -> None:
+    with served(create_app(SmallApplication, body_seconds=0.3)) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            head = "POST /recommendations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
+            connection.sendall(head.encode())
+            started_at = time.monotonic()
+            answer = b""
+            connection.settimeout(0.05)
+            while b"}}" not in answer:
+                assert time.monotonic() - started_at < 5
+                with suppress(OSError):
+                    connection.sendall(b" ")
+                with suppress(TimeoutError):
+                    answer += connection.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 408 ")
+            assert b"did not arrive within 0.3 s; send it at once" in answer
+            connection.settimeout(5)
+            with suppress(ConnectionResetError):
+                assert connection.recv(4096) == b"", "the connection is closed"
+        assert ask(port, "/recommendations", {"user_id": "u1"})[0] == 200
+
+
+def test_a_deadline_counts_from_the_arrival_and_not_from_the_turn() -> None:
+    """The second request waits a second for the only thread; it has two in all."""
+    app = SmallApplication()
+    with served(create_app(lambda: app, threads=1, timeout_ms=2_000)) as port, ThreadPoolExecutor(2) as callers:
+        list(callers.map(lambda _: ask(port, "/recommendations", {"user_id": "slow"}), range(2)))
+    first, second = app.remaining_seconds
+    assert first is not None
+    assert second is not None
+    assert 1.8 < first <= 2.0
+    assert 0.5 < second < 1.2
+
+
 def test_an_announced_length_over_the_limit_is_refused_before_the_body(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(
@@ -179,6 +213,32 @@ def test_serve_says_where_it_listens_and_stops_on_sigterm() -> None:
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
+
+
+def test_as_many_requests_run_at_once_as_the_setting_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://127.0.0.1:1/none")
+    monkeypatch.setenv("ARTIFACTS_URL", "file:///nowhere")
+    monkeypatch.setenv("LARDER_CONCURRENCY", "3")
+    monkeypatch.setattr("inference.runtime.create_application", lambda settings: SmallApplication())
+
+    def measured(app: AsgiApp, host: str, port: int) -> bool:
+        with served(app) as number, ThreadPoolExecutor(6) as callers:
+            started_at = time.monotonic()
+            answers = list(callers.map(lambda _: ask(number, "/recommendations", {"user_id": "slow"})[0], range(6)))
+            assert answers == [200] * 6
+            assert 1.9 < time.monotonic() - started_at < 2.9, "two rounds of three, a second each"
+        return True
+
+    monkeypatch.setattr("inference.handlers.asgi.serve", measured)
+    assert main([]) == 0
+
+
+def test_settings_that_cannot_be_used_are_said_before_anything_listens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    assert main([]) == 1
+    assert "error (settings): settings cannot be used: DATABASE_URL is not set" in capsys.readouterr().err
 
 
 def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:

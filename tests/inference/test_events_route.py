@@ -18,7 +18,7 @@ from schemas.serving import EventsRequest, PostedEvent
 def application(database: str, tmp_path: Path) -> Iterator[LarderApplication]:
     made = LarderApplication.from_settings(Settings(database, tmp_path.as_uri()))
     yield made
-    made.store.close()
+    made.close()
 
 
 def event(event_id: str, at: datetime | None) -> PostedEvent:

@@ -230,14 +230,12 @@ def test_a_first_read_that_fails_leaves_no_statement_behind(database: str, store
     assert row == (0,)
 
 
-def test_a_connection_that_was_lost_is_unavailable_once(store: Store) -> None:
+def test_a_connection_that_was_lost_is_replaced_by_the_read_that_finds_it(store: Store) -> None:
     read_features(store, {USER_ACTIVITY: [("u",)]})
     with store.connection() as connection:
         lost = socket.socket(fileno=os.dup(connection.fileno()))
     with lost:
         lost.shutdown(socket.SHUT_RDWR)
-    with pytest.raises(Unavailable, match="cannot be reached"):
-        read_features(store, {USER_ACTIVITY: [("u",)]})
     assert statuses(read_features(store, {USER_ACTIVITY: [("u",)]})["user_activity"]) == [{"MISSING"}]
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from test_windows import CATEGORIES, ITEMS, build, events_of
 from worlds import ListSource
 
+from inference.models import LoadedModels
 from inference.recommend import Recommender
-from inference.runtime import LoadedModels
 from inference.served import ServedLog, ServedRead
 from inference.store import Store
 from orchestration.compute.forget import forget
