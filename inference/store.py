@@ -28,6 +28,7 @@ from schemas import online_sql, prompts
 from schemas.errors import Unavailable
 from schemas.feature_sql import read_sql
 from schemas.features import Entity, FeatureView
+from schemas.functions import SERVED_KEPT_DAYS
 from schemas.ranker import MAX_HISTORY
 from schemas.views import CONTEXT_VIEWS, CROSS_VIEWS
 
@@ -36,8 +37,7 @@ logger = logging.getLogger(__name__)
 _NEVER = 1 << 30
 """Executions before psycopg prepares a statement by itself."""
 _CONNECT_SECONDS = 2
-SERVED_KEPT = timedelta(days=7)
-"""How long vectors as served are kept for the skew audit."""
+SERVED_KEPT = timedelta(days=SERVED_KEPT_DAYS)
 _SHOWN_PERSON = "user_id = %(user_id)s AND NOT EXISTS (SELECT FROM erasure_requests AS q WHERE q.user_id = %(user_id)s)"
 """Who asked to be forgotten reads as unknown from that moment on."""
 _SEARCH = {"hnsw.ef_search": "200", "hnsw.iterative_scan": "strict_order"}
@@ -101,7 +101,7 @@ class StoreConnection(psycopg.Connection[Any]):
 class Store:
     """Connections to one database, opened when needed, at most `size` at a time."""
 
-    url: str
+    url: str = field(repr=False)
     size: int = 4
     _idle: queue.LifoQueue[StoreConnection] = field(default_factory=queue.LifoQueue)
 
@@ -116,13 +116,24 @@ class Store:
             yield connection
         except psycopg.errors.QueryCanceled as error:
             raise Unavailable("the database did not answer in time") from error
-        except (psycopg.errors.UndefinedColumn, psycopg.errors.UndefinedTable) as error:
+        except (
+            psycopg.errors.UndefinedColumn,
+            psycopg.errors.UndefinedTable,
+            psycopg.errors.UndefinedFunction,
+        ) as error:
             # This code was deployed before the database was: a feature was added and its tables are not made yet.
             message = (
                 f"the database does not have the tables of this version's features yet ({error.diag.message_primary}); "
                 "`make run` or `make serve` with this version makes them"
             )
             # A recommendation goes down a rung, and its answer names the rung alone.
+            logger.error(message)
+            raise Unavailable(message) from error
+        except psycopg.errors.InsufficientPrivilege as error:
+            message = (
+                f"the database lets this role not do that ({error.diag.message_primary}); `make run`, `make serve` or "
+                "`python -m infra.postgres migrate` with this version gives each role its rights"
+            )
             logger.error(message)
             raise Unavailable(message) from error
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
@@ -299,26 +310,27 @@ class Store:
 
     def accept_events(self, events: Sequence[dict[str, object]], timeout_ms: int) -> set[str]:
         """Store events once each; returns the ids that were new. All or none."""
-        people = sorted({str(event["user_id"]) for event in events})
-        with self.connection() as connection, span("db accept_events", kind="client", attributes=_db(3)):
-            with connection.pipeline():
-                set_locally(connection, timeout_ms)
-                stored = _execute(connection, _accept_events_sql(), {"events": json.dumps(events)})
-                _execute(connection, statement("trim_history"), {"user_ids": people, "keep": MAX_HISTORY})
-            return {row[0] for row in stored.fetchall()}
+        return {row[0] for row in self.call("accept_events", [json.dumps(events)], timeout_ms)}
 
     def log_served(self, rows: Sequence[dict[str, object]], timeout_ms: int) -> int:
         """Keep feature vectors as they were served, of people who are not forgotten; drop old ones. Gives how many."""
-        with self.connection() as connection, span("db log_served", kind="client", attributes=_db(4)):
+        return int(self.call("log_served", [json.dumps(rows)], timeout_ms)[0][0])
+
+    def call(self, function: str, arguments: Sequence[str], timeout_ms: int) -> list[tuple[Any, ...]]:
+        """The rows of one of the database's own functions (schemas/functions.py), in one round trip."""
+        sql = f"SELECT * FROM {function}({', '.join(['%s'] * len(arguments))})"
+        with span(f"db {function}", kind="client", attributes=_db(2)):
+            return self.rows(sql, arguments, timeout_ms)
+
+    def rows(
+        self, sql: str, parameters: Sequence[str] | Mapping[str, object], timeout_ms: int
+    ) -> list[tuple[Any, ...]]:
+        """The rows of any one statement, in one round trip and one transaction."""
+        with self.connection() as connection:
             with connection.pipeline():
                 set_locally(connection, timeout_ms)
-                # An erasure that is under way ends first, and its tombstone is seen by the next statement.
-                _execute(connection, f"SELECT pg_advisory_xact_lock_shared({online_sql.ERASURE_LOCK})", None)
-                stored = _execute(connection, statement("log_served"), {"rows": json.dumps(rows)})
-                _execute(
-                    connection, "DELETE FROM served_features WHERE read_at < now() - %(kept)s", {"kept": SERVED_KEPT}
-                )
-            return stored.rowcount
+                cursor = connection.cursor(binary=True).execute(sql, parameters)
+            return cursor.fetchall()
 
     def ping(self, timeout_ms: int) -> Champion | None:
         """The champion, in one round trip: what `/health` measures."""
@@ -389,12 +401,6 @@ def _live(entities: Sequence[Entity], results: Sequence[Sequence[tuple[Any, ...]
         for entity, rows in zip(entities, results, strict=True)
         for name, columns in live_columns(entity, rows, today, len(entity.keys)).items()
     }
-
-
-@cache
-def _accept_events_sql() -> str:
-    since = f"date_trunc('day', now(), 'UTC') - INTERVAL '{online_sql.KEPT_DAYS} days'"
-    return statement("accept_events").format(tiles=online_sql.tile_steps_sql("stored", since))
 
 
 @cache
