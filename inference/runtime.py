@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from inference import artifacts
+from inference import artifacts, people
+from inference.access import Access, access_of
 from inference.candidates import Filters
 from inference.encoder import TextEncoder
 from inference.ranker import Ranker
@@ -25,6 +26,7 @@ from schemas import prompts
 from schemas.errors import ArtifactError, LarderError, RequestError, Unavailable
 from schemas.manifest import CHAMPION_POINTER, ENCODER_PATH, POPULAR_ITEMS
 from schemas.serving import (
+    ErasureResponse,
     EventOutcome,
     EventsRequest,
     EventsResponse,
@@ -110,15 +112,19 @@ class LarderApplication:
     models: LoadedModels
     recommender: Recommender
     served: ServedLog
+    writer: Store
+    access: Access
 
     @classmethod
     def from_settings(cls, settings: Settings) -> LarderApplication:
         store = Store(settings.database_url, size=settings.concurrency)
         models = LoadedModels(settings.artifacts_url, settings.threads)
         # Its own connection: what is written after an answer must not keep the next request waiting.
-        served = ServedLog(Store(settings.database_url, size=1), settings.audit_per_mille)
+        writer_url = settings.writer_url or settings.database_url
+        served = ServedLog(Store(writer_url, size=1), settings.audit_per_mille)
         recommender = Recommender(store, models, settings.candidates, settings.timeout_ms, served=served)
-        return cls(settings, store, models, recommender, served)
+        writer = Store(writer_url, size=settings.concurrency)
+        return cls(settings, store, models, recommender, served, writer, access_of(settings, store))
 
     def warm(self) -> None:
         """Open a connection and load what is released, so that the first request finds it there."""
@@ -138,6 +144,7 @@ class LarderApplication:
     def close(self) -> None:
         """Write what waits and close every connection."""
         self.served.close()
+        self.writer.close()
         self.store.close()
 
     def recommend(
@@ -190,7 +197,7 @@ class LarderApplication:
             # Nothing happens after it arrived: a clock that runs a little ahead must not put an event into a window
             # that has not begun, nor a read count what is yet to come.
             rows.append(event.model_dump() | {"occurred_at": min(occurred_at, arrived).isoformat()})
-        new = self.store.accept_events(rows, _timeout_ms(self.settings.timeout_ms, deadline)) if rows else set()
+        new = self.writer.accept_events(rows, _timeout_ms(self.settings.timeout_ms, deadline)) if rows else set()
         outcomes: list[EventOutcome] = []
         for place, event in enumerate(request.events):
             if place in refused:
@@ -200,6 +207,13 @@ class LarderApplication:
                 new.discard(event.event_id)  # the second of two equal ids in one batch is a repeat
                 outcomes.append(EventOutcome(event_id=event.event_id, outcome=outcome))
         return EventsResponse(outcomes=tuple(outcomes))
+
+    def forget(self, user_id: str, deadline: float | None = None) -> ErasureResponse:
+        return people.request_erasure(self.writer, user_id, _timeout_ms(self.settings.timeout_ms, deadline))
+
+    def erasure(self, user_id: str, receipt_id: str, deadline: float | None = None) -> ErasureResponse:
+        timeout_ms = _timeout_ms(self.settings.timeout_ms, deadline)
+        return people.read_erasure(self.store, user_id, receipt_id, timeout_ms)
 
     def health(self) -> HealthResponse:
         degraded: list[str] = []

@@ -90,9 +90,10 @@ class _Door:
             await _send(send, error_response(error), {"connection": "close"})
             return
         if body is not None:
-            await _send(send, await self._call(scope["method"], scope["path"], headers, body))
+            await _send(send, await self._call(scope, headers, body))
 
-    async def _call(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Response:
+    async def _call(self, scope: Scope, headers: dict[str, str], body: bytes) -> Response:
+        method, path, query = scope["method"], scope["path"], scope.get("query_string", b"").decode("latin-1")
         if self._app is None:
             return error_response(Unavailable("the application is not started; run the server with lifespan on"))
         if self._in_flight >= self._limit:
@@ -102,7 +103,8 @@ class _Door:
         self._in_flight += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(
-                self._pool, lambda: context.run(handle, app, method, path, headers, body, deadline=None)
+                self._pool,
+                lambda: context.run(handle, app, method, path, headers, body, deadline=None, query=query),
             )
         except RuntimeError as error:  # the pool is shut: the server is on its way out
             return internal_error(error)
@@ -147,6 +149,7 @@ class _Server(uvicorn.Server):
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             print(f"larder listens on {url}\n")
             print(f"  curl -s {url}/recommendations -H 'content-type: application/json' \\")
+            print("""    -H "authorization: Bearer $LARDER_KEY" \\""")
             print("""    -d '{"user_id": "1", "k": 5, "prompt": "something quiet", "explain": true}'""", flush=True)
 
 
