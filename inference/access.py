@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import parse_qs
 
 from inference.links import Links
@@ -27,7 +27,9 @@ from schemas.errors import Forbidden, TooManyRequests, Unauthorized, Unavailable
 from schemas.keys import SCOPES, secret_hash, take_apart
 
 RETRY_SECONDS = 5
-"""How long a key that could not be looked up again, the database being down, stays good before the next try."""
+"""How long after a look-up, the database being away, the next one is tried."""
+REFRESH_MS = 250
+"""How long a request with a key that is known waits for it to be looked up again, at most."""
 UNKNOWN_SECONDS = 5
 """How long an id that is in no table is remembered as unknown."""
 KEPT_KEYS = 10_000
@@ -51,6 +53,9 @@ class Access(Protocol):
     ) -> None:
         """The same for what concerns one person: an admin key, or a signed link (`token=` in the query) of that person."""
 
+    def close(self) -> None:
+        """End what goes on beside the requests."""
+
 
 class Platform:
     """Lets everything in: whoever can reach this process was checked by what stands in front of it."""
@@ -61,6 +66,9 @@ class Platform:
     def check_person(
         self, headers: Mapping[str, str], query: str, user_id: str, purpose: str, *, direct: bool = False
     ) -> None:
+        return
+
+    def close(self) -> None:
         return
 
 
@@ -87,22 +95,25 @@ class TokenBucket:
 
 @dataclass(slots=True)
 class _Known:
-    """A key as it was looked up; None: there is no such key."""
+    """A key as it was looked up. Instants are of the monotonic clock."""
 
     row: tuple[bytes, frozenset[str], datetime | None, datetime | None] | None
-    """Hash, scopes, when it expires, when it was revoked."""
+    """Hash, scopes, when it expires, when it was revoked; None: there is no such key."""
     good_until: float
-    """When to look again, an instant of the monotonic clock."""
+    refresh_at: float
+    """When to look again, before it is no longer good."""
     per_minute: int = 1
     bucket: TokenBucket | None = None
+    away: bool = False
+    """Whether the database could not be asked the last time: then it stays good until it can."""
 
 
 @dataclass(slots=True)
 class ApiKeys:
-    """Checks keys against `api_keys`, each looked up at most every `cache_seconds`, so that a revocation counts by then.
+    """Checks keys against `api_keys`, each looked up again within `cache_seconds`, so that a revocation counts by then.
 
-    A key that is known stays good while the database is down, until it expires; one that is not known is then neither
-    let in nor refused: Unavailable.
+    That is done beside the requests as long as these keep coming. A key that is known stays good while the database is
+    away, until it expires; one that is not known is then neither let in nor refused: Unavailable.
     """
 
     store: Store
@@ -114,6 +125,7 @@ class ApiKeys:
     _known: dict[str, _Known] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _look_ups: TokenBucket = field(init=False)
+    _refreshing: set[threading.Thread] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._look_ups = TokenBucket(LOOK_UPS_PER_MINUTE, self.now)
@@ -153,40 +165,68 @@ class ApiKeys:
         else:
             self.check(headers, "admin", direct=direct)
 
+    def close(self, timeout_seconds: float = 1.0) -> None:
+        """Wait for look-ups that are under way."""
+        for thread in list(self._refreshing):
+            thread.join(timeout_seconds)
+
     def _look_up(self, key_id: str) -> _Known:
         """The key as last looked up. Raises Unavailable if it never was and cannot be now."""
         with self._lock:
-            known = self._known.get(key_id)
-            if known is not None and self.now() < known.good_until:
+            known, now = self._known.get(key_id), self.now()
+            if known is not None and now < known.refresh_at:
                 return known
-            if known is not None and known.row is not None:
+            if known is None or known.row is None:
+                if self._look_ups.take():
+                    raise Unavailable("too many keys that are not known here are being looked up; try again")
+            else:
                 # Whoever else comes meanwhile goes by what is known.
-                known.good_until = self.now() + RETRY_SECONDS
-            elif self._look_ups.take():
-                raise Unavailable("too many keys that are not known here are being looked up; try again")
+                known.refresh_at = now + RETRY_SECONDS
+        if known is None or known.row is None:
+            try:
+                return self._read(key_id, None, self.timeout_ms)
+            except Unavailable:
+                raise Unavailable("this key cannot be checked while the database is away; try again") from None
+        if known.away or now < known.good_until:
+            thread = threading.Thread(target=self._refresh_beside, args=(key_id, known), name="larder-key", daemon=True)
+            self._refreshing.add(thread)
+            thread.start()
+            return known
+        return self._refresh(key_id, known)
+
+    def _refresh_beside(self, key_id: str, known: _Known) -> None:
         try:
-            found = self._read(key_id)
+            self._refresh(key_id, known, self.timeout_ms)
+        finally:
+            self._refreshing.discard(threading.current_thread())
+
+    def _refresh(self, key_id: str, known: _Known, timeout_ms: int = REFRESH_MS) -> _Known:
+        try:
+            return self._read(key_id, known, timeout_ms)
         except Unavailable:
-            if known is not None and known.row is not None:
-                return known
-            raise Unavailable("this key cannot be checked while the database is away; try again") from None
-        if known is not None and found.row is not None and known.per_minute == found.per_minute:
-            found.bucket = known.bucket  # looking again gives nobody new requests
+            known.away = True
+            return known
+
+    def _read(self, key_id: str, before: _Known | None, timeout_ms: int) -> _Known:
+        sql = "SELECT secret_hash, scopes, per_minute, expires_at, revoked_at FROM api_key(%s)"
+        rows = self.store.rows(sql, [key_id], timeout_ms)
+        now = self.now()
+        if rows:
+            kept, scopes, per_minute, expires_at, revoked_at = rows[0]
+            # Looking again gives nobody new requests.
+            same = before is not None and before.per_minute == per_minute
+            bucket = before.bucket if before is not None and same else TokenBucket(per_minute, self.now)
+            key = (bytes(kept), frozenset(scopes), expires_at, revoked_at)
+            good_until, refresh_at = now + self.cache_seconds, now + self.cache_seconds / 2
+            found = _Known(key, good_until, refresh_at, per_minute, bucket)
+        else:
+            found = _Known(None, now + UNKNOWN_SECONDS, now + UNKNOWN_SECONDS)
         with self._lock:
             self._known.pop(key_id, None)  # what is looked up last stays longest
             self._known[key_id] = found
             while len(self._known) > KEPT_KEYS:
                 del self._known[next(iter(self._known))]
         return found
-
-    def _read(self, key_id: str) -> _Known:
-        sql = "SELECT secret_hash, scopes, per_minute, expires_at, revoked_at FROM api_key(%s)"
-        rows = self.store.rows(sql, [key_id], self.timeout_ms)
-        row: tuple[Any, ...] | None = rows[0] if rows else None
-        if row is None:
-            return _Known(None, self.now() + UNKNOWN_SECONDS)
-        key = (bytes(row[0]), frozenset(row[1]), row[3], row[4])
-        return _Known(key, self.now() + self.cache_seconds, row[2], TokenBucket(row[2], self.now))
 
 
 def access_of(settings: Settings, store: Store) -> Access:

@@ -144,6 +144,7 @@ class LarderApplication:
     def close(self) -> None:
         """Write what waits and close every connection."""
         self.served.close()
+        self.access.close()
         self.writer.close()
         self.store.close()
 

@@ -23,9 +23,13 @@ from infra import postgres
 from schemas.errors import LarderError, SettingsError
 from schemas.events import InvalidRow, check_id
 from schemas.keys import DEFAULT_PER_MINUTE, MAX_PER_MINUTE, SCOPES, make_key, secret_hash, take_apart
+from schemas.roles import OWNER
 
 DEVELOPMENT = "development key of make serve"
 DEVELOPMENT_FILE = "development.key"
+MAY_NOT = (
+    f"the user of DATABASE_URL may not see or make keys; take one that is a member of {OWNER}, or made the database"
+)
 _DEVELOPMENT_DAYS = 30
 
 Connection = psycopg.Connection[Any]
@@ -145,6 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _act(connection, options)
     except LarderError as error:
         print(f"error ({error.type}): {error}", file=sys.stderr)
+        return 1
+    except psycopg.errors.InsufficientPrivilege:
+        print(f"error (settings): {MAY_NOT}", file=sys.stderr)
         return 1
     return 0
 

@@ -13,12 +13,14 @@ import psycopg
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Engine, create_engine
+from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.pool import NullPool
 
 from infra import deployment as deployments
 from infra import roles
 from infra.deployment import Deployment
 from schemas.errors import DatabaseError
+from schemas.roles import OWNER
 from schemas.urls import is_database_url, redacted, shown, with_tls
 
 EXTENSION = "vector"
@@ -128,7 +130,16 @@ def migrate(url: str) -> None:
     with engine_for(url).connect() as connection:
         connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (_MIGRATION_LOCK,))
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        try:
+            command.upgrade(config, "head")
+        except ProgrammingError as error:
+            if not isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
+                raise
+            raise DatabaseError(
+                f"{shown(url)} is not at this version's schema, and its user may not migrate it "
+                f"({error.orig.diag.message_primary}); let a member of {OWNER}, or who made the database, run: "
+                "python -m infra.postgres migrate"
+            ) from error
         driver = connection.connection.driver_connection
         assert isinstance(driver, psycopg.Connection)
         roles.ensure(driver)

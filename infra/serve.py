@@ -51,8 +51,12 @@ def _tell_of_keys(record: Deployment, url: str, host: str) -> None:
     if os.environ.get("LARDER_ACCESS", "keys") == "platform":
         print("keys are not checked (LARDER_ACCESS=platform): whoever reaches this port may do anything", flush=True)
     elif host in ("127.0.0.1", "::1", "localhost"):
-        with psycopg.connect(url) as connection:
-            key = keys.development_key(connection, record.folder)
+        try:
+            with psycopg.connect(url) as connection:
+                key = keys.development_key(connection, record.folder)
+        except psycopg.errors.InsufficientPrivilege:
+            print(f"no development key is shown: {keys.MAY_NOT}", flush=True)
+            return
         print(f"development key, for this machine: it may do everything\n\n  export LARDER_KEY={key}\n", flush=True)
     else:
         print(

@@ -16,6 +16,8 @@ from infra import keys
 from infra.deployment import Deployment
 from schemas.errors import SettingsError
 from schemas.keys import secret_hash, take_apart
+from schemas.roles import ORCHESTRATOR
+from schemas.urls import with_user
 
 
 @pytest.fixture
@@ -79,6 +81,15 @@ def test_the_commands_make_list_and_revoke(deployment: Deployment, capsys: pytes
 def test_keys_before_the_first_run_say_what_to_do(larder_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert keys.main(["list"]) == 1
     assert "`make run` first" in capsys.readouterr().err
+
+
+def test_an_orchestrator_may_not_make_keys_and_is_told_who_may(
+    deployment: Deployment, database: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", with_user(database, ORCHESTRATOR))
+    for arguments in (["list"], ["create", "--name", "app"]):
+        assert keys.main(arguments) == 1
+        assert "may not see or make keys; take one that is a member of larder_owner" in capsys.readouterr().err
 
 
 def test_the_development_key_is_the_same_each_time_while_it_is_good(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import psycopg
@@ -19,6 +20,7 @@ from worlds import ListSource, serving
 from inference.candidates import Filters
 from inference.features import read_features
 from inference.runtime import LarderApplication
+from inference.settings import Settings
 from inference.store import Store
 from infra import postgres, registry, roles
 from infra.feature_tables import ensure_view_tables
@@ -28,12 +30,12 @@ from orchestration.compute.lake import Lake
 from orchestration.compute.materialise import materialise
 from orchestration.compute.recent import roll_partitions
 from schemas import functions
-from schemas.errors import Unavailable
+from schemas.errors import DatabaseError, Unavailable
 from schemas.events import Event, Item
 from schemas.manifest import Manifest
 from schemas.roles import EXECUTES, FUNCTION, ORCHESTRATOR, OWNER, READS, ROLES, WRITER, view_reads
 from schemas.serving import EventsRequest, PostedEvent, RecommendationRequest
-from schemas.urls import with_user
+from schemas.urls import with_role, with_user
 from schemas.views import ITEM_ACTIVITY, USER_AFFINITY, VIEWS
 
 Denied = psycopg.errors.InsufficientPrivilege
@@ -267,6 +269,19 @@ def test_a_store_whose_role_lacks_a_right_says_so(database: str, connection: psy
     store.close()
 
 
+def test_an_orchestrator_that_meets_an_older_schema_says_who_may_migrate(postgres_url: str, template: str) -> None:
+    name = f"{template}_empty"
+    with psycopg.connect(postgres_url, autocommit=True) as administrator:
+        administrator.execute(f"CREATE DATABASE {name}")
+    url = replace_database(postgres_url, name)
+    with psycopg.connect(url, autocommit=True) as administrator:
+        administrator.execute("CREATE EXTENSION vector")
+    with pytest.raises(DatabaseError, match=r"may not migrate it \(permission denied .*let a member of larder_owner"):
+        postgres.migrate(with_user(url, ORCHESTRATOR))
+    with psycopg.connect(postgres_url, autocommit=True) as administrator:
+        administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
 def test_everything_is_owned_by_whom_it_should_be(connection: psycopg.Connection[Any]) -> None:
     owners = connection.execute(
         "SELECT nspname || '.' || relname, pg_get_userbyid(relowner) FROM pg_class AS c JOIN pg_namespace AS n "
@@ -355,6 +370,37 @@ def test_an_owner_who_may_make_roles_need_not_be_a_superuser(bare: str) -> None:
     store = Store(with_user(url, FUNCTION))
     assert store.read_person("u", datetime.now(UTC), 5_000, live=True).champion is None
     store.close()
+
+
+def test_where_the_roles_need_a_password_the_user_takes_them_on(bare: str, tmp_path: Path) -> None:
+    """As with a `DATABASE_URL` of one's own: the session has the roles' rights, whoever it belongs to."""
+    folder = Path(dict(parse_qsl(urlsplit(bare).query))["host"])
+    rules = (folder / "pg_hba.conf").read_text()
+    with psycopg.connect(bare, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE larder_asks")
+    url = replace_database(bare, "larder_asks")
+    postgres.migrate(url)
+    ensure_view_tables(url)
+    try:
+        (folder / "pg_hba.conf").write_text(f"local all {FUNCTION},{WRITER} scram-sha-256\n{rules}")
+        with psycopg.connect(bare, autocommit=True) as connection:
+            connection.execute("SELECT pg_reload_conf()")
+            while roles._lets_in(with_user(url, FUNCTION), FUNCTION):
+                pass
+        reader, writer = roles.serving_urls(url)
+        assert (reader, writer) == (with_role(url, FUNCTION), with_role(url, WRITER))
+        application = LarderApplication.from_settings(Settings(reader, tmp_path.as_uri(), writer_url=writer))
+        event = PostedEvent(event_id="e", user_id="u", item_id="i", kind="view")
+        (outcome,) = application.accept_events(EventsRequest(events=(event,))).outcomes
+        assert outcome.outcome == "stored"
+        assert application.store.read_person("u", datetime.now(UTC), 5_000, live=True).history.item_ids == ["i"]
+        with pytest.raises(Unavailable, match="permission denied"):
+            application.store.rows("SELECT user_id FROM people", [], 5_000)
+        application.close()
+    finally:
+        (folder / "pg_hba.conf").write_text(rules)
+        with psycopg.connect(bare, autocommit=True) as connection:
+            connection.execute("SELECT pg_reload_conf()")
 
 
 def test_databases_of_one_server_may_be_migrated_at_once(bare: str) -> None:
