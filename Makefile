@@ -7,7 +7,7 @@ PORT ?= 8080
 DATA ?=
 USER_ID ?=
 .DEFAULT_GOAL := help
-.PHONY: help install run ui backfill serve deploy rollback forget features explain training-set vacuum mend-lake test prove check bench-features bench-ranker bench-gpu openapi format pictures clean
+.PHONY: help install run ui backfill serve keys deploy rollback forget features explain training-set vacuum mend-lake test prove check bench-features bench-ranker bench-gpu openapi format pictures clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ backfill: install ## materialise days again in the instance of `make ui`: VIEW=a
 
 serve: install ## answer over HTTP on this machine [PORT=8080]
 	@$(BIN)/python -m infra.serve --port $(PORT)
+
+keys: install ## request keys: lists them; NAME=… makes one, shown once [SCOPES=recommend,write] [PER_MINUTE=6000] [DAYS=…]; REVOKE=id
+	@$(BIN)/python -m infra.keys $(if $(NAME),create --name '$(NAME)' $(if $(SCOPES),--scopes '$(SCOPES)') $(if $(PER_MINUTE),--per-minute '$(PER_MINUTE)') $(if $(DAYS),--days '$(DAYS)'),$(if $(REVOKE),revoke '$(REVOKE)',list))
 
 deploy: install ## the released model and its function to a cloud, safe to repeat: [PLAN=1: only say what would change] [TARGET=aws|cloud-run]
 	@$(BIN)/python -m infra.deploy deploy $(if $(TARGET),--target '$(TARGET)') $(if $(PLAN),--plan)

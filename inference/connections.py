@@ -334,6 +334,13 @@ def _said(error: psycopg.Error, connection: StoreConnection) -> Unavailable:
         # A recommendation goes down a rung, and its answer names the rung alone.
         logger.error(message)
         return StatementFailed(message)
+    if isinstance(error, psycopg.errors.InsufficientPrivilege | psycopg.errors.UndefinedFunction):
+        message = (
+            f"the database does not let this role do that ({error.diag.message_primary}); `make run`, `make serve` or "
+            "`python -m infra.postgres migrate` with this version gives each role its rights"
+        )
+        logger.error(message)
+        return StatementFailed(message)
     state = error.sqlstate
     if state is None and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | psycopg.InternalError):
         if not isinstance(error, psycopg.errors.PipelineAborted):

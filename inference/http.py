@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import time
 import traceback
@@ -11,13 +12,17 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from inference import metrics, request_log, telemetry
+from inference.access import Access
 from inference.propagation import CARRIER_HEADERS
 from inference.request_log import Notes
-from schemas.errors import LarderError, RequestError, Unavailable
+from schemas.errors import LarderError, RequestError, TooManyRequests, Unauthorized, Unavailable
+from schemas.events import InvalidRow, check_id
 from schemas.serving import (
+    ErasureResponse,
     EventsRequest,
     EventsResponse,
     HealthResponse,
+    HealthStatus,
     RecommendationRequest,
     RecommendationResponse,
     SimilarRequest,
@@ -53,7 +58,15 @@ class Application(Protocol):
 
     def accept_events(self, request: EventsRequest, deadline: float | None, carrier: Carrier) -> EventsResponse: ...
 
+    def forget(self, user_id: str, deadline: float | None) -> ErasureResponse: ...
+
+    def erasure(self, user_id: str, receipt_id: str, deadline: float | None) -> ErasureResponse: ...
+
     def health(self) -> HealthResponse: ...
+
+    @property
+    def access(self) -> Access:
+        """Who decides whether a request is let in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +86,11 @@ class _Call:
     carrier: Carrier = field(default_factory=dict)
     notes: Notes = field(default_factory=Notes)
     arrived: float = field(default_factory=time.monotonic)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    query: str = ""
+    direct: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What the path names: `user_id` and the like."""
 
 
 def _recommendations(call: _Call) -> Response:
@@ -105,7 +123,21 @@ def _events(call: _Call) -> Response:
 def _health(call: _Call) -> Response:
     health = call.app.health()
     call.notes.model_version, call.notes.degraded = health.model_version, health.degraded
-    return _answer(render(health), status=503 if health.status == "unavailable" else 200)
+    status = 503 if health.status == "unavailable" else 200
+    try:
+        call.app.access.check(call.headers, None, direct=call.direct)
+    except (RequestError, Unavailable):
+        # Whoever comes without a good key learns whether this answers, and no more.
+        return _answer(render(HealthStatus(status=health.status)), status=status)
+    return _answer(render(health), status=status)
+
+
+def _forget(call: _Call) -> Response:
+    return _answer(render(call.app.forget(call.names["user_id"], call.deadline)), status=202)
+
+
+def _erasure(call: _Call) -> Response:
+    return _answer(render(call.app.erasure(call.names["user_id"], call.names["receipt_id"], call.deadline)))
 
 
 def _openapi(_: _Call) -> Response:
@@ -118,9 +150,44 @@ ROUTES: dict[str, tuple[str, Callable[[_Call], Response]]] = {
     "/recommendations": ("POST", _recommendations),
     "/similar": ("POST", _similar),
     "/events": ("POST", _events),
+    "/people/{user_id}/forget": ("POST", _forget),
+    "/people/{user_id}/forget/{receipt_id}": ("GET", _erasure),
     "/health": ("GET", _health),
     "/openapi.json": ("GET", _openapi),
 }
+SCOPES: dict[str, str | None] = {
+    "/recommendations": "recommend",
+    "/similar": "recommend",
+    "/events": "write",
+    "/people/{user_id}/forget": "admin",
+    "/people/{user_id}/forget/{receipt_id}": "admin",
+    "/health": None,
+    "/openapi.json": None,
+}
+"""What a key must be for; None: open to all."""
+LINKED: dict[str, str] = {
+    "/people/{user_id}/forget": "forget",
+    "/people/{user_id}/forget/{receipt_id}": "forget",
+}
+"""Where a signed link of the person does as well, and for which purpose it must be."""
+_PATTERNS = [
+    # An id may hold a slash, so the words around it decide.
+    (
+        re.compile("/people/(?P<user_id>.+)/forget/(?P<receipt_id>[0-9a-f]{32})"),
+        "/people/{user_id}/forget/{receipt_id}",
+    ),
+    (re.compile("/people/(?P<user_id>.+)/forget"), "/people/{user_id}/forget"),
+]
+
+
+def route_of(path: str) -> tuple[str | None, Mapping[str, str]]:
+    """The route of ROUTES that `path` takes, None for no route, and what the path names."""
+    if path in SCOPES and "{" not in path:
+        return path, {}
+    for pattern, route in _PATTERNS:
+        if found := pattern.fullmatch(path):
+            return route, found.groupdict()
+    return None, {}
 
 
 def handle(
@@ -133,12 +200,15 @@ def handle(
     deadline: float | None,
     attributes: Mapping[str, telemetry.Value] | None = None,
     arrived: float | None = None,
+    query: str = "",
+    direct: bool = False,
 ) -> Response:
     """The answer to one request; never raises.
 
-    `headers` have names in lower case, `path` comes without its query, `deadline` is an instant of
+    `headers` have names in lower case, `path` comes unescaped and without its query, `deadline` is an instant of
     `time.monotonic()`. `attributes` are the door's own, for the request's span. `arrived` is the instant from which the
-    caller's `timeout_ms` counts, now by default: a request may have waited for its turn.
+    caller's `timeout_ms` counts, now by default: a request may have waited for its turn. `direct` says that the platform
+    invoked the function itself.
     """
     return _observed(
         method,
@@ -150,7 +220,18 @@ def handle(
             method,
             path,
             headers,
-            _Call(app, body, deadline, carrier, notes, time.monotonic() if arrived is None else arrived),
+            _Call(
+                app,
+                body,
+                deadline,
+                carrier,
+                notes,
+                time.monotonic() if arrived is None else arrived,
+                headers,
+                query,
+                direct,
+                route_of(path)[1],
+            ),
         ),
     )
 
@@ -177,9 +258,9 @@ def _observed(
     began = time.perf_counter()
     carrier = {name: headers[name] for name in CARRIER_HEADERS if name in headers}
     method = method if method in metrics.METHODS else metrics.OTHER_METHOD
-    route = path if path in ROUTES else None
+    route, _ = route_of(path)
     said = attributes or {}
-    with telemetry.server_span(f"{method} {path}" if route else "unknown route", carrier, said) as span:
+    with telemetry.server_span(f"{method} {route}" if route else "unknown route", carrier, said) as span:
         context = telemetry.current()
         notes = Notes(context.trace_id if context else secrets.token_hex(16))
         response = respond(carrier, notes)
@@ -200,22 +281,29 @@ def error_response(error: RequestError | Unavailable) -> Response:
     """`error` in the one shape that faults have."""
     if isinstance(error, Unavailable):
         return _error(503, error.type, str(error), headers={"retry-after": str(error.retry_after_seconds)})
-    return _error(error.status, error.type, str(error), field_name=error.field)
+    headers = {}
+    if isinstance(error, TooManyRequests):
+        headers["retry-after"] = str(error.retry_after_seconds)
+    elif isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    return _error(error.status, error.type, str(error), field_name=error.field, headers=headers)
 
 
 def _respond(app: Application, method: str, path: str, headers: Mapping[str, str], call: _Call) -> Response:
     try:
-        if path not in ROUTES:
+        route, _ = route_of(path)
+        if route is None:
             call.notes.error = "not_found"
             return _error(404, "not_found", f"there is no route {cut(path)}; known: {', '.join(_route_names())}")
-        allowed, route = ROUTES[path]
+        allowed, answer = ROUTES[route]
         if method != allowed:
             call.notes.error = "method_not_allowed"
-            message = f"{path} does not take {cut(method)}; use {allowed}"
+            message = f"{route} does not take {cut(method)}; use {allowed}"
             return _error(405, "method_not_allowed", message, headers={"allow": allowed})
-        if allowed == "POST":
+        _check_access(route, call)
+        if allowed == "POST" and (call.body or route not in LINKED):
             _check_content_type(headers)
-        return route(call)
+        return answer(call)
     except Exception as error:  # noqa: BLE001 - the edge: whatever went wrong, the caller gets an answer
         return _error_of(error, call.notes)
 
@@ -239,6 +327,20 @@ def internal_error(error: BaseException, trace_id: str) -> Response:
         cause = cause.__cause__ or cause.__context__
     logger.error("internal error, trace %s: %s", trace_id, "caused by ".join(causes))
     return _error(500, "internal", f"an unexpected error; it is logged under trace {trace_id}")
+
+
+def _check_access(route: str, call: _Call) -> None:
+    """Let the request in, or raise what is answered instead; before its body is looked at."""
+    scope, access = SCOPES[route], call.app.access
+    if route in LINKED:
+        user_id = call.names["user_id"]
+        try:
+            check_id("user_id", user_id)
+        except InvalidRow as error:
+            raise RequestError(f"the path names no person: {error}", status=404, field="user_id") from None
+        access.check_person(call.headers, call.query, user_id, LINKED[route], direct=call.direct)
+    elif scope is not None:
+        access.check(call.headers, scope, direct=call.direct)
 
 
 def _check_content_type(headers: Mapping[str, str]) -> None:

@@ -10,8 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,16 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
+from inference.http import LINKED, SCOPES
 from inference.otel import version
 from schemas.serving import (
     MAX_BODY_BYTES,
+    ErasureResponse,
     ErrorResponse,
     EventsRequest,
     EventsResponse,
     HealthResponse,
+    HealthStatus,
     Key,
     RecommendationRequest,
     RecommendationResponse,
@@ -53,6 +55,12 @@ FAULTS: dict[int, str] = {
 """What each status means, where a route gives it."""
 _BODY_FAULTS = (400, 413, 415, 422, 500, 503)
 _KEY_FAULTS = (401, 403, 429)
+_LINK = {
+    "type": "apiKey",
+    "in": "query",
+    "name": "token",
+    "description": "A signed link of the person, for this purpose.",
+}
 _KEY = {"type": "http", "scheme": "bearer", "description": "A key with the scope that the operation names."}
 
 
@@ -63,13 +71,11 @@ class Operation:
     method: str
     path: str
     summary: str
-    answer: type[BaseModel] | None
+    answer: tuple[type[BaseModel], ...]
     request: type[BaseModel] | None = None
     faults: tuple[int, ...] = ()
-    also: dict[int, type[BaseModel]] = field(default_factory=dict)
+    also: tuple[int, ...] = ()
     """Other statuses that come with an answer instead of an error."""
-    scope: str | None = None
-    """What a key must be for; None: open to all."""
     success: int = 200
 
 
@@ -78,7 +84,7 @@ OPERATIONS = (
         "POST",
         "/recommendations",
         "Items for a person, each with a score and, on demand, reasons",
-        RecommendationResponse,
+        (RecommendationResponse,),
         RecommendationRequest,
         _BODY_FAULTS,
     ),
@@ -86,20 +92,35 @@ OPERATIONS = (
         "POST",
         "/similar",
         "Neighbours of an item or of a text",
-        SimilarResponse,
+        (SimilarResponse,),
         SimilarRequest,
         (*_BODY_FAULTS, 404),
     ),
-    Operation("POST", "/events", "Store events, each once", EventsResponse, EventsRequest, _BODY_FAULTS),
+    Operation("POST", "/events", "Store events, each once", (EventsResponse,), EventsRequest, _BODY_FAULTS),
     Operation(
         "GET",
         "/health",
         "Versions, age of the model, round trip to the database, what is degraded",
-        HealthResponse,
+        (HealthResponse, HealthStatus),
         faults=(500,),
-        also={503: HealthResponse},
+        also=(503,),
     ),
-    Operation("GET", "/openapi.json", "This document", None, faults=(500,)),
+    Operation(
+        "POST",
+        "/people/{user_id}/forget",
+        "Have a person forgotten: they read as unknown from now on",
+        (ErasureResponse,),
+        faults=(404, 413, 415, 500, 503),
+        success=202,
+    ),
+    Operation(
+        "GET",
+        "/people/{user_id}/forget/{receipt_id}",
+        "How far forgetting a person is",
+        (ErasureResponse,),
+        faults=(404, 500, 503),
+    ),
+    Operation("GET", "/openapi.json", "This document", (), faults=(500,)),
 )
 
 
@@ -107,7 +128,7 @@ OPERATIONS = (
 def document() -> dict[str, Any]:
     """The document; equal for every process of a version."""
     models: list[type[BaseModel]] = [ErrorResponse]
-    models += [model for each in OPERATIONS for model in (each.request, each.answer) if model is not None]
+    models += [model for each in OPERATIONS for model in (each.request, *each.answer) if model is not None]
     # An answer is described by how it would be read: its serialiser leaves `reasons` out, which validation knows as a default.
     _, schemas = models_json_schema([(model, "validation") for model in dict.fromkeys(models)], ref_template=_REF)
     paths: dict[str, Any] = {}
@@ -122,18 +143,13 @@ def document() -> dict[str, Any]:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
-        "components": _components(schemas["$defs"], OPERATIONS),
+        "components": {"schemas": schemas["$defs"], "securitySchemes": {"key": _KEY, "link": _LINK}},
     }
 
 
 def text() -> str:
     """The document as the file that is kept."""
     return json.dumps(document(), indent=1, ensure_ascii=False) + "\n"
-
-
-def _components(schemas: dict[str, Any], operations: Sequence[Operation]) -> dict[str, Any]:
-    secured = {"securitySchemes": {"key": _KEY}} if any(each.scope for each in operations) else {}
-    return {"schemas": schemas} | secured
 
 
 def _operation(each: Operation) -> dict[str, Any]:
@@ -145,15 +161,15 @@ def _operation(each: Operation) -> dict[str, Any]:
         said["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": TypeAdapter(Key).json_schema()} for name in names
         ]
-    if each.scope is not None:
-        said["security"] = [{"key": [each.scope]}]
+    scope = SCOPES[each.path]
+    if scope is not None:
+        said["security"] = [{"key": [scope]}, *([{"link": []}] if each.path in LINKED else [])]
     if each.request is not None:
         said["requestBody"] = {"required": True, "content": _content(each.request)}
-    answer = {"schema": {"type": "object"}} if each.answer is None else _content(each.answer)["application/json"]
-    responses: dict[int, Any] = {each.success: {"description": "The answer.", "content": {"application/json": answer}}}
-    for status, model in each.also.items():
-        responses[status] = {"description": FAULTS[status], "content": _content(model)}
-    for status in (*each.faults, *(_KEY_FAULTS if each.scope is not None else ())):
+    responses: dict[int, Any] = {each.success: {"description": "The answer.", "content": _content(*each.answer)}}
+    for status in each.also:
+        responses[status] = {"description": FAULTS[status], "content": _content(*each.answer)}
+    for status in (*each.faults, *(_KEY_FAULTS if scope is not None else ())):
         responses[status] = {"description": FAULTS[status], "content": _content(ErrorResponse)}
         if status in (429, 503):
             responses[status]["headers"] = _RETRY_AFTER
@@ -161,8 +177,11 @@ def _operation(each: Operation) -> dict[str, Any]:
     return said
 
 
-def _content(model: type[BaseModel]) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": _REF.format(model=model.__name__)}}}
+def _content(*models: type[BaseModel]) -> dict[str, Any]:
+    """One of `models` as JSON; without any, whatever object."""
+    listed: list[dict[str, Any]] = [{"$ref": _REF.format(model=model.__name__)} for model in models]
+    schema = {"anyOf": listed} if len(listed) > 1 else listed[0] if listed else {"type": "object"}
+    return {"application/json": {"schema": schema}}
 
 
 def main() -> int:

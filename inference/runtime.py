@@ -11,7 +11,8 @@ from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from typing import Literal
 
-from inference import metrics, readings, request_log, telemetry
+from inference import metrics, people, readings, request_log, telemetry
+from inference.access import Access, access_of
 from inference.breaker import Breaker
 from inference.candidates import Filters
 from inference.deadline import Deadline
@@ -23,6 +24,7 @@ from inference.store import Champion, Store
 from schemas import prompts
 from schemas.errors import ArtifactError, LarderError, RequestError, Unavailable
 from schemas.serving import (
+    ErasureResponse,
     EventOutcome,
     EventsRequest,
     EventsResponse,
@@ -54,19 +56,21 @@ class LarderApplication:
     models: LoadedModels
     recommender: Recommender
     served: ServedLog
+    access: Access
     unwatch: Callable[[], None] = lambda: None
     """Ends the readings that metrics take of this application."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> LarderApplication:
         store = Store(settings.database_read_url or settings.database_url, settings.concurrency)
-        writer = Store(settings.database_url, settings.concurrency, "the database (writes)")
+        writer_url = settings.writer_url or settings.database_url
+        writer = Store(writer_url, settings.concurrency, "the database (writes)")
         models = LoadedModels(settings.artifacts_url, settings.threads)
         # Its own connection: what is written after an answer must not keep the next request waiting.
-        served = ServedLog(Store(settings.database_url, 1, "the database (log)"), settings.audit_per_mille)
+        served = ServedLog(Store(writer_url, 1, "the database (log)"), settings.audit_per_mille)
         unwatch = readings.watch(models, served)
         recommender = Recommender(store, models, settings.candidates, settings.timeout_ms, served=served)
-        return cls(settings, store, writer, models, recommender, served, unwatch)
+        return cls(settings, store, writer, models, recommender, served, access_of(settings, store), unwatch)
 
     def warm(self) -> None:
         """Open a connection and load what is released, side by side, so that the first request finds it there."""
@@ -119,6 +123,7 @@ class LarderApplication:
         """Write what waits and close every connection."""
         self.unwatch()
         self.served.close()
+        self.access.close()
         self.writer.close()
         self.store.close()
 
@@ -184,6 +189,13 @@ class LarderApplication:
                 outcomes.append(EventOutcome(event_id=event.event_id, outcome=outcome))
         metrics.events_posted(made.outcome for made in outcomes)
         return EventsResponse(outcomes=tuple(outcomes))
+
+    def forget(self, user_id: str, deadline: float | None = None) -> ErasureResponse:
+        return people.request_erasure(self.writer, user_id, _timeout_ms(self.settings.timeout_ms, deadline))
+
+    def erasure(self, user_id: str, receipt_id: str, deadline: float | None = None) -> ErasureResponse:
+        timeout_ms = _timeout_ms(self.settings.timeout_ms, deadline)
+        return people.read_erasure(self.store, user_id, receipt_id, timeout_ms)
 
     def health(self) -> HealthResponse:
         degraded: list[str] = []

@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from inference.links import Links
 from inference.request_log import STREAMS, Stream
-from schemas.errors import SettingsError
+from schemas.errors import LarderError, SettingsError
+from schemas.urls import is_database_url, with_tls
+
+ACCESS_MODES = ("keys", "keys-over-http", "platform")
+"""Who checks a request: we, by its key; we, but for direct invocations, which IAM has checked; only who is in front."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Frozen settings of one process; times in milliseconds, counts plain."""
 
-    database_url: str
+    database_url: str = field(repr=False)
+    """What is read from, by a role that may read what requests need: `larder_function`."""
     artifacts_url: str
     timeout_ms: int = 2_000
     candidates: int = 500
@@ -30,6 +36,14 @@ class Settings:
     """Where the line of each request goes, or `off`."""
     database_read_url: str | None = None
     """Where reads go; None: to `database_url`. A replica shows an event when it has reached it, not at once."""
+    writer_url: str = field(default="", repr=False)
+    """What events, served features and wishes to be forgotten are written by: `larder_writer`; empty: `database_url`."""
+    access: str = "keys"
+    """Who checks requests; one of ACCESS_MODES."""
+    key_cache_seconds: int = 60
+    """How long a key is trusted before it is looked up again: a revocation counts by then."""
+    link_keys: str = field(default="", repr=False)
+    """Secrets of signed links, see inference/links.py; empty: none are taken."""
 
 
 _LIMITS: dict[str, tuple[str, int, int]] = {
@@ -38,6 +52,7 @@ _LIMITS: dict[str, tuple[str, int, int]] = {
     "threads": ("LARDER_THREADS", 0, 256),
     "concurrency": ("LARDER_CONCURRENCY", 1, 256),
     "audit_per_mille": ("LARDER_AUDIT_PER_MILLE", 0, 1_000),
+    "key_cache_seconds": ("LARDER_KEY_CACHE_SECONDS", 1, 3_600),
 }
 
 
@@ -45,14 +60,14 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """Settings from `environ`. Raises SettingsError that lists every fault and its way out."""
     faults: list[str] = []
     values: dict[str, int] = {}
-    for field, (name, low, high) in _LIMITS.items():
+    for setting, (name, low, high) in _LIMITS.items():
         text = environ.get(name)
         if text is None:
             continue
         if not re.fullmatch(r"\s*\d{1,9}\s*", text, re.ASCII) or not low <= int(text) <= high:
             faults.append(f"{name} is {text!r}; give a whole number from {low} to {high}")
         else:
-            values[field] = int(text)
+            values[setting] = int(text)
     for name in ("DATABASE_URL", "ARTIFACTS_URL"):
         if not environ.get(name):
             faults.append(f"{name} is not set; `make serve` sets it for the current deployment")
@@ -62,12 +77,28 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     stream = next((known for known in STREAMS if known == said), None)
     if stream is None:
         faults.append(f"LARDER_REQUEST_LOG is {said!r}; give {', '.join(STREAMS[:-1])} or {STREAMS[-1]}")
+    for name in ("DATABASE_URL", "DATABASE_READ_URL", "LARDER_WRITER_URL"):
+        # What stands there is not quoted: it may hold a password.
+        if environ.get(name) and not is_database_url(environ[name]):
+            faults.append(f"{name} is no postgresql:// URL; give one such as postgresql://user@host:5432/name")
+    access = environ.get("LARDER_ACCESS", "keys")
+    if access not in ACCESS_MODES:
+        faults.append(f"LARDER_ACCESS is {access!r}; give one of {', '.join(ACCESS_MODES)}")
+    link_keys = environ.get("LARDER_LINK_KEYS", "")
+    try:
+        if link_keys:
+            Links.read(link_keys)
+    except LarderError as error:
+        faults.append(str(error))
     if faults:
         raise SettingsError("settings cannot be used: " + "; ".join(faults))
     return Settings(
-        environ["DATABASE_URL"],
+        with_tls(environ["DATABASE_URL"], environ),
         environ["ARTIFACTS_URL"],
-        database_read_url=environ.get("DATABASE_READ_URL") or None,
+        writer_url=with_tls(environ.get("LARDER_WRITER_URL", ""), environ),
+        access=access,
+        link_keys=link_keys,
+        database_read_url=with_tls(environ.get("DATABASE_READ_URL", ""), environ) or None,
         request_log=stream or "stderr",
         **values,
     )

@@ -28,13 +28,13 @@ from inference.telemetry import span
 from schemas import online_sql, prompts
 from schemas.feature_sql import read_sql
 from schemas.features import Entity, FeatureView
+from schemas.functions import SERVED_KEPT_DAYS
 from schemas.ranker import MAX_HISTORY
 from schemas.views import CONTEXT_VIEWS, CROSS_VIEWS
 
 T = TypeVar("T")
 
-SERVED_KEPT = timedelta(days=7)
-"""How long vectors as served are kept for the skew audit."""
+SERVED_KEPT = timedelta(days=SERVED_KEPT_DAYS)
 _SHOWN_PERSON = "user_id = %(user_id)s AND NOT EXISTS (SELECT FROM erasure_requests AS q WHERE q.user_id = %(user_id)s)"
 """Who asked to be forgotten reads as unknown from that moment on."""
 _SEARCH = {"hnsw.ef_search": "200", "hnsw.iterative_scan": "strict_order"}
@@ -92,7 +92,7 @@ class Store:
     the database refuses a statement, and Unavailable if it cannot be reached or does not answer in time.
     """
 
-    url: str
+    url: str = field(repr=False)
     size: int = 4
     name: str = "the database"
     _connections: Connections = field(init=False)
@@ -298,34 +298,30 @@ class Store:
         If the connection was lost after the events were stored and before the answer came, the second try finds all of
         them there: they are kept once, and count as repeats.
         """
-        people = sorted({str(event["user_id"]) for event in events})
-
-        def question(connection: StoreConnection) -> set[str]:
-            with connection.pipeline():
-                set_locally(connection, connection.server_ms())
-                stored = _execute(connection, _accept_events_sql(), {"events": json.dumps(events)})
-                _execute(connection, statement("trim_history"), {"user_ids": people, "keep": MAX_HISTORY})
-            return {row[0] for row in stored.fetchall()}
-
-        with span("db accept_events", kind="client", attributes=_db(3)):
-            return self.ask(question, timeout_ms)
+        return {row[0] for row in self.call("accept_events", [json.dumps(events)], timeout_ms)}
 
     def log_served(self, rows: Sequence[dict[str, object]], timeout_ms: float) -> int:
         """Keep feature vectors as they were served, of people who are not forgotten; drop old ones. Gives how many."""
+        return int(self.call("log_served", [json.dumps(rows)], timeout_ms)[0][0])
 
-        def question(connection: StoreConnection) -> int:
+    def call(self, function: str, arguments: Sequence[str], timeout_ms: float) -> list[tuple[Any, ...]]:
+        """The rows of one of the database's own functions (schemas/functions.py), in one round trip."""
+        sql = f"SELECT * FROM {function}({', '.join(['%s'] * len(arguments))})"
+        with span(f"db {function}", kind="client", attributes=_db(2)):
+            return self.rows(sql, arguments, timeout_ms)
+
+    def rows(
+        self, sql: str, parameters: Sequence[str] | Mapping[str, object], timeout_ms: float
+    ) -> list[tuple[Any, ...]]:
+        """The rows of any one statement, in one round trip and one transaction."""
+
+        def question(connection: StoreConnection) -> list[tuple[Any, ...]]:
             with connection.pipeline():
                 set_locally(connection, connection.server_ms())
-                # An erasure that is under way ends first, and its tombstone is seen by the next statement.
-                _execute(connection, f"SELECT pg_advisory_xact_lock_shared({online_sql.ERASURE_LOCK})", None)
-                stored = _execute(connection, statement("log_served"), {"rows": json.dumps(rows)})
-                _execute(
-                    connection, "DELETE FROM served_features WHERE read_at < now() - %(kept)s", {"kept": SERVED_KEPT}
-                )
-            return stored.rowcount
+                cursor = connection.cursor(binary=True).execute(sql, parameters)
+            return cursor.fetchall()
 
-        with span("db log_served", kind="client", attributes=_db(4)):
-            return self.ask(question, timeout_ms)
+        return self.ask(question, timeout_ms)
 
     def ping(self, timeout_ms: float) -> Champion | None:
         """The champion, in one round trip: what `/health` measures."""
@@ -401,12 +397,6 @@ def _live(entities: Sequence[Entity], results: Sequence[Sequence[tuple[Any, ...]
         for entity, rows in zip(entities, results, strict=True)
         for name, columns in live_columns(entity, rows, today, len(entity.keys)).items()
     }
-
-
-@cache
-def _accept_events_sql() -> str:
-    since = f"date_trunc('day', now(), 'UTC') - INTERVAL '{online_sql.KEPT_DAYS} days'"
-    return statement("accept_events").format(tiles=online_sql.tile_steps_sql("stored", since))
 
 
 @cache

@@ -14,6 +14,7 @@ import psycopg
 from sqlalchemy import text
 from sqlalchemy.schema import CreateColumn, CreateTable
 
+from infra import roles
 from infra.postgres import engine_for
 from schemas import online_sql
 from schemas.declarations import STATE_COLUMNS, near
@@ -55,6 +56,7 @@ def ensure_view_tables(url: str) -> None:
                     definition = CreateColumn(column).compile(engine)
                     connection.exec_driver_sql(f"ALTER TABLE features.{view.name} ADD COLUMN {definition}")
         ensure_online_tables(driver)
+        roles.ensure_view_rights(driver)
 
 
 def check_conditions(connection: psycopg.Connection[Any], views: Iterable[FeatureView]) -> None:
@@ -88,7 +90,9 @@ def ensure_online_tables(connection: psycopg.Connection[Any]) -> None:
 
     What is made anew is filled from the recent events and the newest partitions, so no read sees less than before.
     """
-    connection.execute("CREATE SCHEMA IF NOT EXISTS online")
+    # Asked first: whoever may make tables in it need not be allowed to make schemas.
+    if connection.execute("SELECT to_regnamespace('online')").fetchone() == (None,):
+        connection.execute("CREATE SCHEMA online")
     for entity in online_sql.entities():
         rows, tiles = online_sql.tables_sql(entity)
         if _renew(connection, online_sql.tiles_table(entity), tiles):

@@ -8,17 +8,20 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Engine, create_engine
+from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.pool import NullPool
 
 from infra import deployment as deployments
+from infra import roles
 from infra.deployment import Deployment
 from schemas.errors import DatabaseError
+from schemas.roles import OWNER
+from schemas.urls import is_database_url, redacted, shown, with_tls
 
 EXTENSION = "vector"
 MINIMUM_POSTGRES = 15
@@ -30,11 +33,12 @@ _MIGRATION_LOCK = 7_205_391
 def database_url(deployment: Deployment) -> str:
     """`DATABASE_URL`, or the URL of this deployment's embedded server, started if it is not running.
 
+    A server on another machine has to prove who it is, unless the URL says otherwise (`schemas.urls.with_tls`).
     Several processes share one embedded server; it stops when the last of them ends.
     Raises DatabaseError if the server cannot be started.
     """
     url = os.environ.get("DATABASE_URL")
-    return url if url else start_embedded(deployment.folder / "postgres")
+    return with_tls(url) if url else start_embedded(deployment.folder / "postgres")
 
 
 def start_embedded(folder: Path) -> str:
@@ -62,15 +66,6 @@ def start_embedded(folder: Path) -> str:
     return str(server.get_uri())
 
 
-def shown(url: str) -> str:
-    """`url` without its password, for messages."""
-    try:
-        parts = urlsplit(url)
-        return urlunsplit(parts._replace(netloc=re.sub(r":[^@]*@", ":***@", parts.netloc)))
-    except ValueError:
-        return "DATABASE_URL"
-
-
 def engine_for(url: str) -> Engine:
     """A SQLAlchemy engine on psycopg for a plain `postgresql://` URL, without a pool (assets are short-lived)."""
     return create_engine(re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql+psycopg://", url), poolclass=NullPool)
@@ -78,7 +73,7 @@ def engine_for(url: str) -> Engine:
 
 def check(url: str) -> None:
     """Raise DatabaseError, naming the way out, unless `url` is a reachable Postgres with a fit pgvector."""
-    if not re.match(r"postgres(ql)?://", url):
+    if not is_database_url(url):
         raise DatabaseError(
             f"DATABASE_URL is {shown(url)!r}, and a postgresql:// URL is needed, such as postgresql://user@host:5432/name; "
             "unset it to use the embedded one"
@@ -86,11 +81,18 @@ def check(url: str) -> None:
     try:
         connection = psycopg.connect(url, connect_timeout=_CONNECT_TIMEOUT_SECONDS, autocommit=True)
     except (psycopg.Error, UnicodeError) as error:
-        reason = " ".join(str(error).split())
-        raise DatabaseError(
-            f"cannot reach the database {shown(url)}: {reason}; "
-            "check that it runs, or unset DATABASE_URL to use the embedded one"
-        ) from error
+        said = " ".join(str(error).split())
+        reason = redacted(said, url)
+        way_out = "check that it runs, or unset DATABASE_URL to use the embedded one"
+        if "SSL" in said or "certificate" in said:
+            way_out = (
+                "the server must show a certificate for its name from an authority that this machine trusts: name the "
+                "authority's file with sslrootcert in the URL, or say with sslmode how much less is enough"
+            )
+        # What a driver could not read it quotes, passwords too: then its own words must not follow in a traceback.
+        raise DatabaseError(f"cannot reach the database {shown(url)}: {reason}; {way_out}") from (
+            error if reason == said else None
+        )
     with connection:
         major = connection.info.server_version // 10_000
         if major < MINIMUM_POSTGRES:
@@ -121,14 +123,26 @@ def check(url: str) -> None:
 
 
 def migrate(url: str) -> None:
-    """Bring the database at `url` to the newest schema; safe to call from several processes at once."""
+    """Bring the database at `url` to the newest schema, roles and rights; safe to call from several processes at once."""
     check(url)
     config = Config()
     config.set_main_option("script_location", "schemas:migrations")
     with engine_for(url).connect() as connection:
         connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (_MIGRATION_LOCK,))
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        try:
+            command.upgrade(config, "head")
+        except ProgrammingError as error:
+            if not isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
+                raise
+            raise DatabaseError(
+                f"{shown(url)} is not at this version's schema, and its user may not migrate it "
+                f"({error.orig.diag.message_primary}); let a member of {OWNER}, or who made the database, run: "
+                "python -m infra.postgres migrate"
+            ) from error
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, psycopg.Connection)
+        roles.ensure(driver)
         connection.commit()
 
 

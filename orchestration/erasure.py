@@ -1,5 +1,6 @@
 """The Dagster job that fulfils stored requests to forget people. Nothing it stores or logs names anybody."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
@@ -47,3 +48,29 @@ def erase_people(context: dg.OpExecutionContext, config: Erasure, larder: Larder
 @dg.job(description="Forget the people whose erasure was requested. See the README, “Forgetting a person”.")
 def forget_person() -> None:
     erase_people()
+
+
+@dg.sensor(
+    name="erase_who_asked",
+    job=forget_person,
+    description="Erases who asked to be forgotten over HTTP, or by `make forget REQUEST=1`; they are hidden already.",
+    # Off until switched on, as the schedules are.
+    minimum_interval_seconds=60,
+)
+def erase_who_asked(context: dg.SensorEvaluationContext, larder: Larder) -> dg.SensorResult | dg.SkipReason:
+    """One run for each request that waits; what failed is tried again the next day."""
+    from orchestration.compute.forget import open_requests
+
+    today = datetime.now(UTC).date()
+    waiting = open_requests(larder.url)
+    if not waiting:
+        return dg.SkipReason("nobody waits to be forgotten")
+    return dg.SensorResult(
+        run_requests=[
+            dg.RunRequest(
+                run_key=f"{request_id}/{today}",
+                run_config={"ops": {erase_people.name: {"config": {"request_id": request_id}}}},
+            )
+            for request_id in waiting
+        ]
+    )

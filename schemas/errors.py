@@ -14,6 +14,9 @@ LarderError
 ├── DeployError            the cloud refused, or the function it got does not answer: see the message, `make deploy` again
 ├── UnknownPerson          nothing is held of that person: check the id
 ├── RequestError           the caller sent something unusable: fix the request (HTTP 4xx)
+│   ├── Unauthorized       no key, or none that is good: send another (HTTP 401)
+│   ├── Forbidden          the key is good and not for this: use one with the scope (HTTP 403)
+│   └── TooManyRequests    the key's limit is used up: ask again later (HTTP 429)
 └── Unavailable            nothing can answer right now: try again later (HTTP 503)
 """
 
@@ -96,6 +99,30 @@ class RequestError(LarderError):
         super().__init__(message)
         self.status = status
         self.field = field
+
+
+class Unauthorized(RequestError):
+    type = "unauthorized"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=401)
+
+
+class Forbidden(RequestError):
+    type = "forbidden"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=403)
+
+
+class TooManyRequests(RequestError):
+    """`retry_after_seconds` is what the caller is told to wait."""
+
+    type = "too_many_requests"
+
+    def __init__(self, message: str, *, retry_after_seconds: int) -> None:
+        super().__init__(message, status=429)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class Unavailable(LarderError):

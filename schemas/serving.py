@@ -306,6 +306,22 @@ class HealthResponse(_Model):
     degraded: tuple[str, ...] = ()
 
 
+class HealthStatus(_Model):
+    """What whoever comes to `GET /health` without a good key is told."""
+
+    status: Literal["ok", "degraded", "unavailable"]
+
+
+class ErasureResponse(_Model):
+    """An erasure that was asked for: `waiting` (the person is hidden already), `erased` (files are left to delete),
+    `finished`. `removed` are rows by place; the receipt names nobody."""
+
+    receipt_id: str
+    state: Literal["waiting", "erased", "finished"]
+    forgotten_at: datetime | None = None
+    removed: dict[str, int] | None = None
+
+
 RequestModel = TypeVar("RequestModel", bound=BaseModel)
 
 

@@ -290,6 +290,7 @@ model_versions = Table(
     _now("created_at"),
     comment="Artefacts, append-only.",
 )
+# Triggers (revision 0006) refuse to change or delete a row of it, or of the next table.
 
 gate_records = Table(
     "gate_records",
@@ -313,6 +314,7 @@ model_aliases = Table(
     CheckConstraint("passed", name="only_passed"),
     # An alias can point only at a version with a gate record that says passed: the database itself refuses others.
     ForeignKeyConstraint(["version", "passed"], ["gate_records.version", "gate_records.passed"]),
+    # A trigger (revision 0006) refuses as well a version that lacks item vectors, and a revision that is not the next.
     comment="Which version serves; moved by compare-and-set on `revision`.",
 )
 
@@ -435,4 +437,23 @@ erasure_receipts = Table(
     Column("pending_artifacts", ARRAY(Text), nullable=False, server_default="{}", comment="files to delete"),
     Column("finished_at", Instant, comment="NULL: files wait to be deleted"),
     comment="What each erasure removed, and where. Names nobody; rows are never deleted, their number orders erasures.",
+)
+
+# --- access ------------------------------------------------------------------------------------------------------
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("key_id", Text, primary_key=True, comment="the part of a key that may be shown"),
+    Column("name", Text, nullable=False, comment="who or what it was made for"),
+    Column("secret_hash", LargeBinary, nullable=False, comment="SHA-256 of the secret part"),
+    Column("scopes", ARRAY(Text), nullable=False, comment="recommend, write, admin"),
+    Column("per_minute", Integer, nullable=False, comment="requests that each process answers in a minute"),
+    _now("created_at"),
+    Column("expires_at", Instant, comment="NULL: never"),
+    Column("revoked_at", Instant, comment="NULL: good until it expires"),
+    CheckConstraint("scopes <@ '{recommend,write,admin}'::text[] AND cardinality(scopes) > 0", name="known_scopes"),
+    CheckConstraint("octet_length(secret_hash) = 32", name="is_a_hash"),
+    CheckConstraint("per_minute > 0", name="some_requests"),
+    comment="Keys that requests carry; the secret itself is kept nowhere.",
 )

@@ -39,26 +39,26 @@ import dagster as dg  # noqa: E402  # everything of ours is imported with the ed
 import numpy as np  # noqa: E402
 import psycopg  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
+from worlds import key_header, serving  # noqa: E402
 
 from inference import artifacts, http  # noqa: E402
 from inference.assemble import finish  # noqa: E402
 from inference.ranker import Ranker  # noqa: E402
 from inference.runtime import LarderApplication  # noqa: E402
-from inference.settings import Settings  # noqa: E402
 from infra.feature_tables import ensure_view_tables  # noqa: E402
 from infra.postgres import database_url  # noqa: E402
 from orchestration.assets.features import VIEW_SPECS  # noqa: E402
 from orchestration.compute.training_set import PATH  # noqa: E402
 from orchestration.definitions import build_definitions  # noqa: E402
 from orchestration.resources import Larder  # noqa: E402
-from schemas.errors import ArtifactError  # noqa: E402
+from schemas.errors import ArtifactError, Unavailable  # noqa: E402
 from schemas.views import VIEWS, candidate_features, context_features, fingerprint  # noqa: E402
 
 
 def main() -> None:
     larder = Larder(deployment=sys.argv[1])
     url = database_url(larder.record)
-    application = LarderApplication.from_settings(Settings(url, larder.artifacts_url))
+    application = LarderApplication.from_settings(serving(url, larder.artifacts_url))
     with psycopg.connect(url) as connection:
         [(user,)] = connection.execute(
             # Who has had nearly all of so few items cannot be shown others.
@@ -67,8 +67,9 @@ def main() -> None:
         )
         [(old_model,)] = connection.execute("SELECT path FROM model_versions")
 
+    headers = {"content-type": "application/json", **key_header(url)}
+
     def post(path: str, document: dict[str, Any]) -> dict[str, Any]:
-        headers = {"content-type": "application/json"}
         answer = http.handle(application, "POST", path, headers, json.dumps(document).encode(), deadline=None)
         return {"status": answer.status, **json.loads(answer.body)}
 
@@ -77,6 +78,10 @@ def main() -> None:
 
     event = {"event_id": "posted-1", "user_id": user, "item_id": "item-00001", "kind": "view"}
     told: dict[str, Any] = {"before_tables": ask(), "posted_before_tables": post("/events", {"events": [event]})}
+    try:
+        application.store.read_person(user, datetime.now(UTC), 5000, live=True)
+    except Unavailable as error:
+        told["read_before_tables"] = str(error)
     ensure_view_tables(url)  # as `make serve` does, see infra/serve.py
     told["after_tables"] = ask()
 
@@ -110,6 +115,9 @@ def main() -> None:
             (user, yesterday - timedelta(days=13)),
         )
         told["expected"] = row
+        [(told["newest"],)] = connection.execute(
+            "SELECT event_id FROM user_history WHERE user_id = %s ORDER BY occurred_at DESC LIMIT 1", (user,)
+        )
         told["backfilled"] = connection.execute("SELECT count(n_14d) FROM features.user_activity").fetchone()
     try:
         Ranker(artifacts.fetch(larder.artifacts_url, old_model))
@@ -126,7 +134,7 @@ def main() -> None:
     told["training_width"] = table.schema.field("context").type.list_size
     told["context_features"], told["candidate_features"] = context_features(), candidate_features()
     told["fingerprint"] = fingerprint()
-    application.store.close()
+    application.close()
     print(json.dumps(told))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import psycopg
 import torch
+from worlds import serving
 
 from inference import artifacts
 from inference.encoder import TextEncoder
@@ -59,7 +60,7 @@ class ServedWorld:
 
     def settings(self) -> Settings:
         # Deadlines are other tests' subject: here the machine may be as slow as it likes.
-        return Settings(self.url, self.artifacts_url, timeout_ms=30_000)
+        return serving(self.url, self.artifacts_url, timeout_ms=30_000)
 
     def application(self) -> LarderApplication:
         """The real application, warm."""

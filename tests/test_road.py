@@ -17,11 +17,12 @@ import pytest
 from aws_double import AWS_ENVIRONMENT, furnish, put_package, running_aws
 from lambda_runtime_api import running_function
 from otlp_receiver import receiving
+from worlds import key_header, serving
 
 from inference import http
 from inference.runtime import LarderApplication
 from inference.settings import Settings
-from infra import postgres, release
+from infra import postgres, release, roles
 from infra.deployment import Deployment
 from infra.feature_tables import ensure_view_tables
 from orchestration.compute import learn
@@ -45,6 +46,7 @@ class Road:
     record: Deployment
     instance: dg.DagsterInstance
     application: LarderApplication
+    headers: dict[str, str]
 
     def materialise(self, *names: str, **options: Any) -> dg.ExecuteInProcessResult:
         job = build_definitions(Larder(deployment=self.record.name)).resolve_implicit_global_asset_job_def()
@@ -52,12 +54,19 @@ class Road:
             instance=self.instance, asset_selection=[dg.AssetKey(name) for name in names], **options
         )
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a function of its own is told; whoever may invoke it directly was checked by IAM."""
+        reader, writer = roles.serving_urls(self.url)
+        urls = {"DATABASE_URL": reader, "LARDER_WRITER_URL": writer, "ARTIFACTS_URL": self.record.artifacts_url}
+        return urls | {"LARDER_ACCESS": "keys-over-http"}
+
     def post(self, path: str, document: dict[str, Any]) -> dict[str, Any]:
         response = http.handle(
             self.application,
             "POST",
             path,
-            {"content-type": "application/json"},
+            self.headers,
             json.dumps(document).encode(),
             deadline=None,
         )
@@ -81,7 +90,9 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
         url = postgres.prepare(record)
         ensure_view_tables(url)
         with dg.DagsterInstance.ephemeral() as instance:
-            made = Road(url, record, instance, LarderApplication.from_settings(Settings(url, record.artifacts_url)))
+            application = LarderApplication.from_settings(serving(url, record.artifacts_url))
+            headers = {"content-type": "application/json", **key_header(url)}
+            made = Road(url, record, instance, application, headers)
             partitions = {
                 "dagster/asset_partition_range_start": (YESTERDAY - timedelta(days=9)).isoformat(),
                 "dagster/asset_partition_range_end": YESTERDAY.isoformat(),
@@ -334,7 +345,9 @@ def test_an_unknown_anchor_is_a_clear_404(road: Road) -> None:
 
 
 def test_a_restart_with_the_database_gone_answers_from_the_shipped_list(road: Road) -> None:
-    dark = LarderApplication.from_settings(Settings("postgresql://127.0.0.1:1/none", road.record.artifacts_url))
+    # A process that never could look a key up lets none in: here somebody in front has checked.
+    settings = Settings("postgresql://127.0.0.1:1/none", road.record.artifacts_url, access="platform")
+    dark = LarderApplication.from_settings(settings)
     response = http.handle(
         dark,
         "POST",
@@ -369,10 +382,9 @@ def test_a_second_load_brings_only_what_happened_since(road: Road) -> None:
 def test_every_door_gives_the_same_bytes_for_the_same_request(road: Road) -> None:
     document = {"user_id": newest_user(road), "k": 10, "explain": True, "prompt": "a slow story", "request_id": "r-1"}
     document["at"] = datetime.now(UTC).isoformat()
-    environment = {"DATABASE_URL": road.url, "ARTIFACTS_URL": road.record.artifacts_url}
-    headers = {"content-type": "application/json"}
+    environment = road.environment
     ours = http.handle(
-        road.application, "POST", "/recommendations", headers, json.dumps(document).encode(), deadline=None
+        road.application, "POST", "/recommendations", road.headers, json.dumps(document).encode(), deadline=None
     )
     with running_function("inference.handlers.aws_lambda.handler", environment) as function:
         direct = function.invoke(document)
@@ -382,7 +394,7 @@ def test_every_door_gives_the_same_bytes_for_the_same_request(road: Road) -> Non
 
 
 def test_a_trace_reaches_from_the_request_to_database_and_model(road: Road) -> None:
-    environment = {"DATABASE_URL": road.url, "ARTIFACTS_URL": road.record.artifacts_url}
+    environment = road.environment
     user = newest_user(road)
     with receiving() as receiver:
         environment |= {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url}

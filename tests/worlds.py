@@ -1,12 +1,17 @@
-"""Hand-made events for tests: a source that yields what it is given, and a post of them."""
+"""Hand-made events for tests, a post of them, and how a test serves: by which roles, with which key."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date, datetime
+from typing import Any
 
+import psycopg
+
+from inference.settings import Settings
 from inference.store import Store
+from infra import keys, roles
 from orchestration.sources import BadRow
 from schemas.events import Event, Item, Person
 
@@ -51,3 +56,16 @@ def post(database: str, events: list[Event]) -> set[str]:
         return store.accept_events(rows, 10_000)
     finally:
         store.close()
+
+
+def serving(url: str, artifacts_url: str, **more: Any) -> Settings:
+    """Settings of a function on the database of a test as it should run: reading and writing by the roles made for it."""
+    reader, writer = roles.serving_urls(url)
+    assert reader != url, "the roles were not made"
+    return Settings(reader, artifacts_url, writer_url=writer, **more)
+
+
+def key_header(url: str, scopes: Sequence[str] = ("recommend", "write", "admin"), **more: Any) -> dict[str, str]:
+    """The header with a new key of the database at `url`."""
+    with psycopg.connect(url) as connection:
+        return {"authorization": f"Bearer {keys.create(connection, 'a test', scopes, **more)}"}

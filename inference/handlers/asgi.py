@@ -125,6 +125,7 @@ class _Door:
 
     async def _call(self, scope: Scope, headers: dict[str, str], body: bytes) -> Response:
         method, path, attributes = scope["method"], scope["path"], _attributes(scope)
+        query = scope.get("query_string", b"").decode("latin-1")
         if self._app is None:
             not_started = Unavailable("the application is not started; run the server with lifespan on")
             return refused(not_started, method, path, headers, attributes)
@@ -140,7 +141,16 @@ class _Door:
             return await asyncio.get_running_loop().run_in_executor(
                 self._pool,
                 lambda: context.run(
-                    handle, app, method, path, headers, body, deadline=deadline, attributes=attributes, arrived=arrived
+                    handle,
+                    app,
+                    method,
+                    path,
+                    headers,
+                    body,
+                    deadline=deadline,
+                    attributes=attributes,
+                    arrived=arrived,
+                    query=query,
                 ),
             )
         except RuntimeError as error:  # the pool is shut: the server is on its way out
@@ -194,6 +204,7 @@ class _Server(uvicorn.Server):
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             print(f"larder listens on {url}\n")
             print(f"  curl -s {url}/recommendations -H 'content-type: application/json' \\")
+            print("""    -H "authorization: Bearer $LARDER_KEY" \\""")
             print("""    -d '{"user_id": "1", "k": 5, "prompt": "something quiet", "explain": true}'""", flush=True)
 
 

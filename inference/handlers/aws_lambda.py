@@ -1,7 +1,8 @@
 """The AWS Lambda door: API Gateway HTTP API v2, function URLs, direct invocation, and batches of an SQS queue.
 
 A direct invocation's event is the recommendation request itself, its answer the same bytes as over
-HTTP; a fault comes back in the one error shape. A batch of an SQS queue holds events, see inference/handlers/sqs.py.
+HTTP; a fault comes back in the one error shape. Its key, if one is asked for (LARDER_ACCESS), comes as `authorization` in
+the client context's `custom`. A batch of an SQS queue holds events, see inference/handlers/sqs.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from inference import telemetry
 from inference.handlers import sqs
@@ -130,7 +132,10 @@ def _answer(
         return refused(error, method, path, headers, attributes)
     if not any(name in headers for name in CARRIER_HEADERS) and "_X_AMZN_TRACE_ID" in os.environ:
         headers["x-amzn-trace-id"] = os.environ["_X_AMZN_TRACE_ID"]
-    return handle(app, method, path, headers, body, deadline=deadline, attributes=attributes)
+    query = event.get("rawQueryString") or "" if over_http else ""
+    return handle(
+        app, method, path, headers, body, deadline=deadline, attributes=attributes, query=query, direct=not over_http
+    )
 
 
 def _from_gateway(event: dict[str, Any]) -> tuple[str, str, dict[str, str], bytes]:
@@ -142,6 +147,7 @@ def _from_gateway(event: dict[str, Any]) -> tuple[str, str, dict[str, str], byte
     stage = event["requestContext"].get("stage", "$default")
     if stage != "$default" and path.startswith(f"/{stage}/"):  # a named stage is part of the raw path
         path = path[len(stage) + 1 :]
+    path = unquote(path)
     headers = {name.lower(): value for name, value in (event.get("headers") or {}).items()}
     text = event.get("body") or ""
     if not event.get("isBase64Encoded", False):
@@ -153,10 +159,10 @@ def _from_gateway(event: dict[str, Any]) -> tuple[str, str, dict[str, str], byte
 
 
 def _from_invocation(event: object, context: LambdaContext) -> tuple[str, str, dict[str, str], bytes]:
-    """A direct invocation as the HTTP request it stands for; trace context comes in the client context."""
+    """A direct invocation as the HTTP request it stands for; trace context and key come in the client context."""
     custom = getattr(context.client_context, "custom", None)
     sent: Mapping[str, object] = custom if isinstance(custom, Mapping) else {}
-    headers = {name: str(sent[name]) for name in CARRIER_HEADERS if name in sent}
+    headers = {name: str(sent[name]) for name in (*CARRIER_HEADERS, "authorization") if name in sent}
     body = json.dumps(event, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return "POST", "/recommendations", {**headers, "content-type": JSON_TYPE}, body
 

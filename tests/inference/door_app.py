@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+from inference.access import Access, Platform
 from schemas.errors import Unavailable
 from schemas.serving import (
+    ErasureResponse,
     EventOutcome,
     EventsRequest,
     EventsResponse,
@@ -26,6 +28,7 @@ class SmallApplication:
         self.carriers: list[dict[str, str]] = []
         self.remaining_seconds: list[float | None] = []
         self.closed = False
+        self.access: Access = Platform()
 
     def recommend(
         self, request: RecommendationRequest, deadline: float | None, carrier: Mapping[str, str]
@@ -60,6 +63,12 @@ class SmallApplication:
         return EventsResponse(
             outcomes=tuple(EventOutcome(event_id=event.event_id, outcome="stored") for event in request.events)
         )
+
+    def forget(self, user_id: str, deadline: float | None) -> ErasureResponse:
+        return ErasureResponse(receipt_id=f"of {user_id}", state="waiting")
+
+    def erasure(self, user_id: str, receipt_id: str, deadline: float | None) -> ErasureResponse:
+        return ErasureResponse(receipt_id=receipt_id, state="finished", removed={"events": len(user_id)})
 
     def health(self) -> HealthResponse:
         return HealthResponse(status="ok", version="1")

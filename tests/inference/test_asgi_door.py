@@ -201,9 +201,10 @@ def test_serve_says_where_it_listens_and_stops_on_sigterm() -> None:
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     try:
         assert process.stdout is not None
-        listens, _, curl, document = (process.stdout.readline() for _ in range(4))
+        listens, _, curl, key, document = (process.stdout.readline() for _ in range(5))
         port = int(listens.rsplit(":", 1)[1])
         assert f"curl -s http://127.0.0.1:{port}/recommendations" in curl
+        assert '"authorization: Bearer $LARDER_KEY"' in key
         example = json.loads(document[document.index("{") : document.rindex("}") + 1])
         assert ask(port, "/recommendations", example)[0] == 200
         process.send_signal(signal.SIGTERM)

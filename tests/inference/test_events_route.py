@@ -8,15 +8,15 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from worlds import serving
 
 from inference.runtime import CLOCK_SKEW, LarderApplication
-from inference.settings import Settings
 from schemas.serving import EventsRequest, PostedEvent
 
 
 @pytest.fixture
 def application(database: str, tmp_path: Path) -> Iterator[LarderApplication]:
-    made = LarderApplication.from_settings(Settings(database, tmp_path.as_uri()))
+    made = LarderApplication.from_settings(serving(database, tmp_path.as_uri()))
     yield made
     made.close()
 

@@ -22,7 +22,7 @@ from door_app import SmallApplication
 from fault_proxy import faulty
 from released import Released, released
 
-from inference import telemetry
+from inference import otel, telemetry
 from inference.handlers import aws_lambda
 from inference.runtime import LarderApplication
 from inference.settings import Settings
@@ -103,10 +103,10 @@ def test_a_snapshot_holds_no_connection_no_span_and_no_random_state(
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
         telemetry.shutdown()
         with telemetry.span("before"):
-            assert telemetry._state.ready
+            assert otel._state.ready
         app.before_snapshot()
         try:
-            assert not telemetry._state.ready, "spans of before are gone with their exporter"
+            assert not otel._state.ready, "spans of before are gone with their exporter"
             assert len(app.served._queue.queue) == 0
             with psycopg.connect(world.url, autocommit=True) as connection:
                 query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'larder' AND datname = current_database()"

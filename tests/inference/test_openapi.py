@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from served_world import ServedWorld, build
 from test_asgi_door import ask, served
+from worlds import key_header
 
 from inference import openapi
 from inference.handlers.asgi import create_app
@@ -45,19 +46,13 @@ def test_it_is_a_valid_document_of_every_route() -> None:
 
 
 def test_a_route_that_wants_a_key_says_so_and_names_what_its_path_names() -> None:
-    each = openapi.Operation(
-        "POST", "/people/{user_id}/forget", "Forget", None, faults=(404,), scope="admin", success=202
-    )
-    said = openapi._operation(each)
+    said = openapi.document()["paths"]["/people/{user_id}/forget"]["post"]
     assert said["operationId"] == "post_people_user_id_forget"
     assert [(p["name"], p["in"], p["schema"]["format"]) for p in said["parameters"]] == [
         ("user_id", "path", KEY_FORMAT)
     ]
-    assert said["security"] == [{"key": ["admin"]}]
-    assert list(said["responses"]) == ["202", "401", "403", "404", "429"]
-    document = openapi.document() | {"paths": {each.path: {"post": said}}}
-    document["components"] = openapi._components(document["components"]["schemas"], [each])
-    OpenAPIV31SpecValidator(document).validate()
+    assert said["security"] == [{"key": ["admin"]}, {"link": []}]
+    assert {"202", "401", "403", "404", "429"} <= said["responses"].keys()
 
 
 def test_a_door_serves_it() -> None:
@@ -73,6 +68,11 @@ def world(postgres_url: str, template: str, tmp_path_factory: pytest.TempPathFac
     yield build(replace_database(postgres_url, "fuzzed"), tmp_path_factory.mktemp("fuzzed"))
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute("DROP DATABASE fuzzed WITH (FORCE)")
+
+
+@pytest.fixture(scope="module")
+def key(world: ServedWorld) -> dict[str, str]:
+    return key_header(world.url, per_minute=100_000)
 
 
 @pytest.fixture(scope="module")
@@ -101,18 +101,18 @@ SAME_EVERY_TIME = settings(
 
 @schema.parametrize()
 @SAME_EVERY_TIME
-def test_the_application_keeps_to_it(case: Any, port: int) -> None:
+def test_the_application_keeps_to_it(case: Any, port: int, key: dict[str, str]) -> None:
     case.body = whole(case.body)
-    case.call_and_validate(base_url=f"http://127.0.0.1:{port}")
+    case.call_and_validate(base_url=f"http://127.0.0.1:{port}", headers=key)
 
 
 @pytest.mark.prove
 @pytest.mark.timeout(3_600)
 @schema.parametrize()
 @settings(max_examples=5_000, database=None, deadline=None, suppress_health_check=list(HealthCheck))
-def test_the_application_keeps_to_it_however_long_one_tries(case: Any, port: int) -> None:
+def test_the_application_keeps_to_it_however_long_one_tries(case: Any, port: int, key: dict[str, str]) -> None:
     case.body = whole(case.body)
-    case.call_and_validate(base_url=f"http://127.0.0.1:{port}")
+    case.call_and_validate(base_url=f"http://127.0.0.1:{port}", headers=key)
 
 
 def test_the_served_document_is_the_file(port: int) -> None:

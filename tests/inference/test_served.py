@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from conftest import TODAY, days_ago
 from door_app import SmallApplication
-from worlds import ListSource
+from worlds import ListSource, serving
 
 from inference.candidates import Filters
 from inference.features import block_of
@@ -21,7 +21,7 @@ from inference.handlers.aws_lambda import FLUSH_MS, create_handler
 from inference.ranker_inputs import candidate_inputs, person_inputs
 from inference.runtime import LarderApplication
 from inference.served import ServedLog, ServedRead
-from inference.settings import Settings, read_settings
+from inference.settings import read_settings
 from inference.store import SERVED_KEPT, Store
 from orchestration.compute.forget import erase, request_erasure
 from orchestration.compute.ingest import ingest
@@ -52,7 +52,7 @@ def filled(database: str, lake: Lake) -> str:
 
 
 def application(url: str, per_mille: int = 1_000) -> LarderApplication:
-    settings = Settings(url, "file:///nothing", timeout_ms=20_000, audit_per_mille=per_mille)
+    settings = serving(url, "file:///nothing", timeout_ms=20_000, audit_per_mille=per_mille)
     return LarderApplication.from_settings(settings)
 
 

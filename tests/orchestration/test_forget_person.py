@@ -23,6 +23,7 @@ from orchestration.compute.ingest import ingest
 from orchestration.compute.lake import Lake
 from orchestration.compute.materialise import materialise
 from orchestration.definitions import build_definitions
+from orchestration.erasure import erase_who_asked
 from orchestration.resources import Larder
 from orchestration.run import _what_is_new
 from schemas.events import Event, Item, Person
@@ -145,6 +146,34 @@ def test_the_job_forgets_by_a_request_and_dagster_stores_no_id(
     assert any(file.suffix == ".db" for file in files)
     assert any(request_id.encode() in file.read_bytes() for file in files)  # the search finds what is stored
     assert [str(file) for file in files if ANNA.encode() in file.read_bytes()] == []
+
+
+def test_the_sensor_starts_the_job_for_each_request_and_names_nobody(
+    record: Deployment, instance: dg.DagsterInstance, database: str
+) -> None:
+    larder = Larder(deployment=record.name)
+    definitions = build_definitions(larder)
+
+    def look() -> dg.SensorResult | dg.SkipReason:
+        found = erase_who_asked(dg.build_sensor_context(instance=instance, resources={"larder": larder}))
+        assert isinstance(found, dg.SensorResult | dg.SkipReason)
+        return found
+
+    assert isinstance(look(), dg.SkipReason)
+    requests = {request_erasure(database, Lake(record.lake_url), person) for person in (ANNA, "bo")}
+    found, again = look(), look()
+    assert isinstance(found, dg.SensorResult)
+    assert isinstance(again, dg.SensorResult)
+    runs = found.run_requests or []
+    # Dagster starts a run once for each key.
+    assert [run.run_key for run in runs] == [run.run_key for run in again.run_requests or []]
+    assert {run.run_config["ops"]["erase_people"]["config"]["request_id"] for run in runs} == requests
+    assert ANNA not in repr(runs)
+    job = definitions.resolve_job_def("forget_person")
+    assert job.execute_in_process(instance=instance, run_config=runs[0].run_config).success
+    left = look()
+    assert isinstance(left, dg.SensorResult)
+    assert [run.run_key for run in left.run_requests or []] == [runs[1].run_key]
 
 
 def test_a_driver_that_quotes_the_row_is_not_quoted_by_dagster(

@@ -9,9 +9,9 @@ import dagster as dg
 import psycopg
 import pytest
 from conftest import Ingested, ingested
+from worlds import serving
 
 from inference.runtime import LarderApplication
-from inference.settings import Settings
 from infra import registry
 from orchestration.compute.materialise import materialise
 from orchestration.definitions import build_definitions
@@ -58,7 +58,7 @@ def test_a_bug_blocks_the_release_until_it_is_mended(small: Ingested) -> None:
         assert (check.passed, check.description) == (True, "nothing to audit yet")
 
         application = LarderApplication.from_settings(
-            Settings(small.url, small.record.artifacts_url, audit_per_mille=1000)
+            serving(small.url, small.record.artifacts_url, audit_per_mille=1000)
         )
         with psycopg.connect(small.url) as connection:
             people = [row[0] for row in connection.execute("SELECT DISTINCT user_id FROM user_history LIMIT 5")]

@@ -7,9 +7,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from conftest import ingested
+from worlds import serving
 
 from inference.runtime import LarderApplication
-from inference.settings import Settings
 from orchestration.definitions import build_definitions
 from orchestration.resources import Larder
 from schemas.serving import RecommendationRequest
@@ -32,7 +32,7 @@ def test_training_on_too_few_events_says_how_many_are_needed_and_the_floor_serve
         (event,) = [event for event in failed.all_events if event.is_step_failure]
         assert "are too few to train on: 1000 events of 20 people are needed" in str(event.step_failure_data.error)
         assert materialise("recommend_function").success
-    application = LarderApplication.from_settings(Settings(made.url, made.record.artifacts_url))
+    application = LarderApplication.from_settings(serving(made.url, made.record.artifacts_url))
     try:
         answer = application.recommend(RecommendationRequest(user_id="user-00001", k=5))
     finally:
