@@ -45,6 +45,7 @@ FAULTS: dict[int, str] = {
     401: "No key came with the request, or none that is known.",
     403: "The key is not for this.",
     404: "What the request asks about is not there.",
+    408: "The body did not arrive in time; send it at once.",
     413: f"The body is larger than {MAX_BODY_BYTES} bytes.",
     415: "The content type is not application/json.",
     422: "A field will not do; the message says why and what would.",
@@ -53,7 +54,7 @@ FAULTS: dict[int, str] = {
     503: "Nothing can answer right now; try again later.",
 }
 """What each status means, where a route gives it."""
-_BODY_FAULTS = (400, 413, 415, 422, 500, 503)
+_BODY_FAULTS = (400, 408, 413, 415, 422, 500, 503)
 _KEY_FAULTS = (401, 403, 429)
 _LINK = {
     "type": "apiKey",
@@ -110,7 +111,7 @@ OPERATIONS = (
         "/people/{user_id}/forget",
         "Have a person forgotten: they read as unknown from now on",
         (ErasureResponse,),
-        faults=(404, 413, 415, 500, 503),
+        faults=(404, 408, 413, 415, 500, 503),
         success=202,
     ),
     Operation(

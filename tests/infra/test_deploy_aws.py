@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from aws_double import AWS_ENVIRONMENT, AwsDouble, furnish, put_package, running_aws
 from conftest import days_ago
-from released import release_model
+from released_model import release_model
 from smoke_app import SmokeApplication
 
 from inference import telemetry

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from cloud_run_double import CloudRunDouble, key_file, running_cloud_run
 from conftest import days_ago
-from released import release_model
+from released_model import release_model
 
 from inference import telemetry
 from infra import deploy
