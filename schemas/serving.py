@@ -59,11 +59,12 @@ def _check_kind(value: str) -> str:
 
 def _check_text(value: str | None) -> str | None:
     """Blank text is no text: an empty search box sends an empty string."""
-    if value is None or not value.strip():
+    if value is None:
         return None
+    # First: Python counts some of them as blank.
     if any(ord(char) < 32 and char not in "\t\n\r" for char in value):
         raise ValueError("it holds a control character; remove it")
-    return value
+    return value if value.strip() else None
 
 
 def _check_scalar(value: object) -> Scalar:

@@ -84,6 +84,7 @@ def test_every_field_arrives() -> None:
         ("k", 5, True),
         ("prompt", "x" * 2000, "x" * 2001),
         ("prompt", "a\tb", "a\x00b"),
+        ("prompt", " \t\n", "\x1d"),
         ("candidates", [f"i{n}" for n in range(1000)], [f"i{n}" for n in range(1001)]),
         ("exclude", [f"i{n}" for n in range(1000)], [f"i{n}" for n in range(1001)]),
         ("exclude", [], None),
