@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar, Token
+from functools import lru_cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -258,6 +259,7 @@ def _measure(
     record(value, attributes, context_of(within))
 
 
+@lru_cache(64)  # a request's measures and spans share a few
 def context_of(context: TraceContext | None) -> Any:
     """OpenTelemetry's context in which `context` is the current span; an empty one for None."""
     from opentelemetry import trace

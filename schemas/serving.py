@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -13,10 +14,12 @@ from pydantic import (
     AfterValidator,
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
     SerializerFunctionWrapHandler,
+    Strict,
     ValidationError,
     WithJsonSchema,
     model_serializer,
@@ -39,6 +42,7 @@ MAX_CATEGORIES = 100
 MAX_SHOWN_CHARS = 80
 """So much of an offending value is quoted back, never more."""
 
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _FIRST_INSTANT = datetime(1969, 12, 31, tzinfo=UTC)
 
 Scalar = str | int | float | bool | None
@@ -59,11 +63,12 @@ def _check_kind(value: str) -> str:
 
 def _check_text(value: str | None) -> str | None:
     """Blank text is no text: an empty search box sends an empty string."""
-    if value is None or not value.strip():
+    if value is None:
         return None
+    # First: Python counts some of them as blank.
     if any(ord(char) < 32 and char not in "\t\n\r" for char in value):
         raise ValueError("it holds a control character; remove it")
-    return value
+    return value if value.strip() else None
 
 
 def _check_scalar(value: object) -> Scalar:
@@ -77,6 +82,15 @@ def _check_scalar(value: object) -> Scalar:
     if isinstance(value, int | float) and math.isfinite(value) and abs(value) <= 2**53:
         return value
     raise ValueError("context is flat: give text, a finite number up to 2**53, true, false or null")
+
+
+def _no_number(value: object) -> object:
+    """Pydantic takes "0" for the beginning of 1970."""
+    if not isinstance(value, str | datetime):
+        raise ValueError('it must be a time in quotes, for example "2030-01-31T12:00:00Z"')
+    if isinstance(value, str) and not _DATE.match(value):
+        raise ValueError('it is not a time; write for example "2030-01-31T12:00:00Z"')
+    return value
 
 
 def _to_utc(value: datetime) -> datetime:
@@ -130,7 +144,14 @@ Kind = Annotated[str, AfterValidator(_check_kind), WithJsonSchema({"type": "stri
 Text = Annotated[
     str | None, Field(max_length=MAX_PROMPT_CHARS), AfterValidator(_check_text), WithJsonSchema(_TEXT_SCHEMA)
 ]
-Instant = Annotated[AwareDatetime, AfterValidator(_to_utc), WithJsonSchema(_INSTANT_SCHEMA)]
+Instant = Annotated[
+    # Not strict: a value that a validator has seen is no JSON any more, of which strict takes text for a time.
+    AwareDatetime,
+    Strict(False),
+    BeforeValidator(_no_number),
+    AfterValidator(_to_utc),
+    WithJsonSchema(_INSTANT_SCHEMA),
+]
 ItemIds = Annotated[tuple[Key, ...], Field(max_length=MAX_CANDIDATES), AfterValidator(_unique)]
 Categories = Annotated[tuple[Key, ...], Field(max_length=MAX_CATEGORIES), AfterValidator(_unique)]
 ContextValue = Annotated[Scalar, PlainValidator(_check_scalar), WithJsonSchema(_SCALAR_SCHEMA)]

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import psycopg
 import torch
-from worlds import serving
 
 from inference import artifacts
 from inference.encoder import TextEncoder
@@ -43,6 +42,7 @@ from schemas.manifest import (
 from schemas.ranker import SIZES, TEXT_DIM
 from schemas.views import VIEWS, candidate_features, context_features, fingerprint
 from tests.rankers import random_ranker
+from tests.worlds import serving
 
 DAYS = 40
 TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
