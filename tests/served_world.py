@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -58,13 +59,13 @@ class ServedWorld:
     people: list[str]
     items: list[str]
 
-    def settings(self) -> Settings:
+    def settings(self, **more: Any) -> Settings:
         # Deadlines are other tests' subject: here the machine may be as slow as it likes.
-        return serving(self.url, self.artifacts_url, timeout_ms=30_000)
+        return serving(self.url, self.artifacts_url, timeout_ms=30_000, **more)
 
-    def application(self) -> LarderApplication:
+    def application(self, **more: Any) -> LarderApplication:
         """The real application, warm."""
-        made = LarderApplication.from_settings(self.settings())
+        made = LarderApplication.from_settings(self.settings(**more))
         made.warm()
         return made
 

@@ -51,11 +51,13 @@ def served(app: AsgiApp) -> Iterator[int]:
         assert not thread.is_alive()
 
 
-def ask(port: int, path: str, document: object = None, method: str = "POST") -> tuple[int, dict[str, str], bytes]:
+def ask(
+    port: int, path: str, document: object = None, method: str = "POST", *, headers: dict[str, str] = JSON
+) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     try:
         body = document if isinstance(document, bytes) else json.dumps(document).encode()
-        connection.request(method, path, body=None if method == "GET" else body, headers=JSON)
+        connection.request(method, path, body=None if method == "GET" else body, headers=headers)
         response = connection.getresponse()
         return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
     finally:

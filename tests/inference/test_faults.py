@@ -42,7 +42,7 @@ def world(postgres_url: str, template: str, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def proxied(world: Released) -> Iterator[tuple[LarderApplication, FaultProxy]]:
     with faulty(world.url) as (url, proxy):
-        app = LarderApplication.from_settings(Settings(url, world.artifacts_url, audit_per_mille=0))
+        app = LarderApplication.from_settings(Settings(url, world.artifacts_url, audit_per_mille=0, access="platform"))
         app.warm()
         yield app, proxy
         app.close()
@@ -157,7 +157,9 @@ def test_hasty_callers_do_not_close_the_database_to_others(proxied: tuple[Larder
 
 def test_with_one_connection_only_a_handshake_that_hangs_does_not_keep_the_next_from_trying(world: Released) -> None:
     with faulty(world.url) as (url, proxy):
-        app = LarderApplication.from_settings(Settings(url, world.artifacts_url, concurrency=1, audit_per_mille=0))
+        app = LarderApplication.from_settings(
+            Settings(url, world.artifacts_url, concurrency=1, audit_per_mille=0, access="platform")
+        )
         app.warm()
         proxy.silent = True
         for _ in range(3):
@@ -219,7 +221,9 @@ def test_writes_that_fail_leave_reads_alone(proxied: tuple[LarderApplication, Fa
 
 def test_a_server_that_crashes_under_load_costs_no_answer(world: Released) -> None:
     """A killed backend makes Postgres drop every connection, refuse new ones while it recovers, and come back."""
-    app = LarderApplication.from_settings(Settings(world.url, world.artifacts_url, audit_per_mille=0))
+    app = LarderApplication.from_settings(
+        Settings(world.url, world.artifacts_url, audit_per_mille=0, access="platform")
+    )
     app.warm()
     stopping, answers, late = threading.Event(), [0], []
 

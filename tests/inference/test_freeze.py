@@ -47,6 +47,7 @@ def serving(url: str, artifacts_url: str) -> Iterator[tuple[subprocess.Popen[str
         "PYTHONUNBUFFERED": "1",
         "DATABASE_URL": url,
         "ARTIFACTS_URL": artifacts_url,
+        "LARDER_ACCESS": "platform",
     }
     command = [sys.executable, "-m", "inference.handlers.asgi", "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
@@ -96,7 +97,9 @@ def test_a_snapshot_holds_no_connection_no_span_and_no_random_state(
     world: Released, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with faulty(world.url) as (url, proxy):
-        app = LarderApplication.from_settings(Settings(url, world.artifacts_url, audit_per_mille=1_000))
+        app = LarderApplication.from_settings(
+            Settings(url, world.artifacts_url, audit_per_mille=1_000, access="platform")
+        )
         app.warm()
         request = RecommendationRequest(user_id="u0")
         assert app.recommend(request).degraded == ()
@@ -134,7 +137,7 @@ def test_a_snapshot_holds_no_connection_no_span_and_no_random_state(
 
 
 def test_a_breaker_that_was_open_in_the_snapshot_is_closed_after_it(world: Released) -> None:
-    app = LarderApplication.from_settings(Settings(world.url, world.artifacts_url))
+    app = LarderApplication.from_settings(Settings(world.url, world.artifacts_url, access="platform"))
     for _ in range(3):
         with pytest.raises(OSError, match="x"), app.store.breaker.call():
             raise OSError("x")

@@ -38,7 +38,9 @@ def connection(world: Released) -> Iterator[psycopg.Connection[Any]]:
 
 
 def application(url: str, artifacts_url: str, **more: Any) -> LarderApplication:
-    return LarderApplication.from_settings(Settings(url, artifacts_url, timeout_ms=5_000, audit_per_mille=0, **more))
+    return LarderApplication.from_settings(
+        Settings(url, artifacts_url, timeout_ms=5_000, audit_per_mille=0, **more, access="platform")
+    )
 
 
 @pytest.fixture

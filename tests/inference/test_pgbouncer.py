@@ -93,7 +93,9 @@ def url(world: Released, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 
 def make(url: str, world: Released) -> LarderApplication:
-    app = LarderApplication.from_settings(Settings(url, world.artifacts_url, timeout_ms=10_000, audit_per_mille=1_000))
+    app = LarderApplication.from_settings(
+        Settings(url, world.artifacts_url, timeout_ms=10_000, audit_per_mille=1_000, access="platform")
+    )
     app.warm()
     return app
 

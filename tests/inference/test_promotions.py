@@ -32,7 +32,9 @@ def world(postgres_url: str, template: str, tmp_path_factory: pytest.TempPathFac
 
 
 def make(world: Released) -> LarderApplication:
-    app = LarderApplication.from_settings(Settings(world.url, world.artifacts_url, timeout_ms=10_000))
+    app = LarderApplication.from_settings(
+        Settings(world.url, world.artifacts_url, timeout_ms=10_000, access="platform")
+    )
     app.warm()
     return app
 

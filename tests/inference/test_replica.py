@@ -31,7 +31,13 @@ def standby(url: str) -> str:
 
 def test_every_read_works_where_nothing_may_be_written(world: Released) -> None:
     app = LarderApplication.from_settings(
-        Settings(world.url, world.artifacts_url, audit_per_mille=1_000, database_read_url=standby(world.url))
+        Settings(
+            world.url,
+            world.artifacts_url,
+            audit_per_mille=1_000,
+            database_read_url=standby(world.url),
+            access="platform",
+        )
     )
     app.warm()
     with app.store.connection() as connection, pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
@@ -54,7 +60,7 @@ def test_every_read_works_where_nothing_may_be_written(world: Released) -> None:
 
 def test_without_the_database_itself_a_replica_still_answers(world: Released) -> None:
     app = LarderApplication.from_settings(
-        Settings("postgresql://127.0.0.1:1/none", world.artifacts_url, database_read_url=world.url)
+        Settings("postgresql://127.0.0.1:1/none", world.artifacts_url, database_read_url=world.url, access="platform")
     )
     app.warm()
     body = b'{"user_id": "u0"}'

@@ -54,7 +54,7 @@ def soon() -> float:
 
 @pytest.fixture
 def app(database: str, tmp_path: Path) -> Iterator[LarderApplication]:
-    made = LarderApplication.from_settings(Settings(database, tmp_path.as_uri()))
+    made = LarderApplication.from_settings(Settings(database, tmp_path.as_uri(), access="platform"))
     yield made
     made.close()
 
@@ -125,7 +125,9 @@ def test_more_events_than_one_request_holds_are_stored_in_several(
 
 
 def test_without_a_database_every_message_goes_back(tmp_path: Path) -> None:
-    app = LarderApplication.from_settings(Settings("postgresql://127.0.0.1:1/none", tmp_path.as_uri()))
+    app = LarderApplication.from_settings(
+        Settings("postgresql://127.0.0.1:1/none", tmp_path.as_uri(), access="platform")
+    )
     whole = batch(message("m1", event(1)), message("m2", event(2)))
     assert failed(answer_batch(app, whole, soon())) == ["m1", "m2"]
     app.close()

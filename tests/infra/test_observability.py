@@ -21,6 +21,7 @@ from otlp_receiver import Receiver, points, receiving
 from promql import Selector, grouped_by, label_value, prometheus_label, prometheus_name, selectors
 from served_world import ServedWorld, build
 from test_asgi_door import ask, served
+from worlds import key_header
 
 from inference import metrics, request_log, telemetry
 from inference.handlers.asgi import create_app
@@ -40,6 +41,8 @@ class Seen:
     log: io.StringIO = field(default_factory=io.StringIO)
     records: list[str] = field(default_factory=list)
     answers: list[tuple[str, int, bytes]] = field(default_factory=list)
+    key: str = ""
+    """The secret of the key that was sent."""
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.getvalue().splitlines()]
@@ -72,7 +75,8 @@ def seen(world: ServedWorld) -> Iterator[Seen]:
     with pytest.MonkeyPatch.context() as patch, receiving() as receiver:
         for name, value in {
             "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
-            "DATABASE_URL": world.url,
+            "DATABASE_URL": world.settings().database_url,
+            "LARDER_WRITER_URL": world.settings().writer_url,
             "ARTIFACTS_URL": world.artifacts_url,
             "LARDER_TIMEOUT_MS": "30000",
             "LARDER_AUDIT_PER_MILLE": "1000",
@@ -97,9 +101,14 @@ def seen(world: ServedWorld) -> Iterator[Seen]:
 
 
 def _ask_for_everything(port: int, world: ServedWorld, kept: Seen) -> None:
-    def post(path: str, document: object, method: str = "POST") -> tuple[int, dict[str, Any]]:
+    key = key_header(world.url)
+    kept.key = key["authorization"].rpartition("_")[2]
+
+    def post(
+        path: str, document: object, method: str = "POST", *, headers: dict[str, str] = key
+    ) -> tuple[int, dict[str, Any]]:
         body = document if isinstance(document, bytes) else json.dumps(document).encode()
-        status, _, answer = ask(port, path, body, method)
+        status, _, answer = ask(port, path, body, method, headers={"content-type": "application/json"} | headers)
         kept.answers.append((body.decode("utf-8", "replace"), status, answer))
         return status, json.loads(answer)
 
@@ -130,6 +139,8 @@ def _ask_for_everything(port: int, world: ServedWorld, kept: Seen) -> None:
     assert post("/recommendations", f"{CANARY} is no JSON".encode())[0] == 400
     assert post("/recommendations", b" " * 300_000)[0] == 413
     assert post(f"/{CANARY}-path", {})[0] == 404
+    assert post(f"/people/{CANARY}-unknown/forget", {})[0] == 404
+    assert post("/recommendations", ours, headers={"authorization": f"Bearer {CANARY}"})[0] == 401
     assert post("/recommendations", ours, "PUT")[0] == 405
     assert post("/health", {}, "GET")[0] == 200
     # A table that nobody can read for a while: the database does not answer in time.
@@ -288,7 +299,7 @@ def test_each_request_has_one_line_that_finds_its_trace(seen: Seen, world: Serve
     assert (first["model_version"], first["degraded"], first["error"]) == (world.version, [], None)
     assert (last["degraded"], last["severity"]) == (["database"], "WARNING")
     assert {line["error"] for line in lines} == {
-        None, "not_found", "invalid_request", "method_not_allowed"
+        None, "not_found", "invalid_request", "method_not_allowed", "unauthorized"
     }  # fmt: skip
     assert lines[1]["prompt_version"] is not None
 
@@ -301,7 +312,7 @@ def test_no_canary_leaves_in_telemetry_or_logs(seen: Seen, world: ServedWorld) -
     exported = b"".join(seen.receiver.bodies)
     assert b"read_person" in exported  # it is uncompressed: a canary would be seen
     told = exported.decode("latin-1") + seen.log.getvalue() + "\n".join(seen.records)
-    for planted in (CANARY, CANARY.lower(), *world.people, *world.items[:3]):
+    for planted in (CANARY, CANARY.lower(), seen.key, *world.people, *world.items[:3]):
         assert not re.search(rf"\b{re.escape(planted)}\b", told), planted
 
 
