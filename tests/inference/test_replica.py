@@ -72,6 +72,8 @@ def test_without_the_database_itself_a_replica_still_answers(world: Released) ->
 
 
 def test_the_setting_is_read() -> None:
-    needed = {"DATABASE_URL": "postgresql://x/y", "ARTIFACTS_URL": "file:///a"}
+    needed = {"DATABASE_URL": "postgresql://localhost/y", "ARTIFACTS_URL": "file:///a"}
     assert read_settings(needed).database_read_url is None
-    assert read_settings({**needed, "DATABASE_READ_URL": "postgresql://z/y"}).database_read_url == "postgresql://z/y"
+    assert read_settings({**needed, "DATABASE_READ_URL": "postgresql://localhost/z"}).database_read_url == (
+        "postgresql://localhost/z"
+    )

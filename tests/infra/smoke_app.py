@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from inference.access import Access, Platform
 from schemas.errors import Unavailable
 from schemas.serving import (
+    ErasureResponse,
     EventsRequest,
     EventsResponse,
     HealthResponse,
@@ -28,6 +30,7 @@ class SmokeApplication:
     fails: bool = False
     breaks_after: int | None = None
     answered: int = 0
+    access: Access = field(default_factory=Platform)
 
     def recommend(
         self, request: RecommendationRequest, deadline: float | None, carrier: Mapping[str, str]
@@ -50,6 +53,12 @@ class SmokeApplication:
         self, request: EventsRequest, deadline: float | None, carrier: Mapping[str, str]
     ) -> EventsResponse:
         return EventsResponse(outcomes=())
+
+    def forget(self, user_id: str, deadline: float | None) -> ErasureResponse:
+        return ErasureResponse(receipt_id="0" * 32, state="waiting")
+
+    def erasure(self, user_id: str, receipt_id: str, deadline: float | None) -> ErasureResponse:
+        return ErasureResponse(receipt_id=receipt_id, state="waiting")
 
     def health(self) -> HealthResponse:
         return HealthResponse(status="ok", version="1", model_version=self.model)
