@@ -23,13 +23,14 @@ def millionths(values: pa.Array) -> np.ma.MaskedArray[Any, Any]:
     return np.ma.masked_array(upper.astype(object) * _LOWER + lower.view(np.uint64).astype(object), missing)
 
 
-def summable(values: np.ma.MaskedArray[Any, Any], times: NDArray[np.int64] | None = None) -> NDArray[Any]:
-    """The millionths `(n,)`, 0 where masked, as numbers that hold any sum of them, each as many `times (n,)` (None: once)."""
+def summable(values: np.ma.MaskedArray[Any, Any], added: NDArray[np.integer] | None = None) -> NDArray[Any]:
+    """The millionths `(n,)`, 0 where masked, as numbers that hold any sum of them: of `added (m,)`, rows of them; None: of each
+    once."""
     filled: NDArray[Any] = np.ma.filled(values, 0)
-    addends = len(filled) if times is None else int(times.sum())
+    addends = len(filled if added is None else added)
     # Where a running total could leave 64 bits, Python's own numbers hold it.
     if filled.dtype == np.int64 and addends * float(np.abs(filled).max(initial=0)) < _SAFE_SUM:
         return filled
     sizes = np.abs(filled.astype(np.float64))
-    fits = (sizes if times is None else sizes * times).sum() < _SAFE_SUM
+    fits = (sizes if added is None else sizes[added]).sum() < _SAFE_SUM
     return filled.astype(np.int64 if fits else object)

@@ -51,16 +51,19 @@ class Timeline:
         parts: Mapping[str, Part],
     ) -> None:
         self._view = view
-        day = occurred // DAY
-        # What happens at an instant is seen right after it, never at it.
-        visible = np.maximum(occurred + 1, known)
-        is_late = known // DAY > day
-        late = np.flatnonzero(is_late)
+        # Memory that is touched for the first time costs more than what is done with it: few arrays, written in place.
+        delayed = np.flatnonzero(occurred < known)
+        is_late = known[delayed] // DAY > occurred[delayed] // DAY
+        late = delayed[is_late]
         # By day, and by when they became known: the first of a day is the one that makes it count.
-        late = late[np.lexsort((known[late], day[late], key[late]))]
-        self._late = _Late(key[late], known[late], day[late])
+        late = late[np.lexsort((known[late], occurred[late] // DAY, key[late]))]
+        late_day = occurred[late] // DAY
+        self._late = _Late(key[late], known[late], late_day)
+        # What happens at an instant is seen right after it, never at it.
+        visible = occurred + 1
+        np.maximum(visible, known, out=visible)
         if len(late):
-            prompt = np.flatnonzero(~is_late)
+            prompt = np.delete(np.arange(len(key)), late)
             self._order = Order(key[prompt], visible[prompt])
             rows = prompt[self._order.rows]
         else:
@@ -72,7 +75,7 @@ class Timeline:
         here_variant, late_variant = variant[rows], variant[late]
         # What is known of a key's rows in the order in which they happened needs no order of its own.
         here, starts = occurred[rows], self._order.starts
-        here_known = known[rows] if np.any(occurred < known) else here
+        here_known = known[rows] if len(delayed) else here
         in_order = not len(late) and bool(np.all((here[1:] >= here[:-1]) | starts[1:]))
 
         def held(state: State) -> _Held:
@@ -83,9 +86,11 @@ class Timeline:
                 case Merge.SUM:
                     return _Sum(np.ma.asarray(part), here_variant, late_variant)
                 case Merge.DAYS:
-                    days = self._order.keys * (last - first + 1) + (here // DAY - first)
-                    late_days = key[late] * (last - first + 1) + (day[late] - first)
-                    return _Count(*_days(part[here_variant], days, part[late_variant], late_days))
+                    if len(late) or not part.all():
+                        days = self._order.keys * (last - first + 1) + (here // DAY - first)
+                        late_days = key[late] * (last - first + 1) + (late_day - first)
+                        return _Count(*_days(part[here_variant], days, part[late_variant], late_days))
+                    return _Count(starts | _changes(here // DAY), part[:0])
                 case Merge.DECAY:
                     assert state.half_life_days is not None
                     half_life = state.half_life_days * DAY
@@ -218,7 +223,7 @@ class _Held(Protocol):
 
 class _Count:
     def __init__(self, here: Part, late: Part) -> None:
-        self._running = np.concatenate([[0], np.cumsum(here, dtype=np.int32)])
+        self._running = _totals(here, np.int32)
         self._late = late
 
     def between(self, left: Ints, right: Ints, midnight: Ints) -> Ints:
@@ -236,9 +241,8 @@ class _Sum:
     """A sum over no values is none: they are counted beside it."""
 
     def __init__(self, part: np.ma.MaskedArray[Any, Any], here: Variants, late: Variants) -> None:
-        times = np.bincount(here, minlength=len(part)) + np.bincount(late, minlength=len(part))
-        given, whole = ~np.ma.getmaskarray(part), summable(part, times)
-        self._running = np.concatenate([[0], np.cumsum(whole[here])])
+        given, whole = ~np.ma.getmaskarray(part), summable(part, np.concatenate([here, late]))
+        self._running = _totals(whole[here], whole.dtype)
         self._late = whole[late]
         self._given = _Count(given[here], given[late])
 
@@ -314,7 +318,8 @@ class _LastRow:
 
     def __init__(self, counts: Part, occurred: Ints) -> None:
         self._occurred = occurred
-        self._running = np.maximum.accumulate(np.where(counts, np.arange(len(counts)), -1))
+        every = np.arange(len(counts))
+        self._running = every if counts.all() else np.maximum.accumulate(np.where(counts, every, -1))
 
     def between(self, left: Ints, right: Ints, midnight: Ints) -> Ints:
         found = np.full(len(left), -1)
@@ -347,13 +352,17 @@ class _Decayed:
         half_life: float,
     ) -> None:
         self._half_life, self._starts = half_life, starts
-        self._as_of = np.maximum(here, known)
-        gap = np.zeros(len(here))
-        np.subtract(self._as_of[:-1], self._as_of[1:], out=gap[1:])
-        kept = np.exp2(gap / half_life, where=~starts, out=np.zeros(len(here)))
+        self._as_of = here if known is here else np.maximum(here, known)
+        kept = np.zeros(len(here))
+        np.subtract(self._as_of[:-1], self._as_of[1:], out=kept[1:], casting="unsafe")
+        kept[starts] = 0
+        kept /= half_life
+        np.exp2(kept, out=kept)
+        kept[starts] = 0
         weights = part.astype(np.float64)
-        delayed = np.flatnonzero(here < known)
-        weights[delayed] *= np.exp2((here[delayed] - known[delayed]) / half_life)
+        if known is not here:
+            delayed = np.flatnonzero(here < known)
+            weights[delayed] *= np.exp2((here[delayed] - known[delayed]) / half_life)
         self._total = recur(weights, kept)
         self._late, self._late_at = late, late_at
 
@@ -378,6 +387,13 @@ class _Decayed:
         return found
 
 
+def _totals(parts: Part, dtype: np.dtype[Any] | type[np.int32]) -> Part:
+    """`(n + 1,)`: what the first 0, 1, … n of `parts (n,)` add up to."""
+    found = np.zeros(len(parts) + 1, dtype)
+    np.cumsum(parts, out=found[1:])
+    return found
+
+
 def recur(added: Floats, kept: Floats) -> Floats:
     """`x (n,)` with `x[i] = x[i − 1] · kept[i] + added[i]`: as exact as one by one, in 16 steps.
 
@@ -397,9 +413,13 @@ def recur(added: Floats, kept: Floats) -> Floats:
 
 def _side_by_side(values: Floats) -> Floats:
     """`values (n,)` cut into stretches of `_STEPS` rows: `(_STEPS, ceil(n / _STEPS))`, a stretch a column, 0 after the end."""
-    whole = np.zeros(-(-len(values) // _STEPS) * _STEPS)
-    whole[: len(values)] = values
-    return np.ascontiguousarray(whole.reshape(-1, _STEPS).T)
+    whole, rest = divmod(len(values), _STEPS)
+    found = np.empty((_STEPS, whole + (rest > 0)))
+    found[:, :whole] = values[: whole * _STEPS].reshape(-1, _STEPS).T
+    if rest:
+        found[:, whole] = 0
+        found[:rest, whole] = values[whole * _STEPS :]
+    return found
 
 
 def _instants(part: Part, occurred: Ints) -> Floats:

@@ -17,16 +17,21 @@ def variants(columns: Sequence[pa.Array], n: int) -> tuple[NDArray[np.integer], 
 
     Events are of one variant where all `columns (n,)` are equal; NULL is a value of its own.
     """
-    variant, many = np.zeros(n, np.int64), min(n, 1)
+    variant, many = np.zeros(n, np.uint16), min(n, 1)
     for column in columns:
         coded = column.dictionary_encode(null_encoding="encode")
-        if many * len(coded.dictionary) > _MOST:
+        values = len(coded.dictionary)
+        if many * values > _MOST:
             return np.arange(n), np.arange(n)
-        variant = variant * len(coded.dictionary) + np.asarray(coded.indices)
-        there = np.flatnonzero(np.bincount(variant, minlength=1)) if n else np.zeros(0, np.int64)
-        number = np.zeros(int(there.max(initial=-1)) + 1, np.int64)
-        number[there] = np.arange(len(there))
-        variant, many = number[variant], len(there)
+        code = np.asarray(coded.indices).astype(np.uint16)
+        if many > 1:
+            # Of the pairs that there could be, those that there are.
+            pair = variant * np.uint16(values) + code
+            there = np.flatnonzero(np.bincount(pair))
+            number = np.zeros(int(there[-1]) + 1, np.uint16)
+            number[there] = np.arange(len(there))
+            code, values = number[pair], len(there)
+        variant, many = code, values
     example = np.zeros(many, np.int64)
     example[variant] = np.arange(n)
-    return variant.astype(np.min_scalar_type(many)), example
+    return variant, example

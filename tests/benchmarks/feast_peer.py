@@ -125,8 +125,8 @@ def _prepare(url: str, folder: Path, sizes: Sizes) -> dict[str, Any]:
         connection.execute("CREATE INDEX ON history (user_id, at)")
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("VACUUM ANALYZE")
-    for rows, file in ((sizes.labels, "labels"), (sizes.many_labels, "labels-many")):
-        pq.write_table(label_table(sizes, rows), folder / f"{file}.parquet")
+    for count, file in ((sizes.labels, "labels"), (sizes.many_labels, "labels-many")):
+        pq.write_table(label_table(sizes, count), folder / f"{file}.parquet")
     for view in BENCH_VIEWS:
         # The fastest store reads files. Whose history a row is of, and when, is as in ours.
         of = names("user", made.user) if view.entity == USER else names("item", made.item)
