@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestration.compute.exact import MICRO, summable
+from orchestration.compute.order import Ints, Order, changes
 from schemas.features import FeatureView, Merge, State
 
 DAY = 86_400_000_000
@@ -27,7 +28,6 @@ _THREADS = 2
 _STEPS = 16
 """How many rows of a recurrence are computed one after the other; longer ones side by side."""
 
-Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Part = NDArray[Any]
 Variants = NDArray[np.integer]
@@ -90,7 +90,7 @@ class Timeline:
                         days = self._order.keys * (last - first + 1) + (here // DAY - first)
                         late_days = key[late] * (last - first + 1) + (late_day - first)
                         return _Count(*_days(part[here_variant], days, part[late_variant], late_days))
-                    return _Count(starts | _changes(here // DAY), part[:0])
+                    return _Count(starts | changes(here // DAY), part[:0])
                 case Merge.DECAY:
                     assert state.half_life_days is not None
                     half_life = state.half_life_days * DAY
@@ -148,52 +148,6 @@ class Timeline:
         answered = np.empty(len(at), bool)
         answered[order] = present
         return columns, answered
-
-
-class Order:
-    """`n` rows sorted by key and by instant, for finding a place among them. `rows (n,)` says which row is where.
-
-    A row's code holds its key above its instant, counted from the first; where both do not fit into one number, above the
-    instant's rank.
-    """
-
-    def __init__(self, key: Ints, instant: Ints) -> None:
-        self._low, self._last = (int(instant.min()), int(instant.max())) if len(key) else (0, 0)
-        self._bits = (self._last - self._low + 1).bit_length()
-        self._instants: Ints | None = None
-        if self._bits + int(key.max(initial=0)).bit_length() > 62:
-            self._instants, self._bits = np.sort(instant), len(key).bit_length()
-        code = key << self._bits
-        code += instant - self._low if self._instants is None else np.searchsorted(self._instants, instant)
-        self.rows: Ints = np.argsort(code)
-        self._codes = code[self.rows]
-
-    def rank(self, instant: Ints) -> Ints:
-        """What is above the rows of any key that are at `instant (m,)` or before it, and not above later ones."""
-        if self._instants is not None:
-            return np.searchsorted(self._instants, instant, side="right")
-        return np.clip(instant, self._low - 1, self._last) - (self._low - 1)
-
-    def place(self, key: Ints, rank: Ints) -> Ints:
-        """For `key (m,)`: how many rows are of a lower key, or of this one and below `rank (m,)`."""
-        return np.searchsorted(self._codes, (key << self._bits) + rank)
-
-    def in_order(self, key: Ints, instant: Ints) -> tuple[Ints, Ints]:
-        """`(m,)` the numbers of `key`, `instant (m,)` by key and instant, and in that order `place` of each `rank`."""
-        codes = (key << self._bits) + self.rank(instant)
-        order = np.argsort(codes)
-        return order, np.searchsorted(self._codes, codes[order])
-
-    @property
-    def keys(self) -> Ints:
-        """`(n,)`: the keys of the rows."""
-        found: Ints = self._codes >> self._bits
-        return found
-
-    @property
-    def starts(self) -> NDArray[np.bool_]:
-        """`(n,)`: True where a key's rows begin."""
-        return _changes(self.keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -452,22 +406,15 @@ def _sorted(values: Ints) -> tuple[Ints, Ints]:
     return values[rows], rows
 
 
-def _changes(values: Ints) -> NDArray[np.bool_]:
-    """`(n,)`: True for the first of a run of equal values."""
-    found = np.ones(len(values), bool)
-    np.not_equal(values[1:], values[:-1], out=found[1:])
-    return found
-
-
 def _days(here: Part, here_days: Ints, late: Part, late_days: Ints) -> tuple[Part, Part]:
     """Which event is the first that makes its day count, of those that do, `here (n,)` and `late (l,)`; days hold their key."""
 
     def firsts(counts: Part, days: Ints) -> Part:
         if counts.all():
-            return _changes(days)
+            return changes(days)
         counted = np.flatnonzero(counts)
         opens = np.zeros(len(counts), bool)
-        opens[counted[_changes(days[counted])]] = True
+        opens[counted[changes(days[counted])]] = True
         return opens
 
     opens = firsts(late, late_days)
