@@ -206,7 +206,7 @@ def test_one_poisoned_day_fails_alone_and_only_failed_repairs_it(
 
 
 def cancel_while_starting(made: Ingested, home: Path, wanted: tuple[str, ...]) -> None:
-    """A backfill that is stopped before it runs, when Dagster refuses to: it is stopped all the same."""
+    """A backfill that is stopped before it runs, when Dagster may refuse to: it is stopped all the same."""
     before = stored(made.url, "user_activity")
     with psycopg.connect(made.url) as connection:
         built_at = connection.execute("SELECT max(built_at) FROM feature_ledger").fetchone()
@@ -225,7 +225,9 @@ def cancel_while_starting(made: Ingested, home: Path, wanted: tuple[str, ...]) -
             stopped = backfill(home, "--cancel")
         said += watching.stdout.read()
     assert watching.returncode == 1, said
-    assert "is told to stop as soon as it can be" in stopped.stdout, stopped.stdout + stopped.stderr
+    # Between the line that was read and the request the run may have begun, and be told as any other is.
+    told = ("is told to stop as soon as it can be", "run 1 · told to stop\n")
+    assert any(words in stopped.stdout for words in told), stopped.stdout + stopped.stderr
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert "run 1 · canceled\n" in stopped.stdout
     assert f"not run: user_activity: {made.first} to {made.last}\n" in stopped.stdout
