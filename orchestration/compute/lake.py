@@ -81,6 +81,8 @@ def shared_duck() -> duckdb.DuckDBPyConnection:
 @cache
 def _kept_open() -> duckdb.DuckDBPyConnection:
     kept = ExitStack()
+    # Nobody may hold it when the interpreter ends, or DuckDB complains of what is left.
+    kept.callback(_kept_open.cache_clear)
     atexit.register(kept.close)
     return kept.enter_context(duck())
 

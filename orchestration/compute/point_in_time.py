@@ -60,6 +60,7 @@ class PointInTime:
 
     def __exit__(self, *error: object) -> None:
         self._db.close()
+        del self._db  # whoever still holds this holds no connection
 
     def features(self, view: FeatureView, keys: dict[str, NDArray[np.str_]], at: NDArray[np.int64]) -> FeatureRows:
         """Features of `view` for n labels: `keys` one array `(n,)` per key column, `at (n,)` microseconds UTC.
