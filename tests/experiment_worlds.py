@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestration.compute.experiments.ratios import Lift, lift_of, moments, products
+from orchestration.compute.experiments.ratios import Lift, lift_of, moments, person_variance, products
 from orchestration.compute.off_policy import Logged
 from orchestration.sources.simulator_world import PEOPLE_BLOCK, World, item_table, people_block, wants_of
 
@@ -80,7 +80,7 @@ def draw_clicks(rng: np.random.Generator, click: Array) -> Array:
     return np.asarray(clicked * looks)
 
 
-def _people(rng: np.random.Generator, n: int, weeks: float) -> tuple[Array, Array, Array]:
+def _people(rng: np.random.Generator, n: int) -> tuple[Array, Array, Array]:
     """`(rate, weekly, covariate)` of n people of the world: the covariate is their clicks in four weeks before, less what
     the average person would have had of as many shown items."""
     world = click_world()
@@ -92,7 +92,7 @@ def _people(rng: np.random.Generator, n: int, weeks: float) -> tuple[Array, Arra
 
 def one_visit_each(rng: np.random.Generator, people: int, lift: float = 0.0, looks: int | None = None) -> Lift:
     """An experiment in which people come one after the other and each is looked at once; a look after each (or `looks`)."""
-    rate, weekly, covariate = _people(rng, people, 1)
+    rate, weekly, covariate = _people(rng, people)
     treated = rng.random(people) < 0.5
     shown = LIST_ITEMS * (1 + rng.poisson(weekly))
     clicks = rng.binomial(shown, np.minimum(rate * (1 + lift * treated), 1.0))
@@ -107,7 +107,7 @@ def one_visit_each(rng: np.random.Generator, people: int, lift: float = 0.0, loo
 
 def returning_people(rng: np.random.Generator, people: int, days: int = 28, lift: float = 0.0) -> Lift:
     """An experiment in which the same people come again and again, each with habits of their own; a look each day."""
-    rate, weekly, covariate = _people(rng, people, days / 7)
+    rate, weekly, covariate = _people(rng, people)
     treated = rng.random(people) < 0.5
     # A person's mood of the week moves all their clicks: days of one person are anything but independent.
     mood = np.repeat(rng.gamma(8, 1 / 8, (people, -(-days // 7))), 7, axis=1)[:, :days]
@@ -125,8 +125,8 @@ def returning_people(rng: np.random.Generator, people: int, days: int = 28, lift
     return lift_of(*arms)
 
 
-POOL_ITEMS, PLACES = 12, 3
-CONTEXTS = 20_000
+POOL_ITEMS, PLACES = 10, 3
+CONTEXTS = 8_000
 TEMPERATURE = 0.5
 
 
@@ -158,15 +158,15 @@ def ranking_world(seed: int = 43, places: int = PLACES) -> RankingWorld:
     popular = rng.gumbel(size=(CONTEXTS, items)) + np.log(world.popularity)
     suits = rng.gumbel(size=(CONTEXTS, items)) + np.log(world.click[person])
     half = POOL_ITEMS // 2
-    chosen = np.argsort(-popular, axis=1)[:, :half]
+    chosen = np.argpartition(-popular, half, axis=1)[:, :half]
     np.put_along_axis(suits, chosen, -np.inf, axis=1)
-    pool = np.concatenate([chosen, np.argsort(-suits, axis=1)[:, :half]], axis=1)
+    pool = np.concatenate([chosen, np.argpartition(-suits, half, axis=1)[:, :half]], axis=1)
     click = np.take_along_axis(world.click[person], pool, axis=1)
     utility = np.log(click / (1 - click))
     # Scores are logits of a ranker's opinion. The candidate is the old one after more training: it shares most of its error.
     shared = utility + rng.normal(0, 0.6, utility.shape)
-    old = 0.7 * (shared + rng.normal(0, 0.6, utility.shape))
-    new = 0.7 * (shared + rng.normal(0, 0.2, utility.shape))
+    old = 0.8 * (shared + rng.normal(0, 0.5, utility.shape))
+    new = 0.8 * (shared + rng.normal(0, 0.2, utility.shape))
     best = np.argsort(-new, axis=1)[:, :places]
     value = expected_clicks(np.take_along_axis(click, best, axis=1)).sum(1)
     return RankingWorld(person, click, old, new, value)
@@ -189,3 +189,10 @@ def explored_lists(rng: np.random.Generator, people: int, places: int = PLACES) 
     there = np.ones(old.shape, bool)
     who = np.repeat(np.arange(people), count)
     return Logged(shown, taken / left, there, world.old[rows], clicks, who), world.new[rows]
+
+
+def pilot_variance(rng: np.random.Generator, people: int = 20_000) -> float:
+    """What a planner takes from people who were looked at before: the variance of one person's share in the metric."""
+    rate, weekly, covariate = _people(rng, people)
+    shown = LIST_ITEMS * (1 + rng.poisson(weekly))
+    return person_variance(moments(rng.binomial(shown, rate), shown, covariate[:, None]))

@@ -40,7 +40,7 @@ LEAST_EFFECTIVE = 100.0
 """Effective lists at the last place judged (Kong 1992): below, one lucky list moves everything."""
 MOST_WEIGHT = 100.0
 """Weights are cut there: what is lost is a bias that is reported, what is won is that no list counts for a hundred."""
-MOST_CLIPPED_RATE = 0.02
+MOST_CLIPPED_RATE = 0.05
 """Of all weight: if more is cut, the bias is no longer small beside the interval."""
 SUPPORT_Z = 4.0
 """Weights have mean 1 where the log could have shown all that the candidate shows. So many standard errors away from it
@@ -143,8 +143,8 @@ def evaluate(
     raw = np.cumprod(ratios, axis=1)
     if assumption == "slate":
         raw = np.broadcast_to(raw[:, -1:], raw.shape)
-    _check_support(raw, logged.person)
     weights = np.minimum(raw, most_weight)
+    _check_support(raw, weights, logged.person)
     clipped_rate = float(1 - weights.sum() / raw.sum())
     if clipped_rate > MOST_CLIPPED_RATE:
         raise NoSupport(
@@ -298,12 +298,13 @@ def _check(logged: Logged, people: int) -> None:
         )
 
 
-def _check_support(weights: Array, person: Ints) -> None:
-    """Raise NoSupport at the first place where the weights show that the log and the candidate do not meet."""
+def _check_support(raw: Array, weights: Array, person: Ints) -> None:
+    """Raise NoSupport at the first place where the weights, before and after the cut, show that log and candidate do not
+    meet."""
     for place in range(weights.shape[1]):
         enough = f"judge the first {place} places only, or explore more" if place else "explore more"
-        column = weights[:, place]
-        effective = effective_lists(column)
+        column = raw[:, place]
+        effective = effective_lists(weights[:, place])
         if effective < LEAST_EFFECTIVE:
             raise NoSupport(
                 f"of {len(column):,} lists only {effective:,.0f} are as the candidate's up to place {place + 1}; at least "

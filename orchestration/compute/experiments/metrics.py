@@ -25,7 +25,7 @@ CLICK_KINDS = ("view", "click", "rating", "like", "purchase")
 """Kinds of events that say that a shown item was taken up."""
 DWELL_KINDS = ("dwell",)
 SATISFACTION_KINDS, TRUST_KINDS = ("survey_satisfied",), ("survey_trust",)
-"""Survey answers: the value is the answer, the item is none. Deployments without such events have metrics without data."""
+"""Survey answers, 1 to 5, about a list and no item. A deployment without a survey has metrics without data."""
 
 
 @dataclass(frozen=True, slots=True)

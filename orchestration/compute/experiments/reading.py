@@ -73,6 +73,7 @@ def read_panel(connection: psycopg.Connection[Any], lake: Lake, experiment: Expe
         )
         _load(db, "outcomes", _OUTCOMES, connection, _OUTCOMES_SQL, (before, until))
         _old_outcomes(db, connection, lake, before)
+        _survey(db, connection, before, until)
         db.execute(_PEOPLE)
         _habits(db, connection, lake, before, experiment.start)
         days = _days(start, until)
@@ -188,6 +189,25 @@ def _old_outcomes(
         f"INSERT INTO outcomes SELECT {', '.join(_OUTCOMES.names)} FROM lake_outcomes WHERE request_id IS NOT NULL "
         "AND event_id NOT IN (SELECT event_id FROM outcomes)"
     )
+
+
+def _survey(
+    db: duckdb.DuckDBPyConnection, connection: psycopg.Connection[Any], since: datetime, until: datetime
+) -> None:
+    """Add the survey's answers, which are no events; nothing where no survey is kept."""
+    if connection.execute("SELECT to_regclass('survey_answers')").fetchone() == (None,):
+        return
+    rows = connection.execute(
+        "SELECT request_id || ' ' || question, request_id, user_id, '', 'survey_' || question, answer::float8, answered_at "
+        "FROM survey_answers WHERE answered_at >= %s AND answered_at < %s",
+        (since, until),
+    ).fetchall()
+    if rows:
+        columns = [
+            pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), _OUTCOMES.types, strict=True)
+        ]
+        db.register("answers", pa.table(columns, schema=_OUTCOMES))
+        db.execute("INSERT INTO outcomes SELECT * FROM answers")
 
 
 def _habits(
