@@ -50,7 +50,13 @@ prompts_job = dg.define_asset_job(
     description="Judge every prompt template on today's data and record the best of each kind. Select all partitions.",
 )
 
-JOBS = [daily_job, catalogue_job, training_job, audit_job, prompts_job]
+experiments_job = dg.define_asset_job(
+    "daily_experiments",
+    dg.AssetSelection.assets("experiment_report"),
+    description="What every running experiment says. Switches off what breaks a guardrail.",
+)
+
+JOBS = [daily_job, catalogue_job, training_job, audit_job, prompts_job, experiments_job]
 
 
 def schedules() -> list[dg.ScheduleDefinition | dg.UnresolvedPartitionedAssetScheduleDefinition]:
@@ -61,5 +67,6 @@ def schedules() -> list[dg.ScheduleDefinition | dg.UnresolvedPartitionedAssetSch
         ),
         dg.ScheduleDefinition(name="catalogue_at_01_00", job=catalogue_job, cron_schedule="0 1 * * *"),
         dg.ScheduleDefinition(name="skew_audit_at_02_15", job=audit_job, cron_schedule="15 2 * * *"),
+        dg.ScheduleDefinition(name="experiments_at_02_45", job=experiments_job, cron_schedule="45 2 * * *"),
         dg.ScheduleDefinition(name="training_on_mondays", job=training_job, cron_schedule="0 3 * * 1"),
     ]

@@ -1,0 +1,122 @@
+"""Explored lists from the served log, as arrays for off-policy estimates, and what a shadow would have shown instead."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any
+
+import numpy as np
+import psycopg
+from numpy.typing import NDArray
+
+from orchestration.compute.experiments.metrics import ATTRIBUTED_DAYS, CLICK_KINDS
+from orchestration.compute.off_policy import Estimate, Evaluation, Logged, NoSupport, difference, evaluate
+
+Array = NDArray[np.float64]
+
+MOST_LISTS = 200_000
+"""The newest so many explored lists are read at most."""
+PLACES = 10
+"""Of each list, at most: weights grow with every place."""
+
+_LISTS = (
+    "SELECT request_id, user_id, item_ids[:%(places)s], propensities[:%(places)s], candidate_ids, candidate_scores "
+    "FROM served_requests WHERE propensities IS NOT NULL AND candidate_ids IS NOT NULL AND cardinality(item_ids) > 0 "
+    "AND served_at >= %(since)s AND served_at < %(until)s AND (%(asked)s::text[] IS NULL OR request_id = ANY(%(asked)s)) "
+    f"ORDER BY served_at DESC LIMIT {MOST_LISTS}"
+)
+_CLICKS = (
+    "SELECT DISTINCT request_id, item_id FROM recent_events JOIN served_requests USING (request_id, user_id) "
+    "WHERE propensities IS NOT NULL AND served_at >= %(since)s AND served_at < %(until)s AND kind = ANY(%(kinds)s) "
+    "AND occurred_at >= %(since)s AND occurred_at < served_at + %(window)s"
+)
+_SHADOWS = (
+    "SELECT request_id, item_ids FROM shadow_requests WHERE experiment = %(experiment)s AND arm = %(arm)s "
+    "AND served_at >= %(since)s AND served_at < %(until)s"
+)
+
+
+def read_explored(
+    connection: psycopg.Connection[Any],
+    since: datetime,
+    until: datetime,
+    *,
+    places: int = PLACES,
+    asked: list[str] | None = None,
+) -> tuple[Logged, list[str], list[list[str]]]:
+    """The explored lists of those days with their clicks; their request ids; their pools' item ids.
+
+    `asked` keeps those requests only. Lists that show what their pool lacks are left out: nothing can be said of them.
+    """
+    window = timedelta(days=ATTRIBUTED_DAYS)
+    values = {"since": since, "until": until, "places": places, "asked": asked}
+    rows = connection.execute(_LISTS, values).fetchall()
+    clicks = set(
+        connection.execute(
+            _CLICKS, {"since": since, "until": until, "kinds": list(CLICK_KINDS), "window": window}
+        ).fetchall()
+    )
+    kept, requests, pools = [], [], []
+    for request_id, user_id, item_ids, propensities, pool, scores in rows:
+        index = {item_id: place for place, item_id in enumerate(pool)}
+        if all(item_id in index for item_id in item_ids):
+            shown = [index[item_id] for item_id in item_ids]
+            clicked = [float((request_id, item_id) in clicks) for item_id in item_ids]
+            kept.append((user_id, shown, propensities, scores, clicked))
+            requests.append(request_id)
+            pools.append(pool)
+    n, k = len(kept), max((len(row[1]) for row in kept), default=0)
+    m = max((len(pool) for pool in pools), default=0)
+    shown_at = np.full((n, k), -1, np.int64)
+    chance, rewards = np.ones((n, k)), np.zeros((n, k))
+    there, logged_scores = np.zeros((n, m), bool), np.zeros((n, m))
+    for row, (_, shown, propensities, scores, clicked) in enumerate(kept):
+        shown_at[row, : len(shown)] = shown
+        chance[row, : len(shown)] = propensities
+        rewards[row, : len(shown)] = clicked
+        there[row, : len(scores)] = True
+        logged_scores[row, : len(scores)] = scores
+    _, person = np.unique(np.array([row[0] for row in kept], dtype=np.str_), return_inverse=True)
+    return Logged(shown_at, chance, there, logged_scores, rewards, person.astype(np.int64)), requests, pools
+
+
+def shadow_scores(
+    connection: psycopg.Connection[Any], experiment: str, arm: str, since: datetime, until: datetime
+) -> dict[str, list[str]]:
+    """What a shadow would have shown, in order, by request; nothing where no shadows are logged."""
+    if connection.execute("SELECT to_regclass('shadow_requests')").fetchone() == (None,):
+        return {}
+    values = {"experiment": experiment, "arm": arm, "since": since, "until": until}
+    return dict(connection.execute(_SHADOWS, values).fetchall())
+
+
+def judge_shadow(
+    connection: psycopg.Connection[Any], experiment: str, arm: str, since: datetime, until: datetime
+) -> tuple[Evaluation, Estimate]:
+    """What a shadow's lists would be worth, and how much more than the lists of the ranker that was explored.
+
+    Judged are as many places as the log supports. Raises NoSupport if that is none.
+    """
+    lists = shadow_scores(connection, experiment, arm, since, until)
+    logged, requests, pools = read_explored(connection, since, until, asked=list(lists))
+    scores = np.full(logged.scores.shape, -1.0)
+    for row, (request_id, pool) in enumerate(zip(requests, pools, strict=True)):
+        rank = {item_id: place for place, item_id in enumerate(lists[request_id])}
+        # Below everything it names, in the pool's own order; an item it names and the pool lacks makes room for the next,
+        # which the weights count as a list that could not be shown only where it comes first.
+        scores[row, : len(pool)] = [-float(rank.get(item_id, len(rank) + place)) for place, item_id in enumerate(pool)]
+    return judge_most(logged, scores)
+
+
+def judge_most(logged: Logged, scores: Array) -> tuple[Evaluation, Estimate]:
+    """A candidate with `scores (n, m)` and its lead over the logged ranker, over as many places as the log supports for
+    both. Raises NoSupport, with the reason of the first place, if that is none."""
+    for places in range(logged.shown.shape[1], 0, -1):
+        cut = logged.first(places)
+        try:
+            candidate = evaluate(cut, scores)
+            return candidate, difference(candidate, evaluate(cut, cut.scores))
+        except NoSupport:
+            if places == 1:
+                raise
+    return evaluate(logged, scores), Estimate(0.0, 0.0, 0.0, 0.0)
