@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import statistics
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,6 @@ import numpy as np
 
 from inference.http import handle
 from inference.runtime import LarderApplication
-from inference.settings import Settings
 from tests.benchmarks.serving_process import Client, cpu_seconds, postgres_processes, served
 from tests.benchmarks.serving_replay import Recorder, onnx_ms, postgres_ms
 from tests.benchmarks.serving_world import Sizes, World, body, wish
@@ -28,22 +27,6 @@ WHOLE = b'"degraded":[]'
 
 def found(numbers: dict[str, float | None], **details: Any) -> Found:
     return {"numbers": numbers, "details": details}
-
-
-def application(world: World, **more: Any) -> LarderApplication:
-    """The real application in this process, warm, reading and writing by its two roles."""
-    said = world.environment()
-    settings = Settings(
-        said["DATABASE_URL"],
-        said["ARTIFACTS_URL"],
-        writer_url=said["LARDER_WRITER_URL"],
-        request_log="off",
-        access="platform",
-        **more,
-    )
-    made = LarderApplication.from_settings(settings)
-    made.warm()
-    return made
 
 
 def headers(world: World) -> dict[str, str]:
@@ -67,7 +50,6 @@ def latency(world: World, work: Path, sizes: Sizes, say: Say) -> Found:
     """One client over HTTP, with a wish and without; where the time goes, by asking Postgres and the ranker alone."""
     plain = [body(world, number) for number in range(sizes.requests)]
     wishing = [body(world, number, prompt=wish(number)) for number in range(sizes.requests)]
-    server = postgres_processes(world.url)
     with served(world.environment()) as (port, pid):
         client = Client(port, headers(world))
         for number in range(10):
@@ -99,7 +81,7 @@ def latency(world: World, work: Path, sizes: Sizes, say: Say) -> Found:
             **cpu_ms,
             "one_client_cpu_ms": sum(cpu_ms.values()),
         },
-        processes_of_postgres=len(server),
+        requests=len(plain),
     )
 
 
@@ -117,7 +99,7 @@ def timed(client: Client, bodies: Sequence[bytes]) -> list[float]:
 
 def replayed(world: World, bodies: Sequence[bytes], took_ms: Sequence[float]) -> dict[str, float]:
     """Of requests that took so long over HTTP: what of it was Postgres and the ranker, and the rest, which is ours."""
-    app = application(world, concurrency=1)
+    app = world.application(concurrency=1)
     try:
         ask_all(app, bodies)  # statements are prepared, plans made
         trips = round_trips(app, world, bodies[0])
@@ -191,8 +173,6 @@ def load(world: World, work: Path, sizes: Sizes, say: Say) -> Found:
         )
         seconds = time.perf_counter() - began
     used_ms, alone_ms = sum(each.values()), sum(alone.values())
-    import os
-
     cores = os.cpu_count() or 1
     per_second = len(took) / seconds
     return found(
@@ -257,7 +237,3 @@ def many(
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def median(values: Sequence[float]) -> float:
-    return float(statistics.median(values))

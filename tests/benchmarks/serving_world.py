@@ -22,17 +22,66 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from inference.encoder import TextEncoder
+    from inference.runtime import LarderApplication
     from schemas.events import Event, Item
 
 LIKED = "value >= 4"
-CATEGORIES = tuple(
-    "drama comedy thriller romance western history nature travel music science sport crime war family fantasy horror "
-    "animation noir opera documentary".split()
+CATEGORIES = (
+    "drama",
+    "comedy",
+    "thriller",
+    "romance",
+    "western",
+    "history",
+    "nature",
+    "travel",
+    "music",
+    "science",
+    "sport",
+    "crime",
+    "war",
+    "family",
+    "fantasy",
+    "horror",
+    "animation",
+    "noir",
+    "opera",
+    "documentary",
 )
-WORDS = (
-    "quiet old bright lost northern hidden last silver broken long river garden winter harbour letter city road island "
-    "summer mountain night house sea fire bridge stone forest mirror train window clock song"
-).split()
+WORDS = [
+    "quiet",
+    "old",
+    "bright",
+    "lost",
+    "northern",
+    "hidden",
+    "last",
+    "silver",
+    "broken",
+    "long",
+    "river",
+    "garden",
+    "winter",
+    "harbour",
+    "letter",
+    "city",
+    "road",
+    "island",
+    "summer",
+    "mountain",
+    "night",
+    "house",
+    "sea",
+    "fire",
+    "bridge",
+    "stone",
+    "forest",
+    "mirror",
+    "train",
+    "window",
+    "clock",
+    "song",
+]
 FILE = "world.json"
 
 
@@ -135,11 +184,25 @@ class World:
         with psycopg.connect(self.url) as connection:
             return keys.create(connection, "the bench", ("recommend", "write", "admin"), per_minute=1_000_000)
 
+    def application(self, **more: Any) -> LarderApplication:
+        """The real application in this process, warm, reading and writing by its two roles."""
+        from inference.runtime import LarderApplication
+        from inference.settings import Settings
+
+        said = self.environment()
+        more = {"access": "platform", "request_log": "off", **more}
+        settings = Settings(said["DATABASE_URL"], said["ARTIFACTS_URL"], writer_url=said["LARDER_WRITER_URL"], **more)
+        made = LarderApplication.from_settings(settings)
+        made.warm()
+        return made
+
     def keep(self, work: Path) -> None:
+        """Remember in `work` where it lies."""
         (work / FILE).write_text(json.dumps(asdict(self)))
 
     @classmethod
     def kept(cls, work: Path) -> World:
+        """The world that was built in `work` before."""
         return cls(**json.loads((work / FILE).read_text()))
 
 
