@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.live import HEAD_MOST, Columns, live_columns, snapshot_columns, utc_day
-from inference.sql_files import half_vectors, statement, vector_literal
+from inference.sql_files import half_vectors, statement, text_array, vector_literal
 from schemas import online_sql
 from schemas.feature_sql import read_sql
 from schemas.features import ITEM, FeatureView
@@ -47,7 +47,7 @@ class Filters:
     def parameters(self) -> dict[str, object]:
         """The values that the conditions name."""
         return {
-            "exclude": list(self.exclude),
+            "exclude": text_array(self.exclude),
             "categories": None if self.categories is None else list(self.categories),
             "exclude_categories": list(self.exclude_categories),
         }
@@ -190,9 +190,9 @@ def _sources(
             "JOIN co_visitation AS c ON c.item_id = r.item_id) ON c.neighbour_id = g.item_id "
             "WHERE g.item_id IN (SELECT item_id FROM allowed) GROUP BY g.item_id)"
         )
-        return [sql], {"given": given, "champion": champion, "recent": recent}
+        return [sql], {"given": text_array(given), "champion": champion, "recent": text_array(recent)}
     picked: list[str] = []
-    parameters: dict[str, Any] = {"champion": champion, "recent": recent}
+    parameters: dict[str, Any] = {"champion": champion, "recent": text_array(recent)}
     # Written into the statement: a plan made for any limit expects far fewer rows than these.
     share, part, few = limit // 2, limit // 3, limit // 10
     # The lists hold items that were there when they were made, so only a filter by category has to look at the items

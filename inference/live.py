@@ -146,15 +146,16 @@ def live_columns(entity: Entity, rows: Sequence[tuple[Any, ...]], today: date, k
     found = [row for row in rows if row[0] is not None]
     states = np.full((len(found), len(layout.view_of)), np.nan)
     held = np.zeros((len(found), len(views)), bool)
-    for number, (view, span) in enumerate(zip(views, layout.spans, strict=True)):
-        bytes_, version = 8 * (1 + span.stop - span.start), bytes.fromhex(view.definition_hash)
+    for number, span in enumerate(layout.spans):
+        size_bytes = 8 * (1 + span.stop - span.start)
         packed = [row[keys + len(views) + number] for row in found]
+        sized = [place for place, value in enumerate(packed) if value is not None and len(value) == size_bytes]
+        words = np.frombuffer(b"".join([packed[place] for place in sized]), ">i8").reshape(-1, size_bytes // 8)
         # A row packed by another definition would be read as other states: it counts as missing.
-        fit = [value is not None and len(value) == bytes_ and value[:8] == version for value in packed]
-        if any(fit):
-            held[:, number] = fit
-            raw = b"".join(value for value, fits in zip(packed, fit, strict=True) if fits)
-            states[held[:, number], span] = np.frombuffer(raw, ">f8").reshape(-1, bytes_ // 8)[:, 1:]
+        fit = words[:, 0] == layout.hashes[number]
+        places = np.array(sized, np.intp)[fit]
+        held[places, number] = True
+        states[places, span] = words[fit, 1:].view(">f8")
     merge(layout, states, held, edges, _tiles([row[width - 1] for row in found], layout.tile_width))
     midnight = midnight_of(today)
     named = [row[:keys] for row in found]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import Meter
     from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
 logger = logging.getLogger(__name__)
 deferred = Deferred()
@@ -102,8 +102,7 @@ def _set_up() -> None:
         if not _state.ready:
             if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() != "true":
                 if _wanted("TRACES"):
-                    ids = KnownIds()
-                    _state.tracing = Tracing(_tracer_provider(ids), ids)
+                    _state.tracing = _tracing()
                 if _wanted("METRICS"):
                     _state.metering = Metering(_meter_provider())
             _state.ready = True
@@ -149,16 +148,20 @@ _current: ContextVar[OpenSpan | None] = ContextVar("larder_span", default=None)
 class Tracing:
     """Spans, nested by context. A request pays for ids and instants; the SDK's work waits for `deferred`."""
 
-    def __init__(self, provider: TracerProvider, ids: KnownIds) -> None:
+    def __init__(self, provider: TracerProvider, processor: SpanProcessor) -> None:
         from opentelemetry import trace
+        from opentelemetry.sdk.trace import ReadableSpan
         from opentelemetry.sdk.trace.sampling import Decision
+        from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
         self._sampled = Decision.RECORD_AND_SAMPLE
         self._trace = trace
         self._kinds = {kind.name.lower(): kind for kind in trace.SpanKind}
         self._provider = provider
-        self._ids = ids
-        self._tracer = provider.get_tracer("larder", version())
+        self._processor = processor
+        self._ended = ReadableSpan
+        self._scope = InstrumentationScope("larder", version())
+        self._fine, self._failed = trace.Status(), trace.Status(trace.StatusCode.ERROR)
 
     def open(
         self,
@@ -207,28 +210,24 @@ class Tracing:
         self._provider.shutdown()
 
     def _emit(self, span: OpenSpan) -> None:
-        """The closed `span` as the SDK's own, with the ids that it had."""
-        self._ids.trace_id, self._ids.span_id = int(span.context.trace_id, 16), int(span.context.span_id, 16)
-        made = self._tracer.start_span(
-            span.name,
-            context=context_of(span.parent),
-            kind=self._kinds[span.kind],
-            attributes=span.attributes,
-            links=[self._trace.Link(_remote(link)) for link in span.links] if span.links else None,
-            start_time=span.started_ns,
-            record_exception=False,
-            set_status_on_exception=False,
-        )
+        """The closed `span` as the SDK exports it. A tracer would first make one that is open, which costs as much again."""
         if span.error:
-            made.set_attribute("error.type", span.error)
-            made.set_status(self._trace.Status(self._trace.StatusCode.ERROR))
-        made.end(span.ended_ns)
-
-
-class KnownIds:
-    """What the SDK's generator of ids gives next: those that the span has had since it was opened."""
-
-    trace_id = span_id = 1
+            span.attributes["error.type"] = span.error
+        self._processor.on_end(
+            self._ended(
+                span.name,
+                _remote(span.context),
+                _remote(span.parent) if span.parent is not None else None,
+                self._provider.resource,
+                span.attributes,
+                kind=self._kinds[span.kind],
+                links=[self._trace.Link(_remote(link)) for link in span.links],
+                status=self._failed if span.error else self._fine,
+                start_time=span.started_ns,
+                end_time=span.ended_ns,
+                instrumentation_scope=self._scope,
+            )
+        )
 
 
 class Metering:
@@ -259,7 +258,7 @@ def _measure(
     record(value, attributes, context_of(within))
 
 
-@lru_cache(64)  # a request's measures and spans share a few
+@lru_cache(64)  # a request's measures share a few
 def context_of(context: TraceContext | None) -> Any:
     """OpenTelemetry's context in which `context` is the current span; an empty one for None."""
     from opentelemetry import trace
@@ -268,6 +267,7 @@ def context_of(context: TraceContext | None) -> Any:
     return trace.set_span_in_context(trace.NonRecordingSpan(_remote(context)), Context()) if context else Context()
 
 
+@lru_cache(64)  # a request's spans share their parents
 def _remote(context: TraceContext) -> Any:
     from opentelemetry import trace
 
@@ -280,23 +280,15 @@ def _remote(context: TraceContext) -> Any:
     )
 
 
-def _tracer_provider(ids: KnownIds) -> TracerProvider:
+def _tracing() -> Tracing:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    from opentelemetry.sdk.trace.id_generator import IdGenerator
 
-    class Known(IdGenerator):
-        def generate_span_id(self) -> int:
-            return ids.span_id
-
-        def generate_trace_id(self) -> int:
-            return ids.trace_id
-
-    provider = TracerProvider(resource=_resource(), id_generator=Known())
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    provider, processor = TracerProvider(resource=_resource()), BatchSpanProcessor(OTLPSpanExporter())
+    provider.add_span_processor(processor)
     atexit.register(deferred.drain)  # before the provider's own, which sends it
-    return provider
+    return Tracing(provider, processor)
 
 
 def _meter_provider() -> MeterProvider:

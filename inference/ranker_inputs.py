@@ -99,9 +99,8 @@ def _crossed(
     value, mask = finish(
         view, columns.states, at=np.full(len(place), seconds), as_of=columns.as_of, present=np.ones(len(place), bool)
     )
-    membership = np.zeros((len(categories), len(place)), np.float32)
-    for row, names in enumerate(categories):
-        for name in names:
-            if name in place:
-                membership[row, place[name]] = 1.0
-    return crossed(value, mask, membership)
+    # One column more, which is left out, for the categories that the person has nothing of.
+    membership = np.zeros((len(categories), len(place) + 1), np.float32)
+    at = [place.get(name, -1) for names in categories for name in names]
+    membership[np.repeat(np.arange(len(categories)), [len(names) for names in categories]), at] = 1.0
+    return crossed(value, mask, membership[:, :-1])

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 from schemas.checks import VIEW_CHECKS, Check
 from schemas.declarations import check_view
@@ -149,18 +150,12 @@ class FeatureView:
     @property
     def states(self) -> tuple[State, ...]:
         """The distinct states of a tile, in order of first use."""
-        return tuple({state.name: state for feature in self.features for state in feature.states}.values())
+        return _states_of(self)
 
     @property
     def columns(self) -> tuple[tuple[str, State, int], ...]:
         """The snapshot's columns `(name, state, window_days)`: one per state and window, in order of first use."""
-        return tuple(
-            {
-                column(state, feature.window_days): (column(state, feature.window_days), state, feature.window_days)
-                for feature in self.features
-                for state in feature.states
-            }.values()
-        )
+        return _columns_of(self)
 
     @property
     def max_window_days(self) -> int:
@@ -170,11 +165,31 @@ class FeatureView:
     @property
     def definition_hash(self) -> str:
         """Changes exactly when a stored value could: keys, states, windows, category grouping."""
-        parts = [self.name, *self.entity.keys]
-        parts += [
-            f"{name}|{state.merge}|{state.sql}|{state.half_life_days}|{days}" for name, state, days in self.columns
-        ]
-        return _digest(parts)
+        return _definition_hash_of(self)
+
+
+# Every request asks for these of every view.
+@cache
+def _states_of(view: FeatureView) -> tuple[State, ...]:
+    return tuple({state.name: state for feature in view.features for state in feature.states}.values())
+
+
+@cache
+def _columns_of(view: FeatureView) -> tuple[tuple[str, State, int], ...]:
+    return tuple(
+        {
+            column(state, feature.window_days): (column(state, feature.window_days), state, feature.window_days)
+            for feature in view.features
+            for state in feature.states
+        }.values()
+    )
+
+
+@cache
+def _definition_hash_of(view: FeatureView) -> str:
+    parts = [view.name, *view.entity.keys]
+    parts += [f"{name}|{state.merge}|{state.sql}|{state.half_life_days}|{days}" for name, state, days in view.columns]
+    return _digest(parts)
 
 
 def column(state: State, window_days: int) -> str:

@@ -90,7 +90,7 @@ def build(url: str, folder: Path, *, people: int = 40, items: int = 120, size: s
     for view in VIEWS:
         materialise(view, yesterday, yesterday, url=url, lake=lake)
     with psycopg.connect(url, options="-c TimeZone=UTC") as connection:
-        manifest, artifact = _artifact(connection, home, encoder, size)
+        manifest, artifact = random_artifact(connection, home, encoder, size)
         registry.register(connection, manifest, f"models/ranker/{manifest.version}")
         registry.record_gate(connection, manifest.version, True, {"words": ["random weights"]})
         refresh_item_vectors(connection, artifact, encoder)
@@ -103,7 +103,9 @@ def build(url: str, folder: Path, *, people: int = 40, items: int = 120, size: s
     return ServedWorld(url, home.as_uri(), manifest.version, who, what)
 
 
-def _artifact(connection: psycopg.Connection, home: Path, encoder: TextEncoder, size: str) -> tuple[Manifest, Path]:
+def random_artifact(
+    connection: psycopg.Connection, home: Path, encoder: TextEncoder, size: str
+) -> tuple[Manifest, Path]:
     """An artefact of random weights in its final place."""
     f, g, d = len(context_features()), len(candidate_features()), SIZES[size].dim
     place = home / "models" / "ranker" / "unfinished"

@@ -11,6 +11,7 @@ import base64
 import binascii
 import contextlib
 import json
+import logging
 import os
 import threading
 import time
@@ -24,8 +25,12 @@ from inference.http import JSON_TYPE, Application, Response, handle, refused
 from inference.propagation import CARRIER_HEADERS
 from schemas.errors import RequestError
 
+logger = logging.getLogger(__name__)
+
 RESERVE_MS = 50
 """Kept back from the platform's deadline to render, send and flush."""
+START_SECONDS = 8.0
+"""Lambda ends a start after ten seconds and begins anew, in the time of the first request."""
 FLUSH_MS = 200
 """Spans, and what the application writes after an answer, get so long to leave before the platform freezes the process."""
 
@@ -42,8 +47,10 @@ class LambdaContext(Protocol):
 Handler = Callable[[dict[str, Any], LambdaContext], dict[str, Any] | bytes]
 
 
-def create_handler(app_factory: Callable[[], Application], *, snapshots: bool = False) -> Handler:
-    """A handler around what `app_factory` builds at the first invocation, once per process.
+def create_handler(
+    app_factory: Callable[[], Application], *, snapshots: bool = False, at_start: bool = False
+) -> Handler:
+    """A handler around what `app_factory` builds once per process: at the first invocation, or `at_start`.
 
     A factory that fails is tried again by the next invocation; this one gets the error. With `snapshots` the platform
     (Lambda SnapStart) is told what to do before it takes one, when the application is built, and after it restored one.
@@ -83,6 +90,8 @@ def create_handler(app_factory: Callable[[], Application], *, snapshots: bool = 
     def after_restore() -> None:
         _tell(application(), "after_restore")
 
+    if at_start:
+        _within_start(application)
     if snapshots:
         with contextlib.suppress(ImportError):  # no runtime of Lambda's
             import snapshot_restore_py
@@ -90,6 +99,20 @@ def create_handler(app_factory: Callable[[], Application], *, snapshots: bool = 
             snapshot_restore_py.register_before_snapshot(before_snapshot)
             snapshot_restore_py.register_after_restore(after_restore)
     return handler
+
+
+def _within_start(build: Callable[[], Application]) -> None:
+    """Build before the platform is asked for work: it gives a start more of the processor, and freezes the process after."""
+
+    def try_to() -> None:
+        try:
+            build()
+        except Exception as error:  # noqa: BLE001 - the first invocation tries again, and answers with what is wrong
+            logger.warning("the application could not be built at the start: %s", type(error).__name__)
+
+    thread = threading.Thread(target=try_to, name="larder-start", daemon=True)
+    thread.start()
+    thread.join(START_SECONDS)
 
 
 def _tell(app: Application, what: str) -> None:
@@ -182,4 +205,5 @@ def _create_application() -> Application:
     return create_application()
 
 
-handler = create_handler(_create_application, snapshots=True)
+# Without a runtime's address this was only imported.
+handler = create_handler(_create_application, snapshots=True, at_start="AWS_LAMBDA_RUNTIME_API" in os.environ)

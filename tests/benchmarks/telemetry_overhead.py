@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from inference import request_log, telemetry
 from inference.http import handle
@@ -31,7 +31,7 @@ from infra import postgres
 from infra.feature_tables import ensure_view_tables
 from tests.benchmarks.frame import machine, note
 from tests.inference.otlp_receiver import receiving
-from tests.served_world import ServedWorld, build
+from tests.served_world import build
 
 HEADERS = {"content-type": "application/json"}
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -56,7 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return report
 
 
-def measure(world: ServedWorld, *, rounds: int, block: int) -> dict[str, Any]:
+class World(Protocol):
+    """A deployment to ask."""
+
+    @property
+    def people(self) -> list[str]: ...
+
+    def application(self, **more: Any) -> LarderApplication: ...
+
+
+def measure(world: World, *, rounds: int, block: int) -> dict[str, Any]:
     """`rounds` times `block` requests without telemetry and as many with it, in turns; milliseconds and a rate."""
     application = world.application(access="platform")
     took: dict[bool, list[float]] = {False: [], True: []}
@@ -116,7 +125,7 @@ def measure(world: ServedWorld, *, rounds: int, block: int) -> dict[str, Any]:
     }
 
 
-def _ask(application: LarderApplication, world: ServedWorld, requests: int) -> list[float]:
+def _ask(application: LarderApplication, world: World, requests: int) -> list[float]:
     """Milliseconds of each of so many requests, people in turn."""
     found = []
     for number in range(requests):

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,6 +49,10 @@ class RuntimeApi(ThreadingHTTPServer):
         self.running: dict[str, Invocation] = {}
         self.init_errors: list[bytes] = []
         self.stopping = threading.Event()
+        self.started_at = 0.0
+        self.ready = threading.Event()
+        self.ready_seconds = 0.0
+        """From the start of the runtime's process until it first asked for work."""
 
     @property
     def address(self) -> str:
@@ -73,6 +77,9 @@ class _Requests(BaseHTTPRequestHandler):
         if self.path != f"{PREFIX}/invocation/next":
             self._reply(404)
             return
+        if not self.server.ready.is_set():
+            self.server.ready_seconds = time.perf_counter() - self.server.started_at
+            self.server.ready.set()
         while not self.server.stopping.is_set():
             try:
                 invocation = self.server.waiting.get(timeout=0.05)
@@ -130,7 +137,11 @@ class _Requests(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def running_function(handler: str, environment: Mapping[str, str] | None = None) -> Iterator[RuntimeApi]:
+def running_function(
+    handler: str,
+    environment: Mapping[str, str] | None = None,
+    python: Sequence[str] = (sys.executable,),
+) -> Iterator[RuntimeApi]:
     """The Runtime API with one real runtime (`python -m awslambdaric <handler>`) asking it for work."""
     api = RuntimeApi()
     thread = threading.Thread(target=api.serve_forever, kwargs={"poll_interval": 0.02})
@@ -143,8 +154,9 @@ def running_function(handler: str, environment: Mapping[str, str] | None = None)
         **(environment or {}),
     }
     with tempfile.TemporaryFile() as output:
+        api.started_at = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, "-m", "awslambdaric", handler], env=variables, stdout=output, stderr=output, cwd=ROOT
+            [*python, "-m", "awslambdaric", handler], env=variables, stdout=output, stderr=output, cwd=ROOT
         )
         try:
             yield api

@@ -107,6 +107,20 @@ def test_an_application_that_fails_to_start_is_tried_again() -> None:
         assert api.invoke(DOCUMENT) == expected(DOCUMENT)
 
 
+def test_an_application_built_at_the_start_is_there_before_the_first_event() -> None:
+    with running_function("lambda_target.early_handler") as api:
+        assert api.ready.wait(20)
+        started = time.perf_counter()
+        assert api.invoke(DOCUMENT) == expected(DOCUMENT)
+        assert time.perf_counter() - started < 0.15, "it was built when it was asked"
+
+
+def test_an_application_that_cannot_be_built_at_the_start_is_built_when_it_is_asked() -> None:
+    with running_function("lambda_target.early_flaky_handler") as api:
+        assert api.invoke(DOCUMENT) == expected(DOCUMENT)
+    assert not api.init_errors
+
+
 def test_the_application_is_built_once_however_many_ask() -> None:
     class Context:
         aws_request_id = "r"

@@ -9,20 +9,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import TODAY
-from released import PEOPLE, Released, released
+from flips import ask, flips_under_load, make, serving
+from released import Released, released
 
-from inference import http
 from inference.models import LoadedModels
 from inference.ranker import Ranker
 from inference.runtime import LarderApplication
-from inference.settings import Settings
 from inference.store import Champion
 from schemas.errors import Unavailable
 
-JSON = {"content-type": "application/json"}
-AT = TODAY.isoformat()
-"""One instant for every request: then a version has one answer for each person, to the last digit."""
+
+def flip_under_load(app: LarderApplication, world: Released, flips: int, callers: int = 3) -> dict[str, int]:
+    seen, faults = flips_under_load(app, world, flips, callers)
+    assert not faults, faults[:3]
+    return seen
 
 
 @pytest.fixture(scope="module")
@@ -31,90 +31,11 @@ def world(postgres_url: str, template: str, tmp_path_factory: pytest.TempPathFac
         yield made
 
 
-def make(world: Released) -> LarderApplication:
-    app = LarderApplication.from_settings(
-        Settings(world.url, world.artifacts_url, timeout_ms=10_000, access="platform")
-    )
-    app.warm()
-    return app
-
-
 @pytest.fixture
 def app(world: Released) -> Iterator[LarderApplication]:
     made = make(world)
     yield made
     made.close()
-
-
-def ask(app: LarderApplication, person: str) -> bytes:
-    body = json.dumps({"user_id": person, "at": AT, "request_id": "r", "k": 20}).encode()
-    response = http.handle(app, "POST", "/recommendations", JSON, body, deadline=None)
-    assert response.status == 200, response.body
-    return response.body
-
-
-def answers_of_each_version(world: Released) -> dict[str, dict[bytes, str]]:
-    """By person: the one answer that a function gives which has only ever had the one version, and that version."""
-    found: dict[str, dict[bytes, str]] = {person: {} for person in PEOPLE}
-    for version in world.versions:
-        world.promote(version)
-        fresh = make(world)
-        for person in PEOPLE:
-            answer = ask(fresh, person)
-            assert json.loads(answer)["model_version"] == version
-            assert json.loads(answer)["degraded"] == []
-            found[person][answer] = version
-        fresh.close()
-    assert all(len(answers) == 2 for answers in found.values())
-    return found
-
-
-def flip_under_load(app: LarderApplication, world: Released, flips: int, callers: int = 3) -> dict[str, int]:
-    """How often each version answered while the alias was moved `flips` times, at least once after every move."""
-    right = answers_of_each_version(world)
-    seen = dict.fromkeys(world.versions, 0)
-    faults: list[object] = []
-    stopping = threading.Event()
-
-    def call(number: int) -> None:
-        while not stopping.is_set():
-            person = PEOPLE[number % len(PEOPLE)]
-            number += 1
-            try:
-                answer = ask(app, person)
-            except AssertionError as error:
-                faults.append(str(error))
-                continue
-            version = right[person].get(answer)
-            if version is None:
-                document = json.loads(answer)
-                faults.append((person, document["model_version"], document["degraded"], len(document["items"])))
-            else:
-                seen[version] += 1
-
-    threads = [threading.Thread(target=call, args=(number,)) for number in range(callers)]
-    for thread in threads:
-        thread.start()
-    try:
-        for flip in range(flips):
-            version = world.versions[flip % 2]
-            world.promote(version)
-            # Most moves are waited for; every fourth is overtaken by the next one while it is being loaded.
-            give_up_at = time.monotonic() + 30
-            while flip % 4 and serving(app) != version:
-                assert time.monotonic() < give_up_at, f"{version} never served"
-                time.sleep(0.005)
-    finally:
-        stopping.set()
-        for thread in threads:
-            thread.join(30)
-    assert not faults, faults[:3]
-    return seen
-
-
-def serving(app: LarderApplication) -> str | None:
-    ranker = app.models.current()
-    return ranker.version if ranker else None
 
 
 def test_promotions_under_load_are_seen_by_no_request(app: LarderApplication, world: Released) -> None:

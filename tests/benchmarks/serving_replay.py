@@ -1,0 +1,148 @@
+"""What a request asks of Postgres and of ONNX Runtime, taken down while it runs and asked again by itself.
+
+The difference to the whole request is our Python's own time, the door and the driver included.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import psycopg
+from psycopg import pq
+from psycopg._queries import PostgresQuery
+
+from inference import ranker, store
+from inference.ranker import CpuEngine, Inputs
+from inference.runtime import LarderApplication
+
+Statement = tuple[str, dict[str, Any] | None]
+
+
+@dataclass(slots=True)
+class Taken:
+    """One request: its pipelines, each some statements, and the ranker's runs."""
+
+    pipelines: list[list[Statement]] = field(default_factory=list)
+    runs: list[Inputs] = field(default_factory=list)
+
+
+class Recorder:
+    """Takes down what the requests in its block ask; call `begin` before each."""
+
+    def __init__(self) -> None:
+        self.taken: list[Taken] = []
+
+    def begin(self) -> None:
+        self.taken.append(Taken())
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        execute, set_locally, run = store._execute, store.set_locally, CpuEngine.run
+
+        def setting(connection: Any, *arguments: Any, **more: Any) -> None:
+            self.taken[-1].pipelines.append([])  # every pipeline begins with its settings
+            set_locally(connection, *arguments, **more)
+
+        def executing(connection: Any, sql: str, parameters: dict[str, Any] | None = None, **more: Any) -> Any:
+            self.taken[-1].pipelines[-1].append((sql, parameters))
+            return execute(connection, sql, parameters, **more)
+
+        def running(engine: CpuEngine, inputs: Inputs) -> Any:
+            self.taken[-1].runs.append(dict(inputs))
+            return run(engine, inputs)
+
+        with (
+            mock.patch.object(store, "set_locally", setting),
+            mock.patch.object(store, "_execute", executing),
+            mock.patch.object(ranker.CpuEngine, "run", running),
+        ):
+            yield
+
+
+class BareConnection:
+    """libpq and nothing else: statements prepared once, parameters turned into bytes beforehand, results left as they came."""
+
+    def __init__(self, url: str) -> None:
+        self._connection = psycopg.connect(url, autocommit=True, options="-c TimeZone=UTC")
+        self._prepared: dict[bytes, bytes] = {}
+
+    def ready(self, pipeline: Sequence[Statement]) -> list[tuple[bytes, PostgresQuery]]:
+        """`pipeline` as it will be sent, its statements prepared."""
+        found = []
+        for sql, parameters in pipeline:
+            query = PostgresQuery(psycopg.adapt.Transformer(self._connection))
+            query.convert(sql, parameters)
+            name = self._prepared.get(query.query)
+            if name is None:
+                name = self._prepared[query.query] = f"bare_{len(self._prepared)}".encode()
+                result = self._connection.pgconn.prepare(name, query.query, query.types)
+                assert result.status == pq.ExecStatus.COMMAND_OK, result.error_message
+            found.append((name, query))
+        return found
+
+    def ask(self, pipeline: Sequence[tuple[bytes, PostgresQuery]]) -> float:
+        """Seconds until the last byte of the answers is here. One round trip, one transaction, as the function's own."""
+        wire = self._connection.pgconn
+        wire.enter_pipeline_mode()
+        wire.nonblocking = 1
+        began = time.perf_counter()
+        for name, query in pipeline:
+            wire.send_query_prepared(name, query.params, query.formats, result_format=pq.Format.BINARY)
+        wire.pipeline_sync()
+        poll = select.poll()
+        poll.register(wire.socket, select.POLLIN)
+        while wire.flush():
+            poll.poll(10)
+        while True:
+            while wire.is_busy():
+                poll.poll()
+                wire.consume_input()
+            result = wire.get_result()
+            if result is not None and result.status == pq.ExecStatus.PIPELINE_SYNC:
+                break
+            assert result is None or result.status == pq.ExecStatus.TUPLES_OK, result.error_message
+        took = time.perf_counter() - began
+        wire.nonblocking = 0
+        wire.exit_pipeline_mode()
+        return took
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def postgres_ms(url: str, taken: Sequence[Taken], rounds: int = 3) -> list[list[float]]:
+    """Milliseconds of each pipeline of each request, `(requests, pipelines)`, the median of `rounds`."""
+    bare = BareConnection(url)
+    try:
+        asked = [[bare.ready(pipeline) for pipeline in one.pipelines] for one in taken]
+        for one in asked[:5]:
+            for pipeline in one:
+                bare.ask(pipeline)
+        times = np.array([[[bare.ask(pipeline) for pipeline in one] for one in asked] for _ in range(rounds)])
+    finally:
+        bare.close()
+    found: list[list[float]] = (np.median(times, axis=0) * 1e3).tolist()
+    return found
+
+
+def onnx_ms(application: LarderApplication, taken: Sequence[Taken], rounds: int = 3) -> list[list[float]]:
+    """Milliseconds of each run of the ranker of each request, `(requests, runs)`, the median of `rounds`."""
+    current = application.models.current()
+    assert current is not None, "no model is loaded"
+    engine = current._cpu
+
+    def run(inputs: Inputs) -> float:
+        began = time.perf_counter()
+        engine.run(inputs)
+        return time.perf_counter() - began
+
+    times = np.array([[[run(inputs) for inputs in one.runs] for one in taken] for _ in range(rounds)])
+    found: list[list[float]] = (np.median(times, axis=0) * 1e3).tolist()
+    return found
