@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from orchestration.compute.drift.outcomes import calibrated, label_means
 from orchestration.compute.drift.served import Request, Window, request_sketches, view_sketches
-from orchestration.compute.drift.sketches import DAY, WEEK, Kept, Name
+from orchestration.compute.drift.sketches import Kept, Name
 from orchestration.compute.lake import EVENT_SCHEMA, Lake
 from orchestration.compute.point_in_time import PointInTime
 from orchestration.sources.simulator import BATCH_KINDS, Simulator, item_id, user_id
@@ -282,6 +282,3 @@ def _vectors(
         keys = {name: column[number[rows]] for name, column in zip(view.entity.keys, columns, strict=True)}
         found = ask.features(view, keys, at[request[rows]])
         yield np.where(found.mask > 0, found.values, np.float32(np.nan))
-
-
-SPANS = (DAY, WEEK)

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from orchestration.compute.beyond_accuracy import Reliability, reliability
 from orchestration.compute.drift.served import Request, Window
-from orchestration.compute.drift.sketches import Kept, Mean, Name, mean_of
+from orchestration.compute.drift.sketches import CALIBRATION, LABELS, Kept, Mean, Name, mean_of
 from schemas.events import NEGATIVE_KINDS
 
-LABELS, CALIBRATION = "labels", "calibration"
 LEAST_PICKED = 50
 """Requests with a pick below which a reliability curve is only noise."""
 

@@ -27,18 +27,28 @@ from orchestration.compute.drift.judge import (
     since_training,
     tests_of,
 )
-from orchestration.compute.drift.outcomes import CALIBRATION, LABELS, Calibrated, calibrated, label_means, read_outcomes
+from orchestration.compute.drift.outcomes import Calibrated, calibrated, label_means, read_outcomes
 from orchestration.compute.drift.served import (
-    CATEGORIES,
-    FEATURES,
-    SCORES,
     Window,
     feature_sketches,
     load_categories,
     read_requests,
     request_sketches,
 )
-from orchestration.compute.drift.sketches import DAY, WEEK, Kept, Mean, Name, days_before, sketch
+from orchestration.compute.drift.sketches import (
+    CALIBRATION,
+    CATEGORIES,
+    DAY,
+    FEATURES,
+    LABELS,
+    SCORES,
+    WEEK,
+    Kept,
+    Mean,
+    Name,
+    days_before,
+    sketch,
+)
 from orchestration.compute.drift.statistics import psi
 from orchestration.compute.drift.vectors import VECTORS, compare_vectors, person_vectors, shown, taken
 from orchestration.compute.lake import Lake
@@ -155,7 +165,7 @@ def drift_report(
                     comparisons.append(_since_training(connection, day, current, champion.trained_until))
         asked = sum(len(tests_of(kept)) for one in comparisons for kept in one.current.values())
         findings = judge(comparisons, others=2)
-        findings += _vectors(connection, lake, day, level(asked + 2))
+        findings += _vectors(connection, lake, day, version, level(asked + 2))
         days = [day - timedelta(days=back) for back in range(SHOWN_DAYS - 1, -1, -1)]
         kept = sketches.kept_windows(connection, days, DAY)
         return DriftReport(
@@ -203,9 +213,7 @@ def _since_training(
 ) -> Comparison:
     """The week against the last ones that the champion learned from."""
     references = sketches.kept_windows(connection, days_of_training(day, trained_until), WEEK)
-    # Scores are of one version: before it served there were none, and since then they are compared by the week.
-    features = {name: kept for name, kept in current.items() if name.kind in (FEATURES, CATEGORIES)}
-    return since_training(features, references)
+    return since_training(current, references)
 
 
 def _from_training_set(artifacts_url: str, current: Mapping[Name, Kept]) -> dict[str, float]:
@@ -237,14 +245,17 @@ def _from_training_set(artifacts_url: str, current: Mapping[Name, Kept]) -> dict
     return found
 
 
-def _vectors(connection: psycopg.Connection[Any], lake: Lake, day: date, alpha: float) -> list[Finding]:
+def _vectors(
+    connection: psycopg.Connection[Any], lake: Lake, day: date, version: str | None, alpha: float
+) -> list[Finding]:
     """What people took, and what they were shown, in the week and in the weeks before."""
     windows = [Window.ending(last, WEEK) for last in (*days_before(day), day)]
+    reads: dict[str, Callable[[Window], Mapping[str, list[str]]]] = {
+        "taken": lambda window: taken(lake, connection, window),
+        "shown": lambda window: shown(read_requests(connection, window), version),
+    }
     found = []
-    for name, read in (
-        ("taken", lambda window: taken(lake, connection, window)),
-        ("shown", lambda window: shown(read_requests(connection, window))),
-    ):
+    for name, read in reads.items():
         *references, current = (person_vectors(connection, read(window)) for window in windows)
         found.append(compare_vectors(name, current, references, alpha))
     return found

@@ -16,11 +16,12 @@ import numpy as np
 import psycopg
 from numpy.typing import NDArray
 
-from orchestration.compute.drift.sketches import Counts, Kept, Name, counts_of, sketch
+from orchestration.compute.drift.sketches import CATEGORIES, FEATURES, SCORES, Counts, Kept, Name, counts_of, sketch
 from schemas.features import FeatureView
 from schemas.views import VIEWS, fingerprint
 
-FEATURES, SCORES, CATEGORIES = "features", "scores", "categories"
+MOST_REQUESTS = 200_000
+"""Requests of a window that are looked at, about: more would make nothing clearer."""
 _BATCH = 2_000
 
 
@@ -64,12 +65,16 @@ class Request:
         return not self.wish and "ranker" not in self.degraded and "database" not in self.degraded
 
 
-def read_requests(connection: psycopg.Connection[Any], window: Window) -> list[Request]:
-    """What was logged of the window, oldest first."""
+def read_requests(connection: psycopg.Connection[Any], window: Window, *, most: int = MOST_REQUESTS) -> list[Request]:
+    """What was logged of the window, oldest first; of every nth person where there is more than `most`."""
+    (logged,) = connection.execute(
+        "SELECT count(*) FROM served_requests WHERE served_at >= %s AND served_at < %s", (window.since, window.until)
+    ).fetchone() or (0,)
     rows = connection.execute(
         "SELECT request_id, user_id, served_at, wish_hash IS NOT NULL, model_version, item_ids, scores, sources, degraded "
-        "FROM served_requests WHERE served_at >= %s AND served_at < %s ORDER BY served_at, request_id",
-        (window.since, window.until),
+        "FROM served_requests WHERE served_at >= %s AND served_at < %s "
+        "AND ('x' || left(md5(user_id), 8))::bit(32)::bigint %% %s = 0 ORDER BY served_at, request_id",
+        (window.since, window.until, max(1, -(-logged // most))),
     )
     return [
         Request(who, user, at, wish, model, tuple(items), tuple(scores), dict(sources or {}), tuple(degraded or ()))
@@ -127,17 +132,22 @@ def request_sketches(
     sources: dict[str, Counter[str]] = {}
     degraded: dict[str, Counter[str]] = {}
     for one in requests:
-        seen = shown.setdefault(one.user_id, Counter())
-        for item_id in one.item_ids:
-            names = categories.get(item_id) or ["(none)"]
-            for name in names:
-                seen[name] += 1 / len(names)  # type: ignore[assignment]  # a Counter adds fractions as well
+        if one.model_version == champion:
+            seen = shown.setdefault(one.user_id, Counter())
+            for item_id in one.item_ids:
+                names = categories.get(item_id) or ["(none)"]
+                for name in names:
+                    seen[name] += 1 / len(names)  # type: ignore[assignment]  # a Counter adds fractions as well
         sources.setdefault(one.user_id, Counter()).update(one.sources)
         degraded.setdefault(one.user_id, Counter()).update(one.degraded or ("(full)",))
-    for name, by_person in (("shown", shown), ("sources", sources), ("degraded", degraded)):
+    for name, by_person, version in (
+        ("shown", shown, champion or ""),
+        ("sources", sources, ""),
+        ("degraded", degraded, ""),
+    ):
         kept: Counts = counts_of(by_person.values())
         if kept.shares:
-            found[Name(CATEGORIES, name, "")] = kept
+            found[Name(CATEGORIES, name, version)] = kept
     return found
 
 

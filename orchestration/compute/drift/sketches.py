@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Any
 
@@ -16,6 +16,8 @@ import numpy as np
 import psycopg
 from numpy.typing import NDArray
 
+FEATURES, SCORES, CATEGORIES, LABELS, CALIBRATION = "features", "scores", "categories", "labels", "calibration"
+"""Kinds of what is kept."""
 QUANTILES = 200
 DAY, WEEK = 1, 7
 """Days that a window spans: it is compared with windows that hold the same days of the week."""
@@ -165,11 +167,3 @@ def _read(clusters: int, body: dict[str, Any]) -> Kept:
     if "shares" in body:
         return Counts(clusters, body["effective"], body["shares"])
     return Mean(clusters, body["mean"], body["error"])
-
-
-def as_dict(kept: Kept) -> dict[str, Any]:
-    """Plain JSON values, quantiles thinned to 21."""
-    if isinstance(kept, Sketch):
-        thinned = kept.quantiles[:: max(1, len(kept.quantiles) // 20)]
-        return {"clusters": kept.clusters, "missing": kept.missing, "quantiles": thinned.tolist()}
-    return asdict(kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ def psi(current: Sketch, references: Sequence[Sketch]) -> tuple[float, float]:
     Without drift it is a chi-square variable over the samples' size (Yurdakul & Naranjo 2020).
     """
     edges = pooled_edges(references)
-    found = _shares(lambda points: current.below(points), edges)
+    found = _shares(current.below, edges)
     before = _shares(lambda points: pooled_below(references, points), edges)
     size = effective(current.clusters, sum(one.clusters for one in references))
     # Half an observation in every bin: an empty one is rare, not impossible.
@@ -93,13 +93,6 @@ def pooled_edges(references: Sequence[Sketch]) -> Floats:
     return np.unique(np.quantile(values, np.linspace(0, 1, PSI_BINS + 1)[1:-1], method="inverted_cdf"))
 
 
-def _shares(below: object, edges: Floats) -> Floats:
-    assert callable(below)
+def _shares(below: Callable[[Floats], Floats], edges: Floats) -> Floats:
     upto = below(np.concatenate([[-np.inf], edges, [np.inf]]))
     return np.diff(upto, prepend=0.0)
-
-
-def shares_of(counts: Mapping[str, float]) -> dict[str, float]:
-    """Counts as shares of their sum."""
-    total = sum(counts.values())
-    return {name: count / total for name, count in counts.items()} if total else {}
