@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 
 import numpy as np
 import psycopg
@@ -78,6 +78,7 @@ class QuietWorld:
     keys: dict[str, list[tuple[str, ...]]]
     calibration: tuple[float, float] = (1.0, -4.0)
     _bounds: dict[date, int] = field(default_factory=dict)
+    _days: dict[date, tuple[list[Request], dict[str, set[str]]]] = field(default_factory=dict)
 
     def day(self, week: int, weekday: int = 6) -> date:
         return self.start + timedelta(days=week * 7 + weekday)
@@ -94,16 +95,27 @@ class QuietWorld:
 
     def requests(self, window: Window) -> tuple[list[Request], dict[str, set[str]]]:
         """What would have been logged of the window, and what was picked."""
-        begin = datetime.combine(self.start, datetime.min.time(), UTC)
-        rows = self.rows(window)
-        found, outcomes = [], {}
-        for row in range(rows.start, rows.stop):
-            items = tuple(item_id(number) for number in self.shown[row].tolist())
-            at = begin + timedelta(seconds=int(self.seconds[row]))
-            scores = tuple(self.scores[row].tolist())
-            found.append(Request(str(row), user_id(int(self.user[row])), at, False, MODEL, items, scores, {}, ()))
-            outcomes[str(row)] = {item_id(int(self.taken[row]))}
+        found: list[Request] = []
+        outcomes: dict[str, set[str]] = {}
+        for number in range((window.last - window.first).days + 1):
+            requests, picked = self._day(window.first + timedelta(days=number))
+            found += requests
+            outcomes |= picked
         return found, outcomes
+
+    def _day(self, day: date) -> tuple[list[Request], dict[str, set[str]]]:
+        if day not in self._days:
+            begin = datetime.combine(self.start, time(), UTC)
+            rows = self.rows(Window(day, day))
+            found, outcomes = [], {}
+            for row in range(rows.start, rows.stop):
+                items = tuple(item_id(number) for number in self.shown[row].tolist())
+                at = begin + timedelta(seconds=int(self.seconds[row]))
+                scores = tuple(self.scores[row].tolist())
+                found.append(Request(str(row), user_id(int(self.user[row])), at, False, MODEL, items, scores, {}, ()))
+                outcomes[str(row)] = {item_id(int(self.taken[row]))}
+            self._days[day] = found, outcomes
+        return self._days[day]
 
     def features(self, view: FeatureView, window: Window, moved: Moved | None = None) -> dict[Name, Kept]:
         """Sketches of the view's features, as `feature_sketches` makes them of the log."""

@@ -111,11 +111,11 @@ def false_alarms(watched: Watched) -> dict[int, list[Finding]]:
     }
 
 
-def requests_until_found(watched: Watched, view: FeatureView, place: int, onset: int) -> int | None:
+def requests_until_found(watched: Watched, view: FeatureView, place: int, onset: int, sign: float = 1.0) -> int | None:
     """Requests from `onset` until a report alarms for the feature that has moved since; None: not within two weeks."""
     world = watched.world
     name = f"{view.name}.{view.features[place].name}"
-    moved = Moved(view.name, place, onset, SHIFT_SIGMA * sigma(world, view, place, onset))
+    moved = Moved(view.name, place, onset, sign * SHIFT_SIGMA * sigma(world, view, place, onset))
     first = next(day for week in range(world.first_week, world.first_week + world.weeks) for weekday in range(7)
                  if world.requests_before((day := world.day(week, weekday)) + timedelta(days=1)) > onset)  # fmt: skip
     for day in (first + timedelta(days=number) for number in range(14)):
@@ -140,25 +140,28 @@ def sigma(world: QuietWorld, view: FeatureView, place: int, onset: int) -> float
     return float(np.nanstd(values[newest, place]))
 
 
-def shifts(watched: Watched, times: int, seed: int) -> dict[str, list[int | None]]:
-    """Requests until each feature's shift is found, for `times` random beginnings each."""
+def shifts(watched: Watched, times: int, seed: int, every: int = 1) -> dict[str, list[int | None]]:
+    """Requests until the shift of each feature (each `every`th) is found, up or down, from `times` random requests on."""
     world = watched.world
     generator = np.random.default_rng(seed)
     first = world.requests_before(world.day(first_judged_week(world), 0))
     last = world.requests_before(world.day(world.first_week + world.weeks - 3, 0))
+    features = [(view, place) for view in VIEWS for place in range(len(view.features))]
     found: dict[str, list[int | None]] = {}
-    for view in VIEWS:
-        for place, feature in enumerate(view.features):
-            found[f"{view.name}.{feature.name}"] = [
-                requests_until_found(watched, view, place, int(generator.integers(first, last))) for _ in range(times)
-            ]
+    for view, place in features[::every]:
+        found[f"{view.name}.{view.features[place].name}"] = [
+            requests_until_found(
+                watched, view, place, int(generator.integers(first, last)), float(generator.choice([-1, 1]))
+            )
+            for _ in range(times)
+        ]
     return found
 
 
 def measure(quick: bool) -> dict[str, Any]:
     """`drift_detected_after`: requests until nine of ten shifts of the feature that takes longest are found (None: they
     are not); `drift_false_alarms`: the share of quiet weeks with an alarm. What they are made of stands beside them."""
-    seeds, weeks, times = (SEEDS[:1], 11, 1) if quick else (SEEDS, 34, 6)
+    seeds, weeks, times, every, size = (SEEDS[:1], 9, 1, 4, 2_500) if quick else (SEEDS, 34, 3, 1, 5_000)
     alarmed: dict[str, list[str]] = {}
     quiet_weeks = 0
     after: dict[str, list[int | None]] = {}
@@ -169,13 +172,13 @@ def measure(quick: bool) -> dict[str, Any]:
         for seed in seeds:
             with psycopg.connect(url, options="-c TimeZone=UTC") as connection:
                 connection.execute("TRUNCATE items CASCADE")
-                watched = Watched(build(connection, seed=seed, weeks=weeks))
+                watched = Watched(build(connection, seed=seed, weeks=weeks, requests_per_week=size))
             note(f"world {seed}: {len(watched.world.user):,} requests of {weeks} weeks")
             for week, found in false_alarms(watched).items():
                 quiet_weeks += 1
                 if found:
                     alarmed[f"{seed}/{week}"] = sorted({f"{one.name} ({one.test}, {one.against})" for one in found})
-            for name, took in shifts(watched, times, seed).items():
+            for name, took in shifts(watched, times, seed, every).items():
                 after.setdefault(name, []).extend(took)
             note(f"{len(alarmed)} of {quiet_weeks} quiet weeks with an alarm so far")
     return summary(alarmed, quiet_weeks, after)

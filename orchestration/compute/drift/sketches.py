@@ -23,6 +23,8 @@ DAY, WEEK = 1, 7
 """Days that a window spans: it is compared with windows that hold the same days of the week."""
 REFERENCES = 4
 """So many windows before, a week apart, are what a window is compared with."""
+KEPT_DAYS = 400
+"""A year and a month: a champion that old is compared with its own time."""
 LEAST_CLUSTERS = 100
 """People or items in a window below which nothing is compared, nor kept: a distribution of fewer is mostly chance, and
 near to saying something of one of them."""
@@ -136,7 +138,10 @@ def keep(connection: psycopg.Connection[Any], day: date, span_days: int, window:
         if kept.clusters >= LEAST_CLUSTERS
     ]
     with connection.transaction(), connection.cursor() as cursor:
-        cursor.execute("DELETE FROM drift_sketches WHERE day = %s AND span_days = %s", (day, span_days))
+        cursor.execute(
+            "DELETE FROM drift_sketches WHERE day = %s AND span_days = %s OR day < %s",
+            (day, span_days, day - timedelta(days=KEPT_DAYS)),
+        )
         cursor.executemany(
             "INSERT INTO drift_sketches (day, span_days, kind, name, version, clusters, body) "
             "VALUES (%s, %s, %s, %s, %s, %s, %s)",
