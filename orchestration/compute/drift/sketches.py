@@ -104,17 +104,23 @@ def sketch(values: NDArray[np.floating[Any]], clusters: int) -> Sketch:
 
 def counts_of(by_cluster: Iterable[Mapping[str, float]]) -> Counts:
     """The mean of people's shares, each person once. Their differences tell how many draws that is worth."""
-    rows = [{name: value / total for name, value in one.items()} for one in by_cluster if (total := sum(one.values()))]
-    if not rows:
-        return Counts(0, 0.0, {})
-    names = sorted({name for row in rows for name in row})
-    matrix = np.array([[row.get(name, 0.0) for name in names] for row in rows])
-    mean = matrix.mean(axis=0)
+    people = 0
+    sums: dict[str, list[float]] = {}
+    for counts in by_cluster:
+        total = sum(counts.values())
+        if not total:
+            continue
+        people += 1
+        for name, count in counts.items():
+            entry = sums.setdefault(name, [0.0, 0.0])
+            entry[0] += count / total
+            entry[1] += (count / total) ** 2
+    shares = {name: entry[0] / people for name, entry in sorted(sums.items())}
     # A draw of one name has p·(1 − p); people who have a little of everything differ less than that.
-    drawn = float((mean * (1 - mean)).sum())
-    spread = float(matrix.var(axis=0, ddof=1).sum()) if len(rows) > 1 else drawn
-    effective = len(rows) * drawn / max(spread, 1e-12) if drawn > 0 else float(len(rows))
-    return Counts(len(rows), effective, dict(zip(names, mean.tolist(), strict=True)))
+    drawn = sum(share * (1 - share) for share in shares.values())
+    spread = sum(sums[name][1] - people * share**2 for name, share in shares.items()) / max(people - 1, 1)
+    effective = people * drawn / max(spread, 1e-12) if drawn > 1e-12 and people > 1 else float(people)
+    return Counts(people, effective, shares)
 
 
 def mean_of(values: NDArray[np.float64], clusters: Sequence[Hashable]) -> Mean:

@@ -36,10 +36,16 @@ Items = Mapping[str, Iterable[str]]
 """Items by person."""
 
 
-def taken(lake: Lake, connection: psycopg.Connection[Any], window: Window) -> dict[str, list[str]]:
-    """What each person took in the window, from the lake; hides left out."""
-    table = lake.events(connection, window.first, window.last).to_table(columns=["user_id", "item_id", "kind"])
-    table = table.filter(pc.invert(pc.is_in(table["kind"], value_set=_negative())))
+def taken(
+    lake: Lake, connection: psycopg.Connection[Any], window: Window, *, most: int = MOST_PEOPLE, seed: int = 0
+) -> dict[str, list[str]]:
+    """What each person took in the window, from the lake, hides left out; of at most `most` people, chosen by `seed`."""
+    kept = ~pc.field("kind").isin(sorted(NEGATIVE_KINDS))
+    table = lake.events(connection, window.first, window.last).to_table(columns=["user_id", "item_id"], filter=kept)
+    people = pc.unique(table["user_id"]).sort()
+    if len(people) > most:
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(people))[:most])
+        table = table.filter(pc.is_in(table["user_id"], value_set=people.take(pa.array(chosen))))
     found: dict[str, list[str]] = {}
     for user_id, item_id in zip(table["user_id"].to_pylist(), table["item_id"].to_pylist(), strict=True):
         found.setdefault(user_id, []).append(item_id)
@@ -113,7 +119,3 @@ def _thinned(vectors: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
 
 def _root(squared: float) -> float:
     return float(np.sqrt(max(squared, 0.0)))
-
-
-def _negative() -> Any:
-    return pa.array(sorted(NEGATIVE_KINDS))

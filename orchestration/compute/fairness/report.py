@@ -30,6 +30,8 @@ from schemas.ranker import TEXT_DIM
 WINDOW_DAYS = 2 * 7
 """Whole weeks, and no more than `recent_events` keeps: there outcomes are read from."""
 assert WINDOW_DAYS <= RECENT_DAYS
+MOST_CHOOSERS = 100_000
+"""People whose choices are counted at most."""
 MOST_UNEVEN = 2.0
 """A group that gets more than twice, or less than half, of what its relevance earns is told: Europe's and America's courts
 ask for reasons at four fifths; lists that put the best first are steeper than that by design."""
@@ -124,7 +126,9 @@ def fairness_report(
         hits = [picked(one, outcomes) for one in requests]
         interactions = load_interactions(lake, connection)
         progress(f"{window.first} to {window.last}: {len(requests):,} requests of {report.people:,} people")
-        chosen = [(who, item) for who, items in taken(lake, connection, window).items() for item in items]
+        chosen = [
+            (who, item) for who, items in taken(lake, connection, window, most=MOST_CHOOSERS).items() for item in items
+        ]
         led = [(one.user_id, one.item_ids[place]) for one, hit in zip(requests, hits, strict=True) for place in np.flatnonzero(hit)]  # fmt: skip
         shown = [(one.user_id, one.item_ids) for one in requests]
         for kind, groups in item_groups(connection, interactions, window.since, provider).items():
