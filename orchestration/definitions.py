@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import dagster as dg
 
-from orchestration.assets import daily, embeddings, events, experiments, prompts, ranker, release, skew
+from orchestration.assets import (
+    daily,
+    embeddings,
+    events,
+    experiments,
+    monitoring,
+    prompts,
+    ranker,
+    release,
+    skew,
+)
 from orchestration.automation import JOBS, schedules
 from orchestration.checks import CHECKS, FRESHNESS_SENSOR
 from orchestration.compute.bind import bind_views
 from orchestration.erasure import erase_who_asked, forget_person
+from orchestration.monitoring import MONITORING_SCHEDULE, monitoring_job, retrain_on_drift
+from orchestration.monitoring_checks import MONITORING_CHECKS
 from orchestration.reconcile import settle_dead_runs
 from orchestration.resources import Larder
 from orchestration.upkeep import VACUUM_SCHEDULE, rebuild_stale_partitions, vacuum_lake
@@ -33,6 +45,8 @@ ASSETS: list[dg.AssetsDefinition] = [
     release.ranker_release,
     release.recommend_function,
     experiments.experiment_report,
+    monitoring.drift_report,
+    monitoring.fairness_report,
 ]
 
 
@@ -40,10 +54,10 @@ def build_definitions(larder: Larder | None = None) -> dg.Definitions:
     """The whole location; tests hand in a resource of their own."""
     return dg.Definitions(
         assets=ASSETS,
-        asset_checks=CHECKS,
-        jobs=[*JOBS, forget_person, vacuum_lake],
-        schedules=[*schedules(), VACUUM_SCHEDULE],
-        sensors=[FRESHNESS_SENSOR, settle_dead_runs, rebuild_stale_partitions, erase_who_asked],
+        asset_checks=[*CHECKS, *MONITORING_CHECKS],
+        jobs=[*JOBS, monitoring_job, forget_person, vacuum_lake],
+        schedules=[*schedules(), MONITORING_SCHEDULE, VACUUM_SCHEDULE],
+        sensors=[FRESHNESS_SENSOR, settle_dead_runs, rebuild_stale_partitions, erase_who_asked, retrain_on_drift],
         resources={"larder": larder or Larder()},
         # One process per run: the multiprocess executor would import everything again for every step.
         executor=dg.in_process_executor,

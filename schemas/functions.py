@@ -19,8 +19,8 @@ from importlib import resources
 from schemas import online_sql
 from schemas.ranker import MAX_HISTORY
 
-SERVED_KEPT_DAYS = 7
-"""How long vectors as served are kept for the skew audit."""
+SERVED_KEPT_DAYS = 9
+"""How long vectors as served are kept for the skew audit and the drift report: a whole week, and a day to be late with it."""
 SERVED_REQUESTS_KEPT_DAYS = 90
 """How long is kept what was shown: an experiment's weeks, and what is judged by its log afterwards."""
 

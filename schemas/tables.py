@@ -448,6 +448,21 @@ skew_audits = Table(
     comment="What each skew audit found.",
 )
 
+# --- drift --------------------------------------------------------------------------------------------------------
+
+drift_sketches = Table(
+    "drift_sketches",
+    metadata,
+    Column("day", Date, primary_key=True, comment="the last day of the window"),
+    Column("span_days", Integer, primary_key=True, comment="1 or 7"),
+    Column("kind", Text, primary_key=True, comment="features, scores, categories, labels or calibration"),
+    Column("name", Text, primary_key=True),
+    Column("version", Text, primary_key=True, comment="definition or model; only equal ones are compared"),
+    Column("clusters", BigInteger, nullable=False, comment="people or items it is of; from 100 on it is kept"),
+    Column("body", JSONB, nullable=False, comment="quantiles, shares, or a mean and its error; of nobody alone"),
+    comment="What was served in a day or a week, as distributions: what drift is measured against.",
+)
+
 # --- erasure -----------------------------------------------------------------------------------------------------
 
 erasure_key = Table(

@@ -1,114 +1,115 @@
-"""A served log for tests: the table with exactly the columns of its contract, and rows of experiments with known effects."""
+"""Weeks of a served log in a test's database: requests, their features and picks, as a function would have written them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 
 import numpy as np
 import psycopg
 
-CREATE = """
+from infra import registry
+from schemas.views import ITEM_ACTIVITY, USER_ACTIVITY, fingerprint
+
+MODEL = "m1"
+PEOPLE, ITEMS, SHOWN = 150, 120, 5
+PER_DAY = 120
+CATEGORIES = ("odd", "even")
+
+SERVED_REQUESTS = """
 CREATE TABLE IF NOT EXISTS served_requests (
-    request_id text PRIMARY KEY, user_id text NOT NULL, served_at timestamptz NOT NULL, wish_hash text, experiment text, arm text,
-    arm_share real, model_version text NOT NULL, prompt_version text, item_ids text[] NOT NULL, scores real[] NOT NULL,
-    propensities real[], candidate_ids text[], candidate_scores real[], candidates integer NOT NULL, sources jsonb NOT NULL,
-    degraded text[] NOT NULL)
+    request_id text PRIMARY KEY, user_id text NOT NULL, served_at timestamptz NOT NULL, wish_hash text, experiment text,
+    arm text, arm_share real, model_version text NOT NULL, prompt_version text, item_ids text[] NOT NULL,
+    scores real[] NOT NULL, propensities real[], candidate_ids text[], candidate_scores real[],
+    candidates integer NOT NULL, sources jsonb NOT NULL, degraded text[] NOT NULL
+)
 """
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One row of the log; what a test does not say is of no account."""
-
-    request_id: str
-    user_id: str
-    served_at: datetime
-    item_ids: Sequence[str]
-    arm: str | None = None
-    arm_share: float | None = None
-    experiment: str | None = "trial"
-    propensities: Sequence[float] | None = None
-    candidate_ids: Sequence[str] | None = None
-    candidate_scores: Sequence[float] | None = None
-    degraded: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a person did with an item of an answer."""
-
-    event_id: str
-    user_id: str
-    item_id: str
-    kind: str
-    occurred_at: datetime
-    request_id: str | None
-    value: float | None = None
-
-
-def log(connection: psycopg.Connection, answers: Iterable[Answer], outcomes: Iterable[Outcome] = ()) -> None:
-    """Write both; the table is made where it is not there."""
-    connection.execute(CREATE)
+def prepare(connection: psycopg.Connection, trained_until: datetime) -> None:
+    """A catalogue without texts, and a champion that says how its scores are probabilities."""
+    connection.execute(SERVED_REQUESTS)
     with connection.cursor() as cursor:
         cursor.executemany(
-            "INSERT INTO served_requests (request_id, user_id, served_at, experiment, arm, arm_share, model_version, item_ids, scores, "
-            "propensities, candidate_ids, candidate_scores, candidates, sources, degraded) "
-            "VALUES (%s, %s, %s, %s, %s, %s, 'm1', %s, %s, %s, %s, %s, 100, %s, %s)",
-            [
-                (
-                    one.request_id, one.user_id, one.served_at, one.experiment, one.arm, one.arm_share, list(one.item_ids),
-                    [0.0] * len(one.item_ids), one.propensities, one.candidate_ids, one.candidate_scores, json.dumps({}),
-                    list(one.degraded),
-                )
-                for one in answers
-            ],
-        )  # fmt: skip
-        cursor.executemany(
-            "INSERT INTO recent_events (event_id, occurred_at, user_id, item_id, kind, value, request_id) "
-            "VALUES (%s, %s, %s, %s, %s, %s, %s)",
-            [
-                (one.event_id, one.occurred_at, one.user_id, one.item_id, one.kind, one.value, one.request_id)
-                for one in outcomes
-            ],
+            "INSERT INTO items (item_id, title, categories, attributes) VALUES (%s, '', %s, %s)",
+            [(item(n), [CATEGORIES[n % 2 == 0]], json.dumps({"provider": f"house {n % 3}"})) for n in range(ITEMS)],
         )
-    connection.commit()
+    manifest = {"trained_until": trained_until.isoformat(), "quality": {"calibration": {"scale": 1.0, "offset": -2.0}}}
+    connection.execute(
+        "INSERT INTO model_versions (version, name, path, manifest) VALUES (%s, 'ranker', 'models/m1', %s)",
+        (MODEL, json.dumps(manifest)),
+    )
+    registry.record_gate(connection, MODEL, True, {"words": ["it may serve"]})
+    registry.promote(connection, MODEL)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A simulated experiment in the log: rates of each arm, as (clicks, hides) per shown item."""
+def item(number: int) -> str:
+    return f"i{number:03}"
 
-    start: datetime
-    days: int = 6
-    people: int = 900
-    items: int = 5
-    share: float = 0.5
-    control: tuple[float, float] = (0.3, 0.1)
-    treated: tuple[float, float] = (0.3, 0.1)
-    arms: tuple[str, str] = ("control", "new")
-    lost: float = 0.0
-    """Share of the treated whose answers the log dropped."""
-    seed: int = 5
 
-    def write(self, connection: psycopg.Connection) -> None:
-        rng = np.random.default_rng(self.seed)
-        answers, outcomes = [], []
-        for person in range(self.people):
-            treated = bool(rng.random() < self.share)
-            if treated and rng.random() < self.lost:
-                continue
-            clicks, hides = self.treated if treated else self.control
-            for request in range(3):
-                at = self.start + timedelta(days=float(rng.random() * (self.days - 0.05)))
-                name = f"r{person}-{request}"
-                shown = [f"i{place}" for place in range(self.items)]
-                share = self.share if treated else 1 - self.share
-                answers.append(Answer(name, f"u{person}", at, shown, self.arms[treated], share))
-                for kind, rate in (("click", clicks), ("hide", hides)):
-                    for place in np.flatnonzero(rng.random(self.items) < rate).tolist():
-                        soon = at + timedelta(minutes=1 + place)
-                        outcomes.append(Outcome(f"{name}-{place}-{kind}", f"u{person}", shown[place], kind, soon, name))
-        log(connection, answers, outcomes)
+def person(number: int) -> str:
+    return f"p{number:03}"
+
+
+def serve_day(
+    connection: psycopg.Connection,
+    day: date,
+    *,
+    moved: float = 0.0,
+    pick_rate: float = 0.5,
+    popular: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """One request of each of `PER_DAY` people, picked from at `pick_rate` (place by place less).
+
+    `moved` shifts the first feature of user_activity, in standard deviations; items are shown by a power `popular` of
+    their number, so that 1 shows all alike.
+    """
+    generator = np.random.default_rng([seed, day.toordinal()])
+    weight = np.arange(1, ITEMS + 1) ** -(popular - 1.0)
+    served, reads, events = [], [], []
+    for number in generator.permutation(PEOPLE)[:PER_DAY].tolist():
+        at = datetime.combine(day, time(), UTC) + timedelta(seconds=int(generator.integers(0, 80_000)))
+        request_id = f"r-{day}-{number}-{seed}"
+        shown = [item(n) for n in generator.choice(ITEMS, SHOWN, replace=False, p=weight / weight.sum()).tolist()]
+        scores = np.sort(generator.normal(0, 1, SHOWN))[::-1].tolist()
+        degraded = ["features"] if generator.random() < 0.05 else []
+        sources = json.dumps({"vector": 200, "popular": int(generator.integers(50, 60))})
+        served.append((request_id, person(number), at, MODEL, shown, scores, 250, sources, degraded))
+        mine = generator.normal(0, 1, len(USER_ACTIVITY.features))
+        mine[0] += moved
+        theirs = generator.normal(0, 1, (SHOWN, len(ITEM_ACTIVITY.features)))
+        for view, keys, values in ((USER_ACTIVITY, [person(number)], mine), (ITEM_ACTIVITY, shown, theirs)):
+            names = [feature.name for feature in view.features]
+            reads.append(
+                (
+                    f"read-{request_id}",
+                    view.name,
+                    request_id,
+                    person(number),
+                    at,
+                    fingerprint((view,)),
+                    names,
+                    keys,
+                    values.ravel().tolist(),
+                )
+            )
+        if generator.random() < pick_rate:
+            place = int(generator.choice(SHOWN, p=np.array([8, 4, 2, 1, 1]) / 16))
+            events.append((f"e-{request_id}", at + timedelta(seconds=30), person(number), shown[place], request_id))
+    with connection.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO served_requests (request_id, user_id, served_at, model_version, item_ids, scores, candidates, "
+            "sources, degraded) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)",
+            served,
+        )
+        cursor.executemany(
+            "INSERT INTO served_features (read_id, view, request_id, user_id, read_at, definition_hash, features, keys, "
+            "numbers) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)",
+            reads,
+        )
+        cursor.executemany(
+            "INSERT INTO recent_events (event_id, occurred_at, user_id, item_id, kind, request_id) "
+            "VALUES (%s, %s, %s, %s, 'click', %s)",
+            events,
+        )

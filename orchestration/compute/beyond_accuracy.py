@@ -42,7 +42,7 @@ class Reliability:
 
 def beyond_accuracy(
     lists: NDArray[np.int32],
-    requests: Queries,
+    requests: Queries | None,
     train: Interactions,
     *,
     k: int = 10,
@@ -52,7 +52,7 @@ def beyond_accuracy(
     """Judge the first k of `lists (r, n)`, items best first with −1 for none, shown for `requests` (one each).
 
     `text_vectors (items, t)` and `item_genres (items, g)` describe the catalogue. A list's distance from its person's
-    taste is taken over requests whose history has genres.
+    taste is taken over requests whose history has genres; without `requests` it is not taken.
     """
     lists = lists[:, :k]
     shown = lists >= 0
@@ -67,7 +67,9 @@ def beyond_accuracy(
         None if text_vectors is None else _diversity(text_vectors, lists, shown),
         _mean(_percentile(counts), lists, shown),
         _gini(exposure),
-        None if item_genres is None else _genre_divergence(item_genres.astype(np.float64), lists, shown, requests),
+        None
+        if item_genres is None or requests is None
+        else _genre_divergence(item_genres.astype(np.float64), lists, shown, requests),
     )
 
 

@@ -23,6 +23,7 @@ def test_the_road_has_these_assets_and_no_others(specs: dict[str, dg.AssetSpec])
         "items", "source_events", "prompt_evaluation", "text_vectors", "popular_items", "co_visitation", "training_set", "ranker",
         "ranker_evaluation", "ranker_onnx", "item_vectors", "skew_audit", "ranker_release", "recommend_function",
         "experiment_report",
+        "drift_report", "fairness_report",
     }  # fmt: skip
 
 
@@ -73,6 +74,7 @@ def test_the_location_resolves_with_its_jobs_and_schedules() -> None:
         "training",
         "prompts",
         "forget_person",
+        "watch",
     }
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import psycopg
 import pytest
-from served_log import Answer, Outcome, log
+from experiment_log import Answer, Outcome, log
 
 from orchestration.compute import off_policy
 from orchestration.compute.off_policy import Logged, NoSupport, difference, evaluate, mean_of, target_steps

@@ -1,0 +1,174 @@
+"""The report on a real database: quiet weeks are quiet, what moves is named, and what is kept names nobody."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import date, timedelta
+from pathlib import Path
+
+import numpy as np
+import psycopg
+import pytest
+from conftest import TODAY, days_ago
+from served_log import MODEL, SERVED_REQUESTS, prepare, serve_day
+from worlds import ListSource
+
+from orchestration.compute.drift import sketches
+from orchestration.compute.drift.judge import ALARM, WAITING
+from orchestration.compute.drift.report import DriftReport, drift_report
+from orchestration.compute.drift.served import Window, feature_sketches, read_requests
+from orchestration.compute.drift.sketches import DAY, WEEK, Counts, Mean, Name, Sketch, days_before
+from orchestration.compute.ingest import ingest
+from orchestration.compute.lake import Lake
+from orchestration.compute.report_files import write_report
+from schemas.events import Event
+from schemas.views import USER_ACTIVITY, fingerprint
+
+YESTERDAY = (TODAY - timedelta(days=1)).date()
+WEEKS = 3
+
+
+@pytest.fixture
+def served(database: str, lake: Lake) -> Iterator[psycopg.Connection]:
+    """A database whose last weeks, all but the newest, were served and reported on."""
+    with psycopg.connect(database, options="-c TimeZone=UTC") as connection:
+        ingest(ListSource([Event("e", "p000", "i000", "click", None, days_ago(30))]), lake, connection)
+        prepare(connection, days_ago(60))
+        for back in range(7 * WEEKS + 6, 6, -1):
+            serve_day(connection, YESTERDAY - timedelta(days=back))
+        connection.commit()
+        for day in days_before(YESTERDAY, WEEKS):
+            drift_report(database, lake, "file:///nothing", day)
+        yield connection
+
+
+def newest_week(connection: psycopg.Connection, url: str, lake: Lake, **how: float) -> DriftReport:
+    for back in range(7):
+        serve_day(connection, YESTERDAY - timedelta(days=back), **how)  # type: ignore[arg-type]
+    connection.commit()
+    return drift_report(url, lake, "file:///nothing", YESTERDAY)
+
+
+def names(report: DriftReport, state: str = ALARM) -> set[tuple[str, str]]:
+    return {(one.kind, one.name) for one in report.findings if one.state == state}
+
+
+def test_a_quiet_week_is_quiet_and_a_moved_feature_is_named(
+    served: psycopg.Connection, database: str, lake: Lake, tmp_path: Path
+) -> None:
+    report = newest_week(served, database, lake)
+    assert names(report) == set()
+    assert report.requests == 7 * 120
+    compared = names(report, "quiet")
+    assert ("features", "user_activity.events_7d") in compared
+    assert ("features", "item_activity.events_1d") in compared
+    assert {("scores", "best"), ("categories", "shown"), ("categories", "sources"), ("labels", "pick_rate")} <= compared
+    assert {("labels", "reciprocal_rank"), ("calibration", "picks_over_expected")} <= compared
+    # No items have texts, and the champion's time lies before anything was served.
+    assert {("vectors", "taken"), ("vectors", "shown")} <= names(report, WAITING)
+    assert report.curve is not None
+    assert sum(row[0] for row in report.curve.curve.bins) > 3_000
+    place = write_report(tmp_path, "drift", report.day, report.to_dict(), report.plots())
+    assert {file.name for file in place.glob("*.png")} == {"distances.png", "picks.png", "reliability.png"}
+    assert "p00" not in (place / "report.json").read_text()
+
+    with served.transaction():
+        served.execute(
+            "UPDATE served_features SET numbers[1] = numbers[1] + 1.0 WHERE view = 'user_activity' AND read_at >= %s",
+            (TODAY - timedelta(days=7),),
+        )
+    served.commit()
+    moved = drift_report(database, lake, "file:///nothing", YESTERDAY)
+    assert names(moved) == {("features", "user_activity.events_7d")}
+    assert {one.against for one in moved.alarms} == {"day", "week"}
+    assert moved.severe
+    assert moved.to_dict()["severe"]
+
+
+def test_picks_that_fall_alarm(served: psycopg.Connection, database: str, lake: Lake) -> None:
+    report = newest_week(served, database, lake, pick_rate=0.25)
+    assert ("labels", "pick_rate") in names(report)
+    assert ("calibration", "picks_over_expected") in names(report)
+    [found] = [one for one in report.alarms if one.name == "pick_rate" and one.against == "week"]
+    assert found.distance == pytest.approx(-0.5, abs=0.08)
+    assert not {kind for kind, _ in names(report)} & {"features", "scores", "categories"}
+
+
+def test_what_is_kept_comes_back_as_it_was(connection: psycopg.Connection) -> None:
+    values = np.random.default_rng(3).normal(0, 1, 500)
+    window = {
+        Name("features", "v.f", "1"): sketches.sketch(values, 500),
+        Name("categories", "shown", ""): Counts(200, 412.5, {"a": 0.25, "b": 0.75}),
+        Name("labels", "pick_rate", "m"): Mean(300, 0.5, 0.01),
+        Name("features", "v.few", "1"): sketches.sketch(values[:99], 99),
+    }
+    assert sketches.keep(connection, date(2026, 5, 4), WEEK, window) == 3
+    assert sketches.keep(connection, date(2026, 5, 4), WEEK, window) == 3
+    empty, found = sketches.kept_windows(connection, [date(2026, 5, 3), date(2026, 5, 4)], WEEK)
+    assert empty == {}
+    # What is of few people is not kept: it would be near to saying something of one of them.
+    assert set(found) == set(list(window)[:3])
+    assert found[Name("categories", "shown", "")] == window[Name("categories", "shown", "")]
+    assert found[Name("labels", "pick_rate", "m")] == window[Name("labels", "pick_rate", "m")]
+    back = found[Name("features", "v.f", "1")]
+    assert isinstance(back, Sketch)
+    points = np.linspace(-3, 3, 50)
+    share = (values[:, None] <= points).mean(axis=0)
+    assert np.abs(back.below(points) - share).max() <= 0.5 / sketches.QUANTILES + 1 / 500
+    assert sketches.kept_windows(connection, [date(2026, 5, 4)], DAY) == [{}]
+
+
+def test_a_person_counts_once_by_their_newest_read(connection: psycopg.Connection) -> None:
+    names = [feature.name for feature in USER_ACTIVITY.features]
+    rows = [("a", hour, 1.0) for hour in range(9)] + [("a", 9, 5.0), ("b", 3, 2.0)]
+    with connection.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO served_features (read_id, view, request_id, user_id, read_at, definition_hash, features, keys, "
+            "numbers) VALUES (%s, 'user_activity', 'r', %s, %s, %s, %s, %s, %s)",
+            [
+                (
+                    f"{who}{hour}",
+                    who,
+                    days_ago(1) + timedelta(hours=hour),
+                    fingerprint((USER_ACTIVITY,)),
+                    names,
+                    [who],
+                    [value, *([None] * (len(names) - 1))],
+                )
+                for who, hour, value in rows
+            ]
+            # Of another definition, and of another day: neither counts.
+            + [
+                ("x", "c", days_ago(1), "other", names, ["c"], [9.0] * len(names)),
+                ("y", "d", days_ago(2), fingerprint((USER_ACTIVITY,)), names, ["d"], [9.0] * len(names)),
+            ],
+        )
+    found = feature_sketches(connection, Window(YESTERDAY, YESTERDAY))
+    first = found[Name("features", "user_activity.events_7d", fingerprint((USER_ACTIVITY,)))]
+    assert isinstance(first, Sketch)
+    assert first.clusters == 2
+    assert set(first.quantiles.tolist()) == {2.0, 5.0}
+    second = found[Name("features", "user_activity.events_30d", fingerprint((USER_ACTIVITY,)))]
+    assert isinstance(second, Sketch)
+    assert second.missing == 1.0
+
+
+def test_more_requests_than_are_looked_at_are_thinned_by_person(served: psycopg.Connection) -> None:
+    window = Window.ending(YESTERDAY - timedelta(days=7), WEEK)
+    everything, some = read_requests(served, window), read_requests(served, window, most=200)
+    assert 0 < len(some) < len(everything) / 2
+    people = {one.user_id for one in some}
+    assert len(some) == sum(one.user_id in people for one in everything)
+    assert everything[0].model_version == MODEL
+
+
+def test_a_deployment_that_served_nothing_waits_for_it(database: str, lake: Lake) -> None:
+    with psycopg.connect(database, options="-c TimeZone=UTC") as connection:
+        ingest(ListSource([Event("e", "p000", "i000", "click", None, days_ago(30))]), lake, connection)
+        connection.execute(SERVED_REQUESTS)
+    report = drift_report(database, lake, "file:///nothing", YESTERDAY)
+    assert report.champion is None
+    assert not report.alarms
+    assert report.waits("features") == "nothing was logged of it"
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["requests"] == 0
