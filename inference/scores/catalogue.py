@@ -1,0 +1,206 @@
+"""The items as arrays: what a request would look up for each of its candidates, read once for everybody who is scored.
+
+N items are all that have a row, a vector or neighbours, in the order of their ids; an item is its number among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+import psycopg
+from numpy.typing import NDArray
+
+from inference.assemble import finish
+from inference.live import Columns, live_columns, utc_day
+from inference.sql_files import half_vectors
+from schemas import online_sql
+from schemas.errors import ArtifactError
+from schemas.features import ITEM
+from schemas.views import CANDIDATE_VIEWS
+
+Floats = NDArray[np.float32]
+Numbers = NDArray[np.int64]
+
+NEVER = np.inf
+"""When something is available that is not in the catalogue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """Co-visitation by item: those of item i are `begins[i]:begins[i + 1]` of `items` and `scores`."""
+
+    begins: Numbers
+    items: Numbers
+    scores: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """N items at one moment, with the vectors of one model version."""
+
+    item_ids: list[str]
+    numbers: dict[str, int]
+    vectors: Floats
+    """`(N, d)`, zeros where there is none."""
+    has_vector: NDArray[np.bool_]
+    available_at: NDArray[np.float64]
+    """`(N,)` in seconds since 1970: `-inf` always, `NEVER` for what is no item."""
+    categories: Numbers
+    """`(N, c)`: numbers among `category_names`, and their count where there are no more."""
+    category_names: list[str]
+    neighbours: Neighbours
+    lists: dict[str, Numbers]
+    """`trending` and `fresh`, in order."""
+    features: Columns
+    """Of the candidate view, one row per item."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """The catalogue as of one instant: what the arithmetic needs, and nothing but arrays.
+
+    `rows (M,)` are the items that a search may find and `matrix (M, d) float32` their vectors; `values`, `mask (N, g)`
+    the candidate view's features as the ranker gets them.
+    """
+
+    vectors: Floats
+    has_vector: NDArray[np.bool_]
+    available: NDArray[np.bool_]
+    rows: Numbers
+    matrix: Floats
+    values: Floats
+    mask: Floats
+    categories: Numbers
+    category_count: int
+    neighbours: Neighbours
+    trending: Numbers
+    fresh: Numbers
+
+    @property
+    def size(self) -> int:
+        """How many items there are."""
+        return len(self.vectors)
+
+
+def shelf_of(catalogue: Catalogue, at: datetime) -> Shelf:
+    """The catalogue as of `at`."""
+    seconds = at.timestamp()
+    available = catalogue.available_at <= seconds
+    rows = np.flatnonzero(available & catalogue.has_vector)
+    (view,) = CANDIDATE_VIEWS
+    features = catalogue.features
+    values, mask = finish(
+        view,
+        features.states,
+        at=np.full(len(catalogue.item_ids), seconds),
+        as_of=np.nan_to_num(features.as_of),
+        present=np.isfinite(features.as_of) & features.settled,
+    )
+    return Shelf(
+        catalogue.vectors,
+        catalogue.has_vector,
+        available,
+        rows,
+        np.ascontiguousarray(catalogue.vectors[rows]),
+        values,
+        mask,
+        catalogue.categories,
+        len(catalogue.category_names),
+        catalogue.neighbours,
+        catalogue.lists["trending"],
+        catalogue.lists["fresh"],
+    )
+
+
+def read_catalogue(connection: psycopg.Connection, version: str, dim: int, at: datetime) -> Catalogue:
+    """All items, with the item vectors of model `version`, as of the present `at`.
+
+    Raises ArtifactError if the version has no item vectors: there is nothing to search.
+    """
+    cursor = connection.cursor(binary=True)
+    items = cursor.execute(
+        "SELECT item_id, categories, date_part('epoch', available_at)::float8 FROM items ORDER BY item_id"
+    ).fetchall()
+    found = cursor.execute("SELECT item_id, vector FROM item_vectors WHERE model_version = %s", (version,)).fetchall()
+    if not found:
+        raise ArtifactError(f"model {version} has no item vectors; materialise item_vectors, then score again")
+    visited = cursor.execute("SELECT item_id, neighbour_id, score FROM co_visitation ORDER BY item_id, rank").fetchall()
+    listed = cursor.execute(
+        "SELECT list, item_id FROM popular_items WHERE list IN ('trending', 'fresh') ORDER BY list, rank"
+    ).fetchall()
+    # In the database's order: that of items first, where places are shared by their ids.
+    item_ids = list(
+        dict.fromkeys(
+            [row[0] for row in items]
+            + [row[0] for row in found]
+            + [item for row in visited for item in row[:2]]
+            + [row[1] for row in listed]
+        )
+    )
+    numbers = {item_id: number for number, item_id in enumerate(item_ids)}
+    n = len(item_ids)
+    vectors, has_vector = np.zeros((n, dim), np.float32), np.zeros(n, bool)
+    places = np.fromiter((numbers[row[0]] for row in found), np.int64, len(found))
+    read = half_vectors([row[1] for row in found])
+    if read.shape[1] != dim:
+        raise ArtifactError(f"item vectors of model {version} are {read.shape[1]} wide, the model is {dim}; release again")
+    vectors[places], has_vector[places] = read, True
+    available_at = np.full(n, NEVER)
+    available_at[: len(items)] = [-np.inf if row[2] is None else row[2] for row in items]
+    categories, names = _categories([row[1] for row in items], n)
+    return Catalogue(
+        item_ids,
+        numbers,
+        vectors,
+        has_vector,
+        available_at,
+        categories,
+        names,
+        _neighbours(visited, numbers, n),
+        {
+            name: np.array([numbers[row[1]] for row in listed if row[0] == name], np.int64)
+            for name in ("trending", "fresh")
+        },
+        _features(connection, numbers, at),
+    )
+
+
+def _categories(named: Sequence[Sequence[str]], n: int) -> tuple[Numbers, list[str]]:
+    names = list(dict.fromkeys(name for row in named for name in row))
+    place = {name: number for number, name in enumerate(names)}
+    wide = max((len(row) for row in named), default=0)
+    padded = np.full((n, max(wide, 1)), len(names), np.int64)
+    for row, own in enumerate(named):
+        padded[row, : len(own)] = [place[name] for name in own]
+    return padded, names
+
+
+def _neighbours(visited: Sequence[tuple[str, str, float]], numbers: dict[str, int], n: int) -> Neighbours:
+    owners = np.fromiter((numbers[row[0]] for row in visited), np.int64, len(visited))
+    others = np.fromiter((numbers[row[1]] for row in visited), np.int64, len(visited))
+    scores = np.fromiter((row[2] for row in visited), np.float64, len(visited))
+    order = np.argsort(owners, kind="stable")
+    begins = np.zeros(n + 1, np.int64)
+    np.cumsum(np.bincount(owners, minlength=n), out=begins[1:])
+    return Neighbours(begins, others[order], scores[order])
+
+
+def _features(connection: psycopg.Connection, numbers: dict[str, int], at: datetime) -> Columns:
+    """The candidate view's states, one row per item; NaN for those of which there is nothing."""
+    (view,) = CANDIDATE_VIEWS
+    today = utc_day(at)
+    sql = online_sql.read_entity_sql(ITEM, "true")
+    rows = connection.cursor(binary=True).execute(sql, {"today": today}).fetchall()
+    read = live_columns(ITEM, rows, today, 1)[view.name]
+    places = np.fromiter((numbers.get(key[0], -1) for key in read.keys), np.int64, len(read.keys))
+    known = places >= 0
+    as_of = np.full(len(numbers), np.nan)
+    as_of[places[known]] = read.as_of[known]
+    states = {}
+    for name, column in read.states.items():
+        states[name] = np.full(len(numbers), np.nan)
+        states[name][places[known]] = column[known]
+    return Columns([], states, as_of, read.settled, read.settled_at)
