@@ -140,7 +140,9 @@ def _wanted(connection: psycopg.Connection, version: str | None) -> tuple[str, s
     if version is None:
         found = table.champion(connection)
         if found is None:
-            raise ScoresError("no model is released yet, so there is nothing to score with; `make run` trains and releases one")
+            raise ScoresError(
+                "no model is released yet, so there is nothing to score with; `make run` trains and releases one"
+            )
         return found
     row = connection.execute(
         "SELECT m.path, g.passed FROM model_versions AS m LEFT JOIN gate_records AS g USING (version) WHERE version = %s",
@@ -259,4 +261,3 @@ class _Work:
         report.spent.add("write", began)
         report.scored += written
         report.refused += len(chunk.users) - written
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 
 import numpy as np
 import psycopg
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from inference.assemble import finish
 from inference.live import Columns, live_columns, utc_day
-from inference.sql_files import half_vectors
+from inference.sql_files import half_vectors, statement
 from schemas import online_sql
 from schemas.errors import ArtifactError
 from schemas.features import ITEM
@@ -24,6 +25,7 @@ from schemas.views import CANDIDATE_VIEWS
 Floats = NDArray[np.float32]
 Numbers = NDArray[np.int64]
 
+_ITEMS_AT_ONCE = 2_000
 NEVER = np.inf
 """When something is available that is not in the catalogue."""
 
@@ -127,26 +129,22 @@ def read_catalogue(connection: psycopg.Connection, version: str, dim: int, at: d
     found = cursor.execute("SELECT item_id, vector FROM item_vectors WHERE model_version = %s", (version,)).fetchall()
     if not found:
         raise ArtifactError(f"model {version} has no item vectors; materialise item_vectors, then score again")
-    visited = cursor.execute("SELECT item_id, neighbour_id, score FROM co_visitation ORDER BY item_id, rank").fetchall()
     listed = cursor.execute(
         "SELECT list, item_id FROM popular_items WHERE list IN ('trending', 'fresh') ORDER BY list, rank"
     ).fetchall()
     # In the database's order: that of items first, where places are shared by their ids.
-    item_ids = list(
-        dict.fromkeys(
-            [row[0] for row in items]
-            + [row[0] for row in found]
-            + [item for row in visited for item in row[:2]]
-            + [row[1] for row in listed]
-        )
-    )
-    numbers = {item_id: number for number, item_id in enumerate(item_ids)}
-    n = len(item_ids)
+    numbers: dict[str, int] = {}
+    for item_id in chain((row[0] for row in items), (row[0] for row in found), (row[1] for row in listed)):
+        numbers.setdefault(item_id, len(numbers))
+    neighbours = _neighbours(connection, numbers)
+    item_ids, n = list(numbers), len(numbers)
     vectors, has_vector = np.zeros((n, dim), np.float32), np.zeros(n, bool)
     places = np.fromiter((numbers[row[0]] for row in found), np.int64, len(found))
     read = half_vectors([row[1] for row in found])
     if read.shape[1] != dim:
-        raise ArtifactError(f"item vectors of model {version} are {read.shape[1]} wide, the model is {dim}; release again")
+        raise ArtifactError(
+            f"item vectors of model {version} are {read.shape[1]} wide, the model is {dim}; release again"
+        )
     vectors[places], has_vector[places] = read, True
     available_at = np.full(n, NEVER)
     available_at[: len(items)] = [-np.inf if row[2] is None else row[2] for row in items]
@@ -159,7 +157,7 @@ def read_catalogue(connection: psycopg.Connection, version: str, dim: int, at: d
         available_at,
         categories,
         names,
-        _neighbours(visited, numbers, n),
+        neighbours,
         {
             name: np.array([numbers[row[1]] for row in listed if row[0] == name], np.int64)
             for name in ("trending", "fresh")
@@ -178,14 +176,33 @@ def _categories(named: Sequence[Sequence[str]], n: int) -> tuple[Numbers, list[s
     return padded, names
 
 
-def _neighbours(visited: Sequence[tuple[str, str, float]], numbers: dict[str, int], n: int) -> Neighbours:
-    owners = np.fromiter((numbers[row[0]] for row in visited), np.int64, len(visited))
-    others = np.fromiter((numbers[row[1]] for row in visited), np.int64, len(visited))
-    scores = np.fromiter((row[2] for row in visited), np.float64, len(visited))
-    order = np.argsort(owners, kind="stable")
-    begins = np.zeros(n + 1, np.int64)
-    np.cumsum(np.bincount(owners, minlength=n), out=begins[1:])
-    return Neighbours(begins, others[order], scores[order])
+def _neighbours(connection: psycopg.Connection, numbers: dict[str, int]) -> Neighbours:
+    """All of co-visitation, a row per item and in parts: there may be millions. `numbers` learns the items it names."""
+    owners, many, items, scores = [], [], [], []
+    with connection.transaction(), connection.cursor("neighbours", binary=True) as cursor:
+        cursor.itersize = _ITEMS_AT_ONCE
+        cursor.execute(statement("read_neighbours"))
+        while rows := cursor.fetchmany(_ITEMS_AT_ONCE):
+            for item_id, _, _ in rows:
+                owners.append(numbers.setdefault(item_id, len(numbers)))
+            named = [row[1].decode().split("\0") for row in rows]
+            many += [len(names) for names in named]
+            for names in named:
+                for name in names:
+                    if name not in numbers:
+                        numbers[name] = len(numbers)
+            items.append(np.fromiter(map(numbers.__getitem__, chain.from_iterable(named)), np.int64))
+            scores.append(np.frombuffer(b"".join(row[2] for row in rows), ">f8").astype(np.float64))
+    counts = np.zeros(len(numbers), np.int64)
+    counts[owners] = many
+    begins = np.zeros(len(numbers) + 1, np.int64)
+    np.cumsum(counts, out=begins[1:])
+    # Read in the order of ids; put in that of numbers.
+    places = np.repeat(begins[owners] - (np.cumsum(many) - many), many) + np.arange(begins[-1])
+    by_item, by_score = np.empty(begins[-1], np.int64), np.empty(begins[-1])
+    if len(places):
+        by_item[places], by_score[places] = np.concatenate(items), np.concatenate(scores)
+    return Neighbours(begins, by_item, by_score)
 
 
 def _features(connection: psycopg.Connection, numbers: dict[str, int], at: datetime) -> Columns:

@@ -65,7 +65,9 @@ def _at_least_kth(scores: Floats, k: int) -> tuple[Numbers, Numbers]:
     return found[0], found[1]
 
 
-def visited(recent: Entries, seen: tuple[Numbers, Numbers], neighbours: Neighbours, size: int, b: int, most: int) -> Entries:
+def visited(
+    recent: Entries, seen: tuple[Numbers, Numbers], neighbours: Neighbours, size: int, b: int, most: int
+) -> Entries:
     """What people went on to after the `recent` items of b people (places from 1, the newest), `most` for each.
 
     `seen` are owners and items that do not count; `size` is above every item's number.

@@ -70,7 +70,9 @@ def next_people(connection: psycopg.Connection, after: str, most: int) -> tuple[
     return [user_id for user_id, hidden in rows if not hidden], rows[-1][0] if rows else None
 
 
-def read_people(connection: psycopg.Connection, users: list[str], catalogue: Catalogue, at: datetime) -> tuple[People, bool]:
+def read_people(
+    connection: psycopg.Connection, users: list[str], catalogue: Catalogue, at: datetime
+) -> tuple[People, bool]:
     """What a request of each of `users` would read at the present `at`; and whether it would have had their features."""
     today = utc_day(at)
     place = {user_id: row for row, user_id in enumerate(users)}
