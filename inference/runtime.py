@@ -69,7 +69,9 @@ class LarderApplication:
         # Its own connection: what is written after an answer must not keep the next request waiting.
         served = ServedLog(Store(writer_url, 1, "the database (log)"), settings.audit_per_mille)
         unwatch = readings.watch(models, served)
-        recommender = Recommender(store, models, settings.candidates, settings.timeout_ms, served=served)
+        recommender = Recommender(
+            store, models, settings.candidates, settings.timeout_ms, served=served, scores_hours=settings.scores_hours
+        )
         return cls(settings, store, writer, models, recommender, served, access_of(settings, store), unwatch)
 
     def warm(self) -> None:

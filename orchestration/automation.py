@@ -34,8 +34,15 @@ training_job = dg.define_asset_job(
         "skew_audit",
         "ranker_release",
         "recommend_function",
+        "user_scores",
     ),
-    description="Train, judge, export, gate and release a ranker.",
+    description="Train, judge, export, gate and release a ranker; score everybody with it.",
+)
+
+scores_job = dg.define_asset_job(
+    "scores",
+    dg.AssetSelection.assets("user_scores"),
+    description="Everybody's list, scored ahead by the champion: what requests fall back on.",
 )
 
 audit_job = dg.define_asset_job(
@@ -50,7 +57,7 @@ prompts_job = dg.define_asset_job(
     description="Judge every prompt template on today's data and record the best of each kind. Select all partitions.",
 )
 
-JOBS = [daily_job, catalogue_job, training_job, audit_job, prompts_job]
+JOBS = [daily_job, catalogue_job, training_job, audit_job, prompts_job, scores_job]
 
 
 def schedules() -> list[dg.ScheduleDefinition | dg.UnresolvedPartitionedAssetScheduleDefinition]:
@@ -61,5 +68,6 @@ def schedules() -> list[dg.ScheduleDefinition | dg.UnresolvedPartitionedAssetSch
         ),
         dg.ScheduleDefinition(name="catalogue_at_01_00", job=catalogue_job, cron_schedule="0 1 * * *"),
         dg.ScheduleDefinition(name="skew_audit_at_02_15", job=audit_job, cron_schedule="15 2 * * *"),
+        dg.ScheduleDefinition(name="scores_at_04_00", job=scores_job, cron_schedule="0 4 * * *"),
         dg.ScheduleDefinition(name="training_on_mondays", job=training_job, cron_schedule="0 3 * * 1"),
     ]

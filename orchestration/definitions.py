@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dagster as dg
 
-from orchestration.assets import daily, embeddings, events, prompts, ranker, release, skew
+from orchestration.assets import daily, embeddings, events, prompts, ranker, release, scores, skew
 from orchestration.automation import JOBS, schedules
 from orchestration.checks import CHECKS, FRESHNESS_SENSOR
 from orchestration.compute.bind import bind_views
@@ -32,6 +32,7 @@ ASSETS: list[dg.AssetsDefinition] = [
     skew.skew_audit,
     release.ranker_release,
     release.recommend_function,
+    scores.user_scores,
 ]
 
 
