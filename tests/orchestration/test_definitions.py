@@ -22,6 +22,7 @@ def test_the_road_has_these_assets_and_no_others(specs: dict[str, dg.AssetSpec])
     assert set(specs) == DAILY | {
         "items", "source_events", "prompt_evaluation", "text_vectors", "popular_items", "co_visitation", "training_set", "ranker",
         "ranker_evaluation", "ranker_onnx", "item_vectors", "skew_audit", "ranker_release", "recommend_function",
+        "user_scores",
     }  # fmt: skip
 
 
@@ -71,6 +72,7 @@ def test_the_location_resolves_with_its_jobs_and_schedules() -> None:
         "catalogue",
         "training",
         "prompts",
+        "scores",
         "forget_person",
     }
 
