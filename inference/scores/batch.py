@@ -65,7 +65,7 @@ class Sizes:
     candidates: int = 200
     kept: int = 50
     at_once: int = 8
-    ahead: int = 32
+    ahead: int = 64
 
 
 def batches(people: People, size: int) -> Iterator[Numbers]:
