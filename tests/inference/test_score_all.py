@@ -304,6 +304,23 @@ def test_events_of_a_moment_ago_count(world: ServedWorld, connection: psycopg.Co
     assert items[0] not in kept(connection)[world.people[0]][3]  # type: ignore[operator]
 
 
+def test_items_are_read_again_when_they_are_old(world: ServedWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[datetime] = []
+
+    def counted(connection: psycopg.Connection, version: str, dim: int, at: datetime) -> Catalogue:
+        read.append(at)
+        return read_catalogue(connection, version, dim, at)
+
+    monkeypatch.setattr("inference.score_all.read_catalogue", counted)
+    still = datetime.now(UTC)
+    run(world, chunk=10, now=lambda: still)
+    assert read == [still]
+    later = itertools.count()
+    run(world, chunk=10, now=lambda: still + timedelta(minutes=6 * next(later)))
+    # The run itself begins at the first instant; of its four chunks every second one finds the items too old.
+    assert read[1:] == [still + timedelta(minutes=minutes) for minutes in (6, 18)]
+
+
 def test_the_nearest_are_exact_whatever_the_size() -> None:
     generator = np.random.default_rng(0)
     for b, m, k in ((3, 7, 10), (5, 9_000, 100), (2, 140_000, 50), (1, 1, 1)):
