@@ -7,7 +7,7 @@ PORT ?= 8080
 DATA ?=
 USER_ID ?=
 .DEFAULT_GOAL := help
-.PHONY: help install run ui backfill serve keys deploy rollback forget features explain training-set vacuum mend-lake test prove check bench-features bench-ranker bench-serving bench-gpu openapi format pictures clean
+.PHONY: help install run ui backfill serve score-all keys deploy rollback forget features explain training-set vacuum mend-lake test prove check bench-features bench-ranker bench-serving bench-gpu openapi format pictures clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ backfill: install ## materialise days again in the instance of `make ui`: VIEW=a
 
 serve: install ## answer over HTTP on this machine [PORT=8080]
 	@$(BIN)/python -m infra.serve --port $(PORT)
+
+score-all: install ## everybody's list scored ahead, for requests that find no model; goes on where it was stopped: [VERSION=…] [RESTART=1] [PER_USER=50] [CANDIDATES=200]
+	@$(BIN)/python -m orchestration.score_all $(if $(VERSION),--version '$(VERSION)') $(if $(RESTART),--restart) $(if $(PER_USER),--per-user '$(PER_USER)') $(if $(CANDIDATES),--candidates '$(CANDIDATES)')
 
 keys: install ## request keys: lists them; NAME=… makes one, shown once [SCOPES=recommend,write] [PER_MINUTE=6000] [DAYS=…]; REVOKE=id
 	@$(BIN)/python -m infra.keys $(if $(NAME),create --name '$(NAME)' $(if $(SCOPES),--scopes '$(SCOPES)') $(if $(PER_MINUTE),--per-minute '$(PER_MINUTE)') $(if $(DAYS),--days '$(DAYS)'),$(if $(REVOKE),revoke '$(REVOKE)',list))

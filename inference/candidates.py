@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.ahead import LISTED, SOURCE, Ahead
 from inference.live import HEAD_MOST, Columns, live_columns, snapshot_columns, utc_day
 from inference.sql_files import half_vectors, statement, text_array, vector_literal
 from schemas import online_sql
@@ -17,7 +18,15 @@ from schemas.feature_sql import read_sql
 from schemas.features import ITEM, FeatureView
 from schemas.views import CANDIDATE_VIEWS
 
-SOURCES: dict[str, int] = {"user_vector": 1, "wish": 2, "co_visitation": 4, "trending": 8, "fresh": 16, "given": 32}
+SOURCES: dict[str, int] = {
+    "user_vector": 1,
+    "wish": 2,
+    "co_visitation": 4,
+    "trending": 8,
+    "fresh": 16,
+    "given": 32,
+    "ahead": SOURCE,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,10 @@ class Candidates:
     features: Columns
     features_read: bool = True
     """False where they could not be, and `features` says nothing."""
+    ahead: NDArray[np.float32] | None = None
+    """`(n,)`: scores of the list that was scored ahead, NaN for what is not in it; None where it was not asked for."""
+    ahead_version: str | None = None
+    """The model that made that list."""
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -88,9 +101,10 @@ def candidates_sql(
     live: bool,
     audited: bool = False,
     features: bool = True,
+    ahead: Ahead | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """The statement of `Store.pick_candidates` and its parameters; arguments as there."""
-    sources, parameters = _sources(filters, limit, champion, dim, user_vector, wish_text, recent, given)
+    sources, parameters = _sources(filters, limit, champion, dim, user_vector, wish_text, recent, given, ahead)
     (view,) = CANDIDATE_VIEWS
     picked = "item_id IN (SELECT item_id FROM merged)"
     if not features:
@@ -116,6 +130,8 @@ def candidates_sql(
         wish = "1 - (w.vector <=> %(wish_text)s::vector)"
         wish_join = "LEFT JOIN text_vectors AS w ON w.item_id = m.item_id"
         parameters["wish_text"] = vector_literal(wish_text)
+    elif ahead is not None:
+        wish, wish_join = "l.score, l.model_version", f"LEFT JOIN {LISTED} AS l ON l.item_id = m.item_id"
     sql = statement("pick_candidates").format(
         allowed=filters.allowed("i"),
         limit=limit,
@@ -132,9 +148,17 @@ def candidates_sql(
 
 
 def candidates_of(
-    rows: Sequence[tuple[Any, ...]], dim: int, today: date | None, *, features: bool = True
+    rows: Sequence[tuple[Any, ...]], dim: int, today: date | None, *, features: bool = True, ahead: bool = False
 ) -> Candidates:
-    """Rows of `candidates_sql` as arrays; `today` is the day of a live read, None for one at an earlier instant."""
+    """Rows of `candidates_sql` as arrays; `today` is the day of a live read, None for one at an earlier instant.
+
+    `ahead`: they say how each item was scored ahead, and by which model, in place of the wish's likeness.
+    """
+    listed, listed_by = None, None
+    if ahead:
+        listed = np.array([np.nan if row[6] is None else row[6] for row in rows], np.float32)
+        listed_by = next((row[7] for row in rows if row[7] is not None), None)
+        rows = [(*row[:6], None, *row[8:]) for row in rows]
     (view,) = CANDIDATE_VIEWS
     raw = [row[5] for row in rows]
     has_vector = np.array([value is not None for value in raw], bool)
@@ -159,6 +183,8 @@ def candidates_of(
         np.array([row[6] or 0.0 for row in rows], np.float32),
         columns,
         features,
+        listed,
+        listed_by,
     )
 
 
@@ -177,6 +203,7 @@ def _sources(
     wish_text: NDArray[np.float32] | None,
     recent: list[str],
     given: list[str] | None,
+    ahead: Ahead | None,
 ) -> tuple[list[str], dict[str, Any]]:
     """The sub-selects that pick candidates `(item_id, source, place, evidence)`, and their parameters."""
     if given is not None:
@@ -199,6 +226,9 @@ def _sources(
     # first. A read at an earlier instant drops those that came later afterwards, and may get fewer than asked for.
     by_category = filters.categories is not None or bool(filters.exclude_categories)
     listed = "{0} IN (SELECT item_id FROM allowed)" if by_category else filters.not_excluded("{0}")
+    if ahead is not None:
+        picked.append(ahead.source(listed))
+        parameters |= ahead.parameters()
     typed = f"v.vector::halfvec({dim})"
     ann = (
         "(SELECT item_id, {bit} AS source, row_number() OVER (ORDER BY distance, item_id) AS place, 0::float8 AS evidence "

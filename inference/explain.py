@@ -42,6 +42,8 @@ def reasons(
         found.append((0.1, "trending this week"))
     if sources & SOURCES["fresh"]:
         found.append((0.15, "new"))
+    if sources & SOURCES["ahead"]:
+        found.append((0.05, "chosen for you a while ago"))
     found.sort(key=lambda entry: -entry[0])
     return tuple(text for _, text in found[:MOST_REASONS]) or ("popular",)
 

@@ -4,8 +4,9 @@
 
 The ladder, each rung named in `degraded`: `features` (read without them), `wish` (the encoder failed), `release` (the
 model before goes on, because the champion cannot be loaded), `arm` (not what the person's arm of an experiment declares),
-`ranker` (no model: co-visitation and trending), `database` (the list that ships with the artefact), then Unavailable. Each step gets a share of the time that is left, so that the
-rungs below it have some.
+`ranker` (no model), `database` (the list that ships with the artefact), then Unavailable. Beside `ranker`, `scores` says
+that the person's list was scored ahead by a model (inference/ahead.py); without it co-visitation and what is trending
+answer. Each step gets a share of the time that is left, so that the rungs below it have some.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from inference import explain, metrics, rerank
+from inference.ahead import Ahead, ranked
 from inference.arms import NO_PLAN, Plan
 from inference.breaker import Resting
 from inference.candidates import Candidates, Filters
@@ -92,6 +96,8 @@ class Recommender:
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     served: ServedLog | None = None
     trials: Trials | None = None
+    scores_hours: int = 48
+    """How old a list that was scored ahead may be; 0: none is read."""
 
     def recommend(
         self, request: RecommendationRequest, deadline: float | None = None, steps: Steps | None = None
@@ -158,17 +164,17 @@ class Recommender:
         wish_text = self._encode_wish(request.prompt, template, ranker, ends, degraded, steps)
         limit = plan.candidates or self.candidates
         asked = _Asked(request, at, person, wish_text, audited and features, features, limit)
-        ranked: tuple[Candidates, NDArray[np.float32]] | None = None
+        by_ranker: tuple[Candidates, NDArray[np.float32]] | None = None
         if ranker is not None:
             try:
-                ranked = self._by_ranker(ranker, asked, ends, steps, degraded)
+                by_ranker = self._by_ranker(ranker, asked, ends, steps, degraded)
             except (Lost, Resting):
                 raise  # whom nobody can reach, nobody can ask for less
             except Unavailable as error:
                 logger.warning("no ranking by model %s: %s", ranker.version, error)
                 ranker = None
                 _note(degraded, "ranker")
-        candidates, scores = ranked or self._by_floor(asked, ends, steps, degraded)
+        candidates, scores = by_ranker or self._by_floor(asked, ends, steps, degraded)
         with steps.step("re-rank"), span("re-rank", attributes={"recsys.rank.rows": len(candidates)}):
             diversity = plan.diversity(request) if candidates.vectors.shape[1] else None
             # Only a model's scores are logits, by which there is something to draw.
@@ -188,7 +194,7 @@ class Recommender:
         answer = RecommendationResponse(
             request_id=request_id,
             items=items,
-            model_version=ranker.version if ranker else FLOOR_VERSION,
+            model_version=ranker.version if ranker else candidates.ahead_version or FLOOR_VERSION,
             prompt_version=template if wish_text is not None else None,
             experiment=plan.answer,
             degraded=tuple(degraded),
@@ -252,12 +258,32 @@ class Recommender:
     def _by_floor(
         self, asked: _Asked, ends: Deadline, steps: Steps, degraded: list[str]
     ) -> tuple[Candidates, NDArray[np.float32]]:
-        """Without a model: what is nearest to the wish; without one what people went on to, then what is trending."""
+        """Without a model: what is nearest to the wish; without one the list that was scored ahead, then what people went
+        on to, then what is trending."""
         with steps.step("candidates"):
-            candidates = self._pick(asked, ends, FLOOR_SHARE, degraded)
+            ahead = self._ahead(asked)
+            try:
+                candidates = self._pick(asked, ends, FLOOR_SHARE, degraded, ahead=ahead)
+            except StatementFailed:
+                if ahead is None:
+                    raise
+                candidates = self._pick(asked, ends, FLOOR_SHARE, degraded)
         place = np.arange(len(candidates), 0, -1, dtype=np.float32) / max(len(candidates), 1) * 1e-3
         evidence = candidates.evidence if asked.wish_text is None else candidates.wish
-        return candidates, (evidence + place).astype(np.float32)
+        scores = (evidence + place).astype(np.float32)
+        if candidates.ahead_version is None or candidates.ahead is None:
+            return candidates, scores
+        _note(degraded, "scores")
+        return candidates, ranked(candidates.ahead, scores)
+
+    def _ahead(self, asked: _Asked) -> Ahead | None:
+        """Which list to fall back on: none knows of wishes, of what callers name, or what it will say at another instant."""
+        request = asked.request
+        if not self.scores_hours or request.at is not None or request.candidates is not None:
+            return None
+        if asked.wish_text is not None:
+            return None
+        return Ahead(request.user_id, asked.at - timedelta(hours=self.scores_hours))
 
     def _by_ranker(
         self, ranker: Ranker, asked: _Asked, ends: Deadline, steps: Steps, degraded: list[str]
@@ -289,6 +315,7 @@ class Recommender:
         degraded: list[str],
         ranker: Ranker | None = None,
         user_vector: NDArray[np.float32] | None = None,
+        ahead: Ahead | None = None,
     ) -> Candidates:
         """Candidates with their features; without them where those cannot be read."""
 
@@ -307,6 +334,7 @@ class Recommender:
                 live=asked.request.at is None,
                 audited=asked.audited,
                 features=features,
+                ahead=ahead,
             )
 
         try:

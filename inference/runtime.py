@@ -72,7 +72,15 @@ class LarderApplication:
         served = ServedLog(Store(writer_url, 1, "the database (log)"), settings.audit_per_mille)
         trials = Trials.of(settings, store.url, models, served)
         unwatch = readings.watch(models, served, trials.shadows)
-        recommender = Recommender(store, models, settings.candidates, settings.timeout_ms, served=served, trials=trials)
+        recommender = Recommender(
+            store,
+            models,
+            settings.candidates,
+            settings.timeout_ms,
+            served=served,
+            trials=trials,
+            scores_hours=settings.scores_hours,
+        )
         return cls(settings, store, writer, models, recommender, served, trials, access_of(settings, store), unwatch)
 
     def warm(self) -> None:

@@ -32,6 +32,8 @@ class Settings:
     """Requests answered at the same time by one process."""
     audit_per_mille: int = 10
     """Of how many people in a thousand the features served are logged for the skew audit."""
+    scores_hours: int = 48
+    """How old a list that `make score-all` made may be for a request to fall back on it; 0: none is read."""
     request_log: Stream = "stderr"
     """Where the line of each request goes, or `off`."""
     database_read_url: str | None = None
@@ -56,6 +58,7 @@ _LIMITS: dict[str, tuple[str, int, int]] = {
     "threads": ("LARDER_THREADS", 0, 256),
     "concurrency": ("LARDER_CONCURRENCY", 1, 256),
     "audit_per_mille": ("LARDER_AUDIT_PER_MILLE", 0, 1_000),
+    "scores_hours": ("LARDER_SCORES_HOURS", 0, 8_760),
     "key_cache_seconds": ("LARDER_KEY_CACHE_SECONDS", 1, 3_600),
 }
 

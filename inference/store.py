@@ -19,6 +19,7 @@ import psycopg
 from numpy.typing import NDArray
 from psycopg import generators
 
+from inference.ahead import Ahead
 from inference.breaker import Breaker
 from inference.candidates import Candidates, Filters, candidates_of, candidates_sql
 from inference.connections import Connections, StoreConnection
@@ -228,10 +229,12 @@ class Store:
         live: bool = False,
         audited: bool = False,
         features: bool = True,
+        ahead: Ahead | None = None,
     ) -> Candidates:
         """Candidates with titles, vectors and features, at most `limit`, from the sources that apply.
 
         `user_vector (d,)` searches the champion's item vectors, `wish_text (384,)` the text vectors; `recent` are the person's last items, newest first; `given` replaces all sources; `live`, `audited` and `features` as in `read_person`.
+        `ahead` adds the list that was scored ahead; it says nothing of a wish or of what is given.
         """
         sql, parameters = candidates_sql(
             at=at,
@@ -246,6 +249,7 @@ class Store:
             live=live,
             audited=audited,
             features=features,
+            ahead=ahead,
         )
 
         def question(connection: StoreConnection) -> list[tuple[Any, ...]]:
@@ -256,7 +260,7 @@ class Store:
 
         with span("db pick_candidates", kind="client", attributes=_db(2)):
             rows = self.ask(question, timeout_ms)
-        return candidates_of(rows, dim, utc_day(at) if live else None, features=features)
+        return candidates_of(rows, dim, utc_day(at) if live else None, features=features, ahead=ahead is not None)
 
     def similar(
         self,

@@ -34,8 +34,15 @@ training_job = dg.define_asset_job(
         "skew_audit",
         "ranker_release",
         "recommend_function",
+        "user_scores",
     ),
-    description="Train, judge, export, gate and release a ranker.",
+    description="Train, judge, export, gate and release a ranker; score everybody with it.",
+)
+
+scores_job = dg.define_asset_job(
+    "scores",
+    dg.AssetSelection.assets("user_scores"),
+    description="Everybody's list, scored ahead by the champion: what requests fall back on.",
 )
 
 audit_job = dg.define_asset_job(
@@ -56,7 +63,7 @@ experiments_job = dg.define_asset_job(
     description="What every running experiment says. Switches off what breaks a guardrail.",
 )
 
-JOBS = [daily_job, catalogue_job, training_job, audit_job, prompts_job, experiments_job]
+JOBS = [daily_job, catalogue_job, training_job, audit_job, prompts_job, scores_job, experiments_job]
 
 
 def schedules() -> list[dg.ScheduleDefinition | dg.UnresolvedPartitionedAssetScheduleDefinition]:
@@ -68,5 +75,6 @@ def schedules() -> list[dg.ScheduleDefinition | dg.UnresolvedPartitionedAssetSch
         dg.ScheduleDefinition(name="catalogue_at_01_00", job=catalogue_job, cron_schedule="0 1 * * *"),
         dg.ScheduleDefinition(name="skew_audit_at_02_15", job=audit_job, cron_schedule="15 2 * * *"),
         dg.ScheduleDefinition(name="experiments_at_02_45", job=experiments_job, cron_schedule="45 2 * * *"),
+        dg.ScheduleDefinition(name="scores_at_04_00", job=scores_job, cron_schedule="0 4 * * *"),
         dg.ScheduleDefinition(name="training_on_mondays", job=training_job, cron_schedule="0 3 * * 1"),
     ]

@@ -13,6 +13,7 @@ from orchestration.assets import (
     prompts,
     ranker,
     release,
+    scores,
     skew,
 )
 from orchestration.automation import JOBS, schedules
@@ -47,6 +48,7 @@ ASSETS: list[dg.AssetsDefinition] = [
     experiments.experiment_report,
     monitoring.drift_report,
     monitoring.fairness_report,
+    scores.user_scores,
 ]
 
 

@@ -12,6 +12,7 @@ LarderError
 │   └── StoreUnavailable   the artefacts' bucket does not answer: check ARTIFACTS_URL and its credentials, or wait
 ├── GateError              a model did not pass: it is not released
 ├── DeployError            the cloud refused, or the function it got does not answer: see the message, `make deploy` again
+├── ScoresError            people cannot be scored ahead as asked, or not now: see the message, `make score-all` again
 ├── UnknownPerson          nothing is held of that person: check the id
 ├── RequestError           the caller sent something unusable: fix the request (HTTP 4xx)
 │   ├── Unauthorized       no key, or none that is good: send another (HTTP 401)
@@ -75,6 +76,10 @@ class GateError(LarderError):
 
 class DeployError(LarderError):
     type = "deploy"
+
+
+class ScoresError(LarderError):
+    type = "scores"
 
 
 class UnknownPerson(LarderError):

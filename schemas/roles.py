@@ -38,7 +38,7 @@ ALL: tuple[str, ...] = ()
 
 READS: dict[str, tuple[str, ...]] = {
     "public.model_aliases": ("alias", "version", "revision"),
-    "public.model_versions": ("version", "path"),
+    "public.model_versions": ("version", "path", "created_at"),
     # A version that an experiment names is loaded only if it passed.
     "public.gate_records": ("version", "passed"),
     "public.prompt_winners": ("kind", "version"),
@@ -58,6 +58,8 @@ READS: dict[str, tuple[str, ...]] = {
     "public.item_vectors": ("model_version", "item_id", "vector"),
     "public.co_visitation": ALL,
     "public.popular_items": ALL,
+    # What everybody's list was when it was scored ahead: the rung below the ranker.
+    "public.user_scores": ("user_id", "model_version", "scored_at", "item_ids", "scores"),
     "public.feature_ledger": ("view", "partition_date", "definition_hash"),
     # Who asked to be forgotten reads as unknown; a receipt names nobody.
     "public.erasure_requests": ("request_id", "user_id"),

@@ -278,6 +278,34 @@ popular_items = Table(
     comment="Lists that need no model.",
 )
 
+# --- scored ahead -------------------------------------------------------------------------------------------------
+
+score_runs = Table(
+    "score_runs",
+    metadata,
+    Column("run_id", BigInteger, Identity(always=True), primary_key=True),
+    Column("model_version", Text, nullable=False),
+    Column("candidates", Integer, nullable=False, comment="how many each person's list was chosen from"),
+    Column("kept", Integer, nullable=False, comment="how many items a list has at most"),
+    Column("started_at", Instant, nullable=False),
+    Column("people", BigInteger, comment="lists written, by all its starts"),
+    Column("seconds", Double, comment="the last start took"),
+    Column("finished_at", Instant, comment="NULL: it was stopped, or is under way"),
+    comment="Runs of `make score-all`. Where one stopped is read off the rows it wrote, so that no id is kept here.",
+)
+
+user_scores = Table(
+    "user_scores",
+    metadata,
+    Column("user_id", Text, primary_key=True),
+    Column("run_id", BigInteger, nullable=False, comment="of score_runs"),
+    Column("model_version", Text, nullable=False),
+    Column("scored_at", Instant, nullable=False, comment="the instant that the list is as of"),
+    Column("item_ids", ARRAY(Text), nullable=False, comment="best first"),
+    Column("scores", ARRAY(REAL), nullable=False, comment="the model's logits, in the same order"),
+    comment="Everybody's list, scored ahead: what requests fall back on when no model can rank.",
+)
+
 # --- models ------------------------------------------------------------------------------------------------------
 
 model_versions = Table(

@@ -24,6 +24,7 @@ def test_the_road_has_these_assets_and_no_others(specs: dict[str, dg.AssetSpec])
         "ranker_evaluation", "ranker_onnx", "item_vectors", "skew_audit", "ranker_release", "recommend_function",
         "experiment_report",
         "drift_report", "fairness_report",
+        "user_scores",
     }  # fmt: skip
 
 
@@ -73,6 +74,7 @@ def test_the_location_resolves_with_its_jobs_and_schedules() -> None:
         "catalogue",
         "training",
         "prompts",
+        "scores",
         "forget_person",
         "watch",
     }

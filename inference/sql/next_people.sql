@@ -1,0 +1,8 @@
+-- The next people in order of their ids: all that have a history or a profile, and whether each asked to be forgotten.
+SELECT p.user_id, EXISTS (SELECT FROM erasure_requests AS r WHERE r.user_id = p.user_id) AS hidden
+FROM (
+    (SELECT DISTINCT user_id FROM user_history WHERE user_id > %(after)s ORDER BY user_id LIMIT %(most)s)
+    UNION
+    (SELECT user_id FROM people WHERE user_id > %(after)s ORDER BY user_id LIMIT %(most)s)
+) AS p
+ORDER BY p.user_id LIMIT %(most)s
