@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from inference import explain, metrics, rerank
+from inference import explain, metrics, rerank, timing
 from inference.breaker import Resting
 from inference.candidates import Candidates, Filters
 from inference.connections import Lost, StatementFailed
@@ -108,6 +108,7 @@ class Recommender:
         except Unavailable:
             answer = self._shipped(request, request_id, ends, seen)
         metrics.answered(answer.model_version, answer.degraded, steps.ms)
+        timing.tell(steps.ms)
         return answer
 
     def _personal(

@@ -42,6 +42,8 @@ class Settings:
     """Who checks requests; one of ACCESS_MODES."""
     key_cache_seconds: int = 60
     """How long a key is trusted before it is looked up again: a revocation counts by then."""
+    survey_per_mille: int = 0
+    """Of how many people in a thousand the page asks its two questions in a week."""
     link_keys: str = field(default="", repr=False)
     """Secrets of signed links, see inference/links.py; empty: none are taken."""
 
@@ -52,6 +54,7 @@ _LIMITS: dict[str, tuple[str, int, int]] = {
     "threads": ("LARDER_THREADS", 0, 256),
     "concurrency": ("LARDER_CONCURRENCY", 1, 256),
     "audit_per_mille": ("LARDER_AUDIT_PER_MILLE", 0, 1_000),
+    "survey_per_mille": ("LARDER_SURVEY_PER_MILLE", 0, 1_000),
     "key_cache_seconds": ("LARDER_KEY_CACHE_SECONDS", 1, 3_600),
 }
 

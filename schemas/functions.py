@@ -3,6 +3,7 @@
     accept_events     store posted events; its tiles follow the declared views, so it is made anew when those change
     log_served        keep feature vectors as they were served
     request_erasure   ask for a person to be forgotten
+    accept_survey     keep answers to the page's two questions
     api_key           look one request key up by its id
 
 Plain rights would not do: an INSERT with ON CONFLICT also needs to read, and who may read or write the tables could do
@@ -62,6 +63,9 @@ def fixed() -> tuple[Function, ...]:
     key = "TABLE (secret_hash bytea, scopes text[], per_minute integer, expires_at timestamptz, revoked_at timestamptz)"
     return (
         Function("log_served", "jsonb", "integer", log_served),
+        Function(
+            "accept_survey", "jsonb", "integer", _body("accept_survey").format(erasure_lock=online_sql.ERASURE_LOCK)
+        ),
         Function("request_erasure", "text, text", "text", _body("request_erasure")),
         Function("api_key", "text", key, _body("api_key"), "STABLE"),
     )

@@ -26,6 +26,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    SmallInteger,
     Table,
     Text,
     UniqueConstraint,
@@ -389,6 +390,22 @@ skew_audits = Table(
     Column("bugs", BigInteger, nullable=False, comment="values that nothing explains; above zero blocks a release"),
     Column("mismatches", JSONB, nullable=False, comment="by view, feature and cause; names nobody"),
     comment="What each skew audit found.",
+)
+
+# --- survey ------------------------------------------------------------------------------------------------------
+
+survey_answers = Table(
+    "survey_answers",
+    metadata,
+    Column("user_id", Text, primary_key=True),
+    Column("request_id", Text, primary_key=True, comment="the list that was asked about"),
+    Column("question", Text, primary_key=True),
+    Column("answer", SmallInteger, nullable=False, comment="1 (not at all) to 5 (very much)"),
+    _now("answered_at"),
+    CheckConstraint("question IN ('satisfied', 'trust')", name="known_question"),
+    CheckConstraint("answer BETWEEN 1 AND 5", name="in_range"),
+    Index(None, "request_id"),
+    comment="What people answered to the page's two questions. No events: they are about no item and enter no history.",
 )
 
 # --- erasure -----------------------------------------------------------------------------------------------------
