@@ -129,7 +129,7 @@ def _recommendations(call: _Call) -> Response:
     call.notes.model_version, call.notes.prompt_version = answer.model_version, answer.prompt_version
     call.notes.degraded = answer.degraded
     took_ms = (time.perf_counter() - began) * 1_000
-    return _answer(render(answer), headers={"server-timing": timing.header(ms, took_ms)})
+    return _answer(render(answer), headers={"server-timing": timing.header(ms, took_ms)} if ms else {})
 
 
 def _similar(call: _Call) -> Response:

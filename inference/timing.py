@@ -29,5 +29,5 @@ def tell(ms: Mapping[str, float]) -> None:
 
 def header(ms: Mapping[str, float], total_ms: float) -> str:
     """The value of `server-timing` (W3C Server Timing): each step and the whole; a name may hold no space."""
-    steps = [f"{name.replace(' ', '-')};dur={value:.2f}" for name, value in ms.items()]
+    steps = [f"{name.replace(' ', '_')};dur={value:.2f}" for name, value in ms.items()]
     return ", ".join([*steps, f"total;dur={total_ms:.2f}"])

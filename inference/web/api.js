@@ -77,6 +77,6 @@ export const about = (user, what) => `people/${encodeURIComponent(user)}/${what}
 export function timings(headers) {
   return (headers.get("server-timing") ?? "").split(",").flatMap((part) => {
     const found = /^\s*([^;]+);dur=([\d.]+)/.exec(part);
-    return found ? [[found[1].replaceAll("-", " "), Number(found[2])]] : [];
+    return found ? [[found[1].replaceAll("_", " "), Number(found[2])]] : [];
   });
 }

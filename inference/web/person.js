@@ -104,7 +104,7 @@ export async function survey(user, requestId) {
     field.hidden = !body.questions.includes(name);
     const choices = [1, 2, 3, 4, 5].map((value) =>
       make("label", {}, make("input", { type: "radio", name, value: String(value), "aria-label": `${value} of 5` }), String(value)));
-    field.querySelector(".scale").replaceChildren("not at all", ...choices, "very much");
+    field.querySelector(".scale").replaceChildren(make("span", {}, "not at all"), ...choices, make("span", {}, "very much"));
   }
   form.dataset.user = user;
   form.dataset.request = requestId;
