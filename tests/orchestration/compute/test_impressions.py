@@ -22,7 +22,8 @@ from schemas.events import KINDS
 DAY = 86_400_000_000
 CONTRACT = """
     CREATE TABLE IF NOT EXISTS served_requests (
-        request_id text PRIMARY KEY, user_id text NOT NULL, served_at timestamptz NOT NULL, item_ids text[] NOT NULL
+        request_id text PRIMARY KEY, user_id text NOT NULL, served_at timestamptz NOT NULL, item_ids text[] NOT NULL,
+        experiment text, arm text
     )
 """
 """The columns of the served log that are read here."""
@@ -47,7 +48,10 @@ def table(rows: list[tuple[str, str, str, datetime]]) -> Interactions:
     )
 
 
-def serve(connection: psycopg.Connection[Any], request_id: str, user: str, at: datetime, items: str) -> None:
+def serve(
+    connection: psycopg.Connection[Any], request_id: str, user: str, at: datetime, items: str, **more: str
+) -> None:
+    """A row of the served log, whatever else the table asks for."""
     connection.execute(CONTRACT)
     columns = {
         name: kind
@@ -58,6 +62,7 @@ def serve(connection: psycopg.Connection[Any], request_id: str, user: str, at: d
         if needed
     }
     values: dict[str, Any] = {"request_id": request_id, "user_id": user, "served_at": at, "item_ids": items.split()}
+    values |= more
     fill = {"text": "m", "ARRAY": [], "integer": 0, "jsonb": "{}"}
     values |= {name: fill[kind] for name, kind in columns.items() if name not in values}
     connection.execute(
