@@ -20,7 +20,8 @@ const feedback = new Feedback(
 function show(place) {
   for (const id of ["gate-key", "gate-person", "room"]) $(id).hidden = id !== place;
   $("who").hidden = place === "gate-key";
-  $("who").firstElementChild.hidden = $("change-person").hidden = place !== "room";
+  $("who").firstElementChild.hidden = place !== "room";
+  $("change-person").hidden = place !== "room" || Boolean(session()?.link);
   document.title = place === "room" ? `For ${state.user} · Larder` : "Larder";
 }
 
@@ -103,7 +104,10 @@ async function load({ quiet = false, after = "" }) {
   const mine = (running = new AbortController());
   closeRow();
   if (state.items.length) $("list").classList.add("kept");
-  else skeletons(SIZE);
+  else {
+    skeletons(SIZE);
+    $("list").hidden = false;
+  }
   $("list").setAttribute("aria-busy", "true");
   $("empty").hidden = true;
   const sent = await feedback.flush();
