@@ -99,6 +99,7 @@ format: install ## format the code and apply safe fixes
 
 pictures: install ## take the README's pictures again from the current deployment (needs chromium)
 	@$(BIN)/python -m infra.pictures
+	@$(BIN)/python -m infra.page_pictures
 
 clean: ## remove the virtual environment and caches; deployments in .larder stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

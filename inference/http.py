@@ -10,23 +10,30 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
+from urllib.parse import parse_qs
 
-from inference import metrics, request_log, telemetry
-from inference.access import Access
+from inference import metrics, page, request_log, telemetry, timing
+from inference.access import Access, Platform
 from inference.propagation import CARRIER_HEADERS
 from inference.request_log import Notes
-from schemas.errors import LarderError, RequestError, TooManyRequests, Unauthorized, Unavailable
+from schemas.errors import Forbidden, LarderError, RequestError, TooManyRequests, Unauthorized, Unavailable
 from schemas.events import InvalidRow, check_id
 from schemas.serving import (
+    MAX_HISTORY_SHOWN,
     ErasureResponse,
     EventsRequest,
     EventsResponse,
     HealthResponse,
     HealthStatus,
+    HistoryResponse,
+    PeopleResponse,
     RecommendationRequest,
     RecommendationResponse,
     SimilarRequest,
     SimilarResponse,
+    SurveyOutcome,
+    SurveyQuestions,
+    SurveyRequest,
     cut,
     parse,
     render,
@@ -36,6 +43,8 @@ from schemas.serving import (
 logger = logging.getLogger(__name__)
 
 JSON_TYPE = "application/json"
+HISTORY_SHOWN = 20
+"""Events of a person's history that are given when nobody says how many."""
 ACCEPTED_TYPES = frozenset({JSON_TYPE, "application/x-www-form-urlencoded"})
 """The second is what `curl -d` says of any body it is not told about; whether it is JSON the parser decides."""
 
@@ -61,6 +70,14 @@ class Application(Protocol):
     def forget(self, user_id: str, deadline: float | None) -> ErasureResponse: ...
 
     def erasure(self, user_id: str, receipt_id: str, deadline: float | None) -> ErasureResponse: ...
+
+    def history(self, user_id: str, limit: int, deadline: float | None) -> HistoryResponse: ...
+
+    def some_people(self, deadline: float | None) -> PeopleResponse: ...
+
+    def survey_questions(self, user_id: str, deadline: float | None) -> SurveyQuestions: ...
+
+    def answer_survey(self, request: SurveyRequest, deadline: float | None) -> SurveyOutcome: ...
 
     def health(self) -> HealthResponse: ...
 
@@ -99,8 +116,10 @@ def _recommendations(call: _Call) -> Response:
     if request.timeout_ms is not None:
         asked = call.arrived + request.timeout_ms / 1000
         deadline = asked if deadline is None else min(asked, deadline)
+    began = time.perf_counter()
     try:
-        answer = call.app.recommend(request, deadline, call.carrier)
+        with timing.collected() as ms:
+            answer = call.app.recommend(request, deadline, call.carrier)
     except Unavailable as error:
         if deadline is None or time.monotonic() < deadline:
             raise
@@ -109,7 +128,8 @@ def _recommendations(call: _Call) -> Response:
         raise Unavailable(message, retry_after_seconds=error.retry_after_seconds) from error
     call.notes.model_version, call.notes.prompt_version = answer.model_version, answer.prompt_version
     call.notes.degraded = answer.degraded
-    return _answer(render(answer))
+    took_ms = (time.perf_counter() - began) * 1_000
+    return _answer(render(answer), headers={"server-timing": timing.header(ms, took_ms)} if ms else {})
 
 
 def _similar(call: _Call) -> Response:
@@ -140,6 +160,38 @@ def _erasure(call: _Call) -> Response:
     return _answer(render(call.app.erasure(call.names["user_id"], call.names["receipt_id"], call.deadline)))
 
 
+def _history(call: _Call) -> Response:
+    given = parse_qs(call.query, keep_blank_values=True).get("limit", [str(HISTORY_SHOWN)])[-1]
+    if not re.fullmatch(r"[0-9]{1,4}", given) or not 1 <= int(given) <= MAX_HISTORY_SHOWN:
+        raise RequestError(f"limit is {cut(given)}; give a whole number from 1 to {MAX_HISTORY_SHOWN}", field="limit")
+    return _answer(render(call.app.history(call.names["user_id"], int(given), call.deadline)))
+
+
+def _people(call: _Call) -> Response:
+    try:
+        call.app.access.check(call.headers, "admin", direct=call.direct)
+    except Forbidden:
+        return _answer(render(PeopleResponse()))
+    # Where keys are not checked nobody has shown that they may see who is here.
+    known = not isinstance(call.app.access, Platform)
+    return _answer(render(call.app.some_people(call.deadline) if known else PeopleResponse()))
+
+
+def _survey_questions(call: _Call) -> Response:
+    return _answer(render(call.app.survey_questions(call.names["user_id"], call.deadline)))
+
+
+def _survey(call: _Call) -> Response:
+    return _answer(render(call.app.answer_survey(parse(SurveyRequest, call.body), call.deadline)))
+
+
+def _page(call: _Call) -> Response:
+    found = page.answer(call.names.get("file", page.INDEX), call.headers)
+    if found is None:
+        raise RequestError(f"the page has no such file; it has {', '.join(page.names())}", status=404, field="file")
+    return Response(*found)
+
+
 def _openapi(_: _Call) -> Response:
     from inference import openapi  # made for who asks, not at every start
 
@@ -154,6 +206,12 @@ ROUTES: dict[str, tuple[str, Callable[[_Call], Response]]] = {
     "/people/{user_id}/forget/{receipt_id}": ("GET", _erasure),
     "/health": ("GET", _health),
     "/openapi.json": ("GET", _openapi),
+    "/people": ("GET", _people),
+    "/people/{user_id}/history": ("GET", _history),
+    "/people/{user_id}/survey": ("GET", _survey_questions),
+    "/survey": ("POST", _survey),
+    "/": ("GET", _page),
+    "/web/{file}": ("GET", _page),
 }
 SCOPES: dict[str, str | None] = {
     "/recommendations": "recommend",
@@ -163,20 +221,30 @@ SCOPES: dict[str, str | None] = {
     "/people/{user_id}/forget/{receipt_id}": "admin",
     "/health": None,
     "/openapi.json": None,
+    "/people": "recommend",
+    "/people/{user_id}/history": "recommend",
+    "/people/{user_id}/survey": "recommend",
+    "/survey": "write",
+    "/": None,
+    "/web/{file}": None,
 }
 """What a key must be for; None: open to all."""
 LINKED: dict[str, str] = {
     "/people/{user_id}/forget": "forget",
     "/people/{user_id}/forget/{receipt_id}": "forget",
+    # Who may take away all that is held of a person may look at some of it.
+    "/people/{user_id}/history": "export",
 }
 """Where a signed link of the person does as well, and for which purpose it must be."""
+_NAMED = {
+    "{user_id}": "(?P<user_id>.+)",
+    "{receipt_id}": "(?P<receipt_id>[0-9a-f]{32})",
+    "{file}": "(?P<file>[^/]+)",
+}
 _PATTERNS = [
-    # An id may hold a slash, so the words around it decide.
-    (
-        re.compile("/people/(?P<user_id>.+)/forget/(?P<receipt_id>[0-9a-f]{32})"),
-        "/people/{user_id}/forget/{receipt_id}",
-    ),
-    (re.compile("/people/(?P<user_id>.+)/forget"), "/people/{user_id}/forget"),
+    # An id may hold a slash, so the words around it decide: the route with the most of them first.
+    (re.compile(re.sub(r"{\w+}", lambda found: _NAMED[found[0]], route)), route)
+    for route in sorted((route for route in ROUTES if "{" in route), key=lambda route: -route.count("/"))
 ]
 
 
@@ -332,13 +400,16 @@ def internal_error(error: BaseException, trace_id: str) -> Response:
 def _check_access(route: str, call: _Call) -> None:
     """Let the request in, or raise what is answered instead; before its body is looked at."""
     scope, access = SCOPES[route], call.app.access
-    if route in LINKED:
-        user_id = call.names["user_id"]
+    user_id = call.names.get("user_id")
+    if user_id is not None:
         try:
             check_id("user_id", user_id)
         except InvalidRow as error:
             raise RequestError(f"the path names no person: {error}", status=404, field="user_id") from None
-        access.check_person(call.headers, call.query, user_id, LINKED[route], direct=call.direct)
+    if user_id is not None and route in LINKED:
+        access.check_person(
+            call.headers, call.query, user_id, LINKED[route], scope=scope or "admin", direct=call.direct
+        )
     elif scope is not None:
         access.check(call.headers, scope, direct=call.direct)
 
@@ -360,8 +431,8 @@ def _route_names() -> list[str]:
     return [f"{method} {path}" for path, (method, _) in ROUTES.items()]
 
 
-def _answer(body: bytes, status: int = 200) -> Response:
-    return Response(status, {"content-type": JSON_TYPE}, body)
+def _answer(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(status, {"content-type": JSON_TYPE, **(headers or {})}, body)
 
 
 def _error(

@@ -18,27 +18,40 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
-from inference.http import LINKED, SCOPES
+from inference import page
+from inference.http import HISTORY_SHOWN, LINKED, SCOPES
 from inference.otel import version
 from schemas.serving import (
     MAX_BODY_BYTES,
+    MAX_HISTORY_SHOWN,
     ErasureResponse,
     ErrorResponse,
     EventsRequest,
     EventsResponse,
     HealthResponse,
     HealthStatus,
+    HistoryResponse,
     Key,
+    PeopleResponse,
     RecommendationRequest,
     RecommendationResponse,
     SimilarRequest,
     SimilarResponse,
+    SurveyOutcome,
+    SurveyQuestions,
+    SurveyRequest,
 )
 
 OPENAPI_VERSION = "3.1.0"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "openapi.json"
 _REF = "#/components/schemas/{model}"
 _RETRY_AFTER = {"retry-after": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 0}}}
+_SERVER_TIMING = {
+    "server-timing": {
+        "description": "Milliseconds by step, and in all (W3C Server Timing).",
+        "schema": {"type": "string"},
+    }
+}
 
 FAULTS: dict[int, str] = {
     400: "The body is not a JSON object.",
@@ -78,6 +91,10 @@ class Operation:
     also: tuple[int, ...] = ()
     """Other statuses that come with an answer instead of an error."""
     success: int = 200
+    query: tuple[tuple[str, dict[str, Any]], ...] = ()
+    """Parameters after the question mark, each with its schema."""
+    text: tuple[str, ...] = ()
+    """Content types of an answer that is no JSON."""
 
 
 OPERATIONS = (
@@ -121,6 +138,40 @@ OPERATIONS = (
         (ErasureResponse,),
         faults=(404, 500, 503),
     ),
+    Operation(
+        "GET",
+        "/people",
+        "Some people's ids to look at, for an admin key; none for another",
+        (PeopleResponse,),
+        faults=(500, 503),
+    ),
+    Operation(
+        "GET",
+        "/people/{user_id}/history",
+        "A person's newest events with titles",
+        (HistoryResponse,),
+        faults=(404, 422, 500, 503),
+        query=(("limit", {"type": "integer", "minimum": 1, "maximum": MAX_HISTORY_SHOWN, "default": HISTORY_SHOWN}),),
+    ),
+    Operation(
+        "GET",
+        "/people/{user_id}/survey",
+        "What to ask a person about their list; mostly nothing",
+        (SurveyQuestions,),
+        faults=(404, 500, 503),
+    ),
+    Operation(
+        "POST", "/survey", "Answers to those questions, each kept once", (SurveyOutcome,), SurveyRequest, _BODY_FAULTS
+    ),
+    Operation("GET", "/", "The page for people", (), faults=(500,), text=(page.TYPES["html"],)),
+    Operation(
+        "GET",
+        "/web/{file}",
+        "A file of the page",
+        (),
+        faults=(404, 500),
+        text=tuple(dict.fromkeys(page.files()[name].content_type for name in page.names())),
+    ),
     Operation("GET", "/openapi.json", "This document", (), faults=(500,)),
 )
 
@@ -158,16 +209,22 @@ def _operation(each: Operation) -> dict[str, Any]:
         "operationId": re.sub(r"\W+", "_", f"{each.method.lower()}{each.path}").strip("_"),
         "summary": each.summary,
     }
-    if names := re.findall(r"{(\w+)}", each.path):
-        said["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": TypeAdapter(Key).json_schema()} for name in names
-        ]
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": _named_schema(name)}
+        for name in re.findall(r"{(\w+)}", each.path)
+    ]
+    parameters += [{"name": name, "in": "query", "required": False, "schema": schema} for name, schema in each.query]
+    if parameters:
+        said["parameters"] = parameters
     scope = SCOPES[each.path]
     if scope is not None:
         said["security"] = [{"key": [scope]}, *([{"link": []}] if each.path in LINKED else [])]
     if each.request is not None:
         said["requestBody"] = {"required": True, "content": _content(each.request)}
-    responses: dict[int, Any] = {each.success: {"description": "The answer.", "content": _content(*each.answer)}}
+    content = {kind: {"schema": {"type": "string"}} for kind in each.text} or _content(*each.answer)
+    responses: dict[int, Any] = {each.success: {"description": "The answer.", "content": content}}
+    if each.path == "/recommendations":
+        responses[each.success]["headers"] = _SERVER_TIMING
     for status in each.also:
         responses[status] = {"description": FAULTS[status], "content": _content(*each.answer)}
     for status in (*each.faults, *(_KEY_FAULTS if scope is not None else ())):
@@ -176,6 +233,13 @@ def _operation(each: Operation) -> dict[str, Any]:
             responses[status]["headers"] = _RETRY_AFTER
     said["responses"] = {str(status): responses[status] for status in sorted(responses)}
     return said
+
+
+def _named_schema(name: str) -> dict[str, Any]:
+    """What may stand in a path where it names `name`."""
+    if name == "file":
+        return {"type": "string", "enum": page.names()}
+    return TypeAdapter(Key).json_schema()
 
 
 def _content(*models: type[BaseModel]) -> dict[str, Any]:

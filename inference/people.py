@@ -1,4 +1,4 @@
-"""What a person, or somebody for them, may ask about themselves: to be forgotten, and how far that is."""
+"""What a person, or somebody for them, may ask about themselves: their history, to be forgotten, and how far that is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Literal
 from inference.sql_files import statement
 from inference.store import Store
 from schemas.errors import RequestError
-from schemas.serving import ErasureResponse
+from schemas.serving import ErasureResponse, HistoryResponse, PeopleResponse, PersonEvent
+
+PEOPLE_SHOWN = 12
 
 
 def request_erasure(writer: Store, user_id: str, timeout_ms: float) -> ErasureResponse:
@@ -32,3 +34,20 @@ def read_erasure(store: Store, user_id: str, receipt_id: str, timeout_ms: float)
     if forgotten_at is None:
         return ErasureResponse(receipt_id=receipt_id, state="waiting")
     return ErasureResponse(receipt_id=receipt_id, state=state, forgotten_at=forgotten_at, removed=removed)
+
+
+def read_history(store: Store, user_id: str, limit: int, timeout_ms: float) -> HistoryResponse:
+    """The newest `limit` events of `user_id` with titles; none of somebody unknown, or who asked to be forgotten."""
+    rows = store.rows(statement("read_events"), {"user_id": user_id, "limit": limit}, timeout_ms)
+    return HistoryResponse(
+        events=tuple(
+            PersonEvent(item_id=item_id, title=title, kind=kind, value=value, occurred_at=occurred_at)
+            for item_id, title, kind, value, occurred_at in rows
+        )
+    )
+
+
+def some_people(store: Store, timeout_ms: float) -> PeopleResponse:
+    """A few ids to try the page with; whoever calls this has made sure that the asker may see them."""
+    rows = store.rows(statement("some_people"), {"limit": PEOPLE_SHOWN}, timeout_ms)
+    return PeopleResponse(people=tuple(user_id for (user_id,) in rows))

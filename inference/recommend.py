@@ -19,14 +19,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from inference import explain, metrics, rerank
+from inference import explain, metrics, rerank, timing
 from inference.ahead import Ahead, ranked
 from inference.arms import NO_PLAN, Plan
 from inference.breaker import Resting
@@ -122,6 +120,7 @@ class Recommender:
             answer = self._shipped(request, plan, request_id, ends, seen)
             slate = Slate(None, len(answer.items))
         metrics.answered(answer.model_version, answer.degraded, steps.ms, plan.label)
+        timing.tell(steps.ms)
         if self.trials:
             self.trials.after(request, at, plan, (answer, slate), partial(self._beside, at))
         return answer

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from typing import Literal
 
-from inference import metrics, people, readings, request_log, telemetry
+from inference import metrics, people, readings, request_log, survey, telemetry
 from inference.access import Access, access_of
 from inference.breaker import Breaker
 from inference.candidates import Filters
@@ -30,11 +30,16 @@ from schemas.serving import (
     EventsRequest,
     EventsResponse,
     HealthResponse,
+    HistoryResponse,
+    PeopleResponse,
     RecommendationRequest,
     RecommendationResponse,
     RecommendedItem,
     SimilarRequest,
     SimilarResponse,
+    SurveyOutcome,
+    SurveyQuestions,
+    SurveyRequest,
 )
 
 logger = logging.getLogger(__name__)
@@ -210,6 +215,19 @@ class LarderApplication:
     def erasure(self, user_id: str, receipt_id: str, deadline: float | None = None) -> ErasureResponse:
         timeout_ms = _timeout_ms(self.settings.timeout_ms, deadline)
         return people.read_erasure(self.store, user_id, receipt_id, timeout_ms)
+
+    def history(self, user_id: str, limit: int, deadline: float | None = None) -> HistoryResponse:
+        return people.read_history(self.store, user_id, limit, _timeout_ms(self.settings.timeout_ms, deadline))
+
+    def some_people(self, deadline: float | None = None) -> PeopleResponse:
+        return people.some_people(self.store, _timeout_ms(self.settings.timeout_ms, deadline))
+
+    def survey_questions(self, user_id: str, deadline: float | None = None) -> SurveyQuestions:
+        timeout_ms = _timeout_ms(self.settings.timeout_ms, deadline)
+        return survey.questions(self.store, user_id, datetime.now(UTC), self.settings.survey_per_mille, timeout_ms)
+
+    def answer_survey(self, request: SurveyRequest, deadline: float | None = None) -> SurveyOutcome:
+        return survey.accept(self.writer, request, _timeout_ms(self.settings.timeout_ms, deadline))
 
     def health(self) -> HealthResponse:
         degraded: list[str] = []

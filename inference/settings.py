@@ -44,6 +44,8 @@ class Settings:
     """Who checks requests; one of ACCESS_MODES."""
     key_cache_seconds: int = 60
     """How long a key is trusted before it is looked up again: a revocation counts by then."""
+    survey_per_mille: int = 0
+    """Of how many people in a thousand the page asks its two questions in a week."""
     link_keys: str = field(default="", repr=False)
     """Secrets of signed links, see inference/links.py; empty: none are taken."""
     experiments: str = ""
@@ -59,6 +61,7 @@ _LIMITS: dict[str, tuple[str, int, int]] = {
     "concurrency": ("LARDER_CONCURRENCY", 1, 256),
     "audit_per_mille": ("LARDER_AUDIT_PER_MILLE", 0, 1_000),
     "scores_hours": ("LARDER_SCORES_HOURS", 0, 8_760),
+    "survey_per_mille": ("LARDER_SURVEY_PER_MILLE", 0, 1_000),
     "key_cache_seconds": ("LARDER_KEY_CACHE_SECONDS", 1, 3_600),
 }
 

@@ -35,7 +35,7 @@ def main() -> int:
         os.environ["DATABASE_URL"], writer_url = roles.serving_urls(url)
         if not os.environ.get("LARDER_WRITER_URL"):
             os.environ["LARDER_WRITER_URL"] = writer_url
-        _tell_of_keys(record, url, options.host)
+        _tell_of_keys(record, url, options.host, options.port)
         os.environ.setdefault("ARTIFACTS_URL", record.artifacts_url)
         os.environ["LARDER_EXPERIMENTS"] = record.experiments
     except LarderError as error:
@@ -48,7 +48,7 @@ def main() -> int:
     return asgi.main(["--host", options.host, "--port", str(options.port)])
 
 
-def _tell_of_keys(record: Deployment, url: str, host: str) -> None:
+def _tell_of_keys(record: Deployment, url: str, host: str, port: int) -> None:
     if os.environ.get("LARDER_ACCESS", "keys") == "platform":
         print("keys are not checked (LARDER_ACCESS=platform): whoever reaches this port may do anything", flush=True)
     elif host in ("127.0.0.1", "::1", "localhost"):
@@ -59,6 +59,10 @@ def _tell_of_keys(record: Deployment, url: str, host: str) -> None:
             print(f"no development key is shown: {keys.MAY_NOT}", flush=True)
             return
         print(f"development key, for this machine: it may do everything\n\n  export LARDER_KEY={key}\n", flush=True)
+        if port:
+            # After the # nothing is sent to a server; the page takes it out of the address at once.
+            name = f"[{host}]" if ":" in host else host
+            print(f"the page, opened with it\n\n  http://{name}:{port}/#key={key}\n", flush=True)
     else:
         print(
             f"{host} may be reached by others, so no development key is shown: `make keys NAME=…` makes one", flush=True

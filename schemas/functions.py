@@ -3,6 +3,7 @@
     accept_events         store posted events; its tiles follow the declared views, so it is made anew when those change
     log_served            keep feature vectors as they were served
     log_served_requests   keep what was shown, and what shadows would have shown
+    accept_survey         keep answers to the page's two questions
     request_erasure       ask for a person to be forgotten
     api_key               look one request key up by its id
 
@@ -69,6 +70,9 @@ def fixed() -> tuple[Function, ...]:
     return (
         Function("log_served", "jsonb", "integer", log_served),
         Function("log_served_requests", "jsonb", "integer", log_requests),
+        Function(
+            "accept_survey", "jsonb", "integer", _body("accept_survey").format(erasure_lock=online_sql.ERASURE_LOCK)
+        ),
         Function("request_erasure", "text, text", "text", _body("request_erasure")),
         Function("api_key", "text", key, _body("api_key"), "STABLE"),
     )

@@ -63,6 +63,8 @@ READS: dict[str, tuple[str, ...]] = {
     "public.feature_ledger": ("view", "partition_date", "definition_hash"),
     # Who asked to be forgotten reads as unknown; a receipt names nobody.
     "public.erasure_requests": ("request_id", "user_id"),
+    # Who answered the survey this week is not asked again; what they answered no request reads.
+    "public.survey_answers": ("user_id", "answered_at"),
     "public.erasure_receipts": ("receipt_id", "forgotten_at", "removed", "finished_at"),
 }
 """What a request reads, by table: its columns."""
@@ -72,6 +74,7 @@ EXECUTES: dict[str, str] = {
     "log_served": WRITER,
     "log_served_requests": WRITER,
     "request_erasure": WRITER,
+    "accept_survey": WRITER,
     "api_key": FUNCTION,
 }
 """Who may call which function; nobody else may."""

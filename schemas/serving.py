@@ -37,6 +37,9 @@ MAX_K = 500
 MAX_PROMPT_CHARS = 2_000
 MAX_EVENTS = 500
 MAX_TIMEOUT_MS = 30_000
+MAX_HISTORY_SHOWN = 200
+QUESTIONS = ("satisfied", "trust")
+"""What the page may ask about a list."""
 MAX_CONTEXT_ENTRIES = 64
 MAX_CATEGORIES = 100
 MAX_SHOWN_CHARS = 80
@@ -331,6 +334,55 @@ class HealthStatus(_Model):
     """What whoever comes to `GET /health` without a good key is told."""
 
     status: Literal["ok", "degraded", "unavailable"]
+
+
+class PersonEvent(_Model):
+    """One event of a person's history; `title` None: the item is not in the catalogue."""
+
+    item_id: str
+    title: str | None = None
+    kind: str
+    value: float | None = None
+    occurred_at: datetime
+
+
+class HistoryResponse(_Model):
+    """A person's newest events, newest first; none of somebody unknown."""
+
+    events: tuple[PersonEvent, ...]
+
+
+class PeopleResponse(_Model):
+    """Some people to look at, by id, for an admin key; none for any other."""
+
+    people: tuple[str, ...] = ()
+
+
+class SurveyQuestions(_Model):
+    """What to ask a person now; mostly nothing."""
+
+    questions: tuple[str, ...] = ()
+
+
+class SurveyAnswer(_Model):
+    """One answer, from 1 (not at all) to 5 (very much)."""
+
+    question: Literal["satisfied", "trust"]
+    answer: Annotated[int, Field(ge=1, le=5)]
+
+
+class SurveyRequest(_Model):
+    """What a person answered about the list `request_id`."""
+
+    user_id: Key
+    request_id: Key
+    answers: Annotated[tuple[SurveyAnswer, ...], Field(min_length=1, max_length=2)]
+
+
+class SurveyOutcome(_Model):
+    """How many answers were kept; fewer than were sent of somebody who is forgotten."""
+
+    stored: int
 
 
 class ErasureResponse(_Model):

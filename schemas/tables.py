@@ -26,6 +26,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    SmallInteger,
     Table,
     Text,
     UniqueConstraint,
@@ -489,6 +490,22 @@ drift_sketches = Table(
     Column("clusters", BigInteger, nullable=False, comment="people or items it is of; from 100 on it is kept"),
     Column("body", JSONB, nullable=False, comment="quantiles, shares, or a mean and its error; of nobody alone"),
     comment="What was served in a day or a week, as distributions: what drift is measured against.",
+)
+
+# --- survey ------------------------------------------------------------------------------------------------------
+
+survey_answers = Table(
+    "survey_answers",
+    metadata,
+    Column("user_id", Text, primary_key=True),
+    Column("request_id", Text, primary_key=True, comment="the list that was asked about"),
+    Column("question", Text, primary_key=True),
+    Column("answer", SmallInteger, nullable=False, comment="1 (not at all) to 5 (very much)"),
+    _now("answered_at"),
+    CheckConstraint("question IN ('satisfied', 'trust')", name="known_question"),
+    CheckConstraint("answer BETWEEN 1 AND 5", name="in_range"),
+    Index(None, "request_id"),
+    comment="What people answered to the page's two questions. No events: they are about no item and enter no history.",
 )
 
 # --- erasure -----------------------------------------------------------------------------------------------------

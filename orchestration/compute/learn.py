@@ -37,6 +37,7 @@ from orchestration.compute.evaluate import (
     score_windowed_popularity,
 )
 from orchestration.compute.evaluation_report import Report, report
+from orchestration.compute.impressions import load_passed_over
 from orchestration.compute.lake import Lake
 from orchestration.compute.mining import newest_labels
 from orchestration.compute.point_in_time import PointInTime
@@ -388,6 +389,7 @@ def _train(
         wishes=wishes_for(connection, split.train, encoder, versions),
         on_progress=tell,
         checkpoint=checkpoint,
+        passed_over=load_passed_over(connection, split.train),
     )
     return Learned(trained, versions, encoder.version)
 

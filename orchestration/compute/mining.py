@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from inference.recommend import RECENT_ITEMS
 from orchestration.compute.co_visitation import DAY_MICROSECONDS, Neighbours, WindowedPopularity, positive
+from orchestration.compute.impressions import PassedOver
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.lists import FRESH_DAYS, LIST_LENGTH
 from orchestration.compute.splits import Queries, queries_for
@@ -126,14 +127,18 @@ class Sources:
 
 
 def mine(
-    labels: Queries, sources: Sources, absent: Callable[[NDArray[np.int64]], NDArray[np.bool_]], seed: int
+    labels: Queries,
+    sources: Sources,
+    absent: Callable[[NDArray[np.int64]], NDArray[np.bool_]],
+    seed: int,
+    passed_over: PassedOver | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Slates `(labels, 64)`, the positive first, and the log of how often each candidate was to be expected there.
 
     Negatives come from the sources that serving draws from, by `QUOTA`, the rest from the whole catalogue; never an item
     the person had before the label or one that was not there yet (`absent`). What a source with an empty list does not
     give, popularity does. Without the correction by the second array the ranker would learn that what its sources like
-    is wrong.
+    is wrong. What the person had been shown and passed over is there for certain, and so without a correction.
     """
     generator = np.random.default_rng((seed, 3))
     negatives = SLATE - 1
@@ -158,6 +163,11 @@ def mine(
             expected += share * weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-12)
         # Drawn without repetition in proportion to what the sources expect together (Gumbel top-k, Kool et al. 2019).
         draw = np.where(banned, -np.inf, np.log(np.maximum(expected, 1e-12)) + generator.gumbel(size=banned.shape))
+        if passed_over is not None:
+            label, shown = passed_over.before(part.user, part.at)
+            offered = ~banned[label, shown]
+            expected[label[offered], shown[offered]] = 1.0
+            draw[label[offered], shown[offered]] = np.inf
         count = min(negatives, draw.shape[1])
         top = np.argpartition(-draw, count - 1, axis=1)[:, :count]
         # A catalogue smaller than a slate: the rest repeats what was picked.

@@ -33,6 +33,7 @@ from orchestration.compute.evaluate import (
     score_co_visitation,
     score_windowed_popularity,
 )
+from orchestration.compute.impressions import PassedOver
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.losses import Losses, to_tensor
 from orchestration.compute.mining import SLATE, Sources, mine, newest_labels, random_slates, recent_rows, slate_labels
@@ -59,6 +60,7 @@ def train(
     on_progress: Callable[[Progress], None] | None = None,
     checkpoint: Path | None = None,
     device: str | None = None,
+    passed_over: PassedOver | None = None,
 ) -> TrainedRanker:
     """Train on all of `interactions` but the validation labels.
 
@@ -68,7 +70,8 @@ def train(
     learns from histories alone. With `checkpoint`, state is saved after every epoch, an interrupted run continues from it
     and ends where an uninterrupted one would, and a finished one has no epoch to repeat; a file left by other data (of
     `features`, a sample is compared) or another configuration is ignored and overwritten. The file is the caller's to
-    remove once the model is kept. `device` defaults to CUDA where there is one. In each of several processes started by
+    remove once the model is kept. `passed_over` is what people were shown and did not choose, for the slates; indices are
+    those of `interactions`. `device` defaults to CUDA where there is one. In each of several processes started by
     `accelerate launch`, all given the same, the run is one run on all their devices; the first reports and saves.
 
     Raises DefinitionError if the text vectors do not fit the catalogue or hold what is no number, the validation labels
@@ -107,6 +110,7 @@ def train(
         run = _Run(
             training, rows, recent, text_vectors, config, features, wishes, validation, on_progress, checkpoint, device
         )
+        run.passed_over = passed_over
         return run.train()
 
 
@@ -185,6 +189,7 @@ class _Run:
         self.stage, self.epoch, self.stale = 1, 0, 0
         self.best: dict[str, Any] = {"ndcg": None, "state": None}
         self.mined: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None
+        self.passed_over: PassedOver | None = None
         self.progress: list[Progress] = []
         self.elapsed = 0.0
         self.fingerprint = checkpoints.fingerprint(
@@ -237,7 +242,7 @@ class _Run:
                 self.texts,
                 self.wished,
             )
-            self.mined = mine(self.labels, offered, self.trends.absent, self.config.seed)
+            self.mined = mine(self.labels, offered, self.trends.absent, self.config.seed, self.passed_over)
         candidates, log_q = self.mined
         features = self._all_features(self.labels.label, candidates)
         steps = len(self.losses.slate_batches(self.labels, 0)) * self.config.slate_epochs

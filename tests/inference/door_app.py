@@ -13,11 +13,16 @@ from schemas.serving import (
     EventsRequest,
     EventsResponse,
     HealthResponse,
+    HistoryResponse,
+    PeopleResponse,
     RecommendationRequest,
     RecommendationResponse,
     RecommendedItem,
     SimilarRequest,
     SimilarResponse,
+    SurveyOutcome,
+    SurveyQuestions,
+    SurveyRequest,
 )
 
 
@@ -69,6 +74,18 @@ class SmallApplication:
 
     def erasure(self, user_id: str, receipt_id: str, deadline: float | None) -> ErasureResponse:
         return ErasureResponse(receipt_id=receipt_id, state="finished", removed={"events": len(user_id)})
+
+    def history(self, user_id: str, limit: int, deadline: float | None) -> HistoryResponse:
+        return HistoryResponse(events=())
+
+    def some_people(self, deadline: float | None) -> PeopleResponse:
+        return PeopleResponse(people=("u1",))
+
+    def survey_questions(self, user_id: str, deadline: float | None) -> SurveyQuestions:
+        return SurveyQuestions()
+
+    def answer_survey(self, request: SurveyRequest, deadline: float | None) -> SurveyOutcome:
+        return SurveyOutcome(stored=len(request.answers))
 
     def health(self) -> HealthResponse:
         return HealthResponse(status="ok", version="1")

@@ -258,7 +258,12 @@ def guarded(access: ApiKeys) -> SmallApplication:
 
 def test_every_route_names_its_scope() -> None:
     assert set(SCOPES) == set(ROUTES)
-    assert [route for route, scope in SCOPES.items() if scope is None] == ["/health", "/openapi.json"]
+    assert [route for route, scope in SCOPES.items() if scope is None] == [
+        "/health",
+        "/openapi.json",
+        "/",
+        "/web/{file}",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -269,6 +274,10 @@ def test_every_route_names_its_scope() -> None:
         ("POST", "/events", "write"),
         ("POST", "/people/u1/forget", "admin"),
         ("GET", f"/people/u1/forget/{'0' * 32}", "admin"),
+        ("GET", "/people", "recommend"),
+        ("GET", "/people/u1/history", "recommend"),
+        ("GET", "/people/u1/survey", "recommend"),
+        ("POST", "/survey", "write"),
     ],
 )
 def test_a_route_answers_to_a_key_of_its_scope(

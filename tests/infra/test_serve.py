@@ -121,3 +121,18 @@ def test_a_development_key_is_shown_to_this_machine_alone(
     assert said in told
     assert "larder_" not in told
     assert connection.execute("SELECT count(*) FROM api_keys").fetchone() == (0,)
+
+
+def test_a_link_opens_the_page_with_the_development_key(
+    larder_home: Path, database: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LARDER_ACCESS", raising=False)
+    record = Deployment("shop", None, days_ago(30).date())
+    record.save()
+    serve._tell_of_keys(record, database, "::1", 8080)
+    told = capsys.readouterr().out
+    key = told.partition("export LARDER_KEY=")[2].split()[0]
+    # Behind the #: no server ever sees it, and no log.
+    assert f"http://[::1]:8080/#key={key}\n" in told
+    serve._tell_of_keys(record, database, "0.0.0.0", 8080)
+    assert "#key" not in capsys.readouterr().out
