@@ -5,8 +5,8 @@
 The ladder, each rung named in `degraded`: `features` (read without them), `wish` (the encoder failed), `release` (the
 model before goes on, because the champion cannot be loaded), `ranker` (no model), `database` (the list that ships with the
 artefact), then Unavailable. Beside `ranker`, `scores` says that the person's list was scored ahead by a model
-(inference/ahead.py); without it co-visitation and what is trending answer. Each step gets a share of the time that is left, so that the
-rungs below it have some.
+(inference/ahead.py); without it co-visitation and what is trending answer. Each step gets a share of the time that is
+left, so that the rungs below it have some.
 """
 
 from __future__ import annotations
