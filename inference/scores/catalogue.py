@@ -178,7 +178,10 @@ def _categories(named: Sequence[Sequence[str]], n: int) -> tuple[Numbers, list[s
 
 def _neighbours(connection: psycopg.Connection, numbers: dict[str, int]) -> Neighbours:
     """All of co-visitation, a row per item and in parts: there may be millions. `numbers` learns the items it names."""
-    owners, many, items, scores = [], [], [], []
+    owners: list[int] = []
+    many: list[int] = []
+    items: list[Numbers] = []
+    scores: list[NDArray[np.float64]] = []
     with connection.transaction(), connection.cursor("neighbours", binary=True) as cursor:
         cursor.itersize = _ITEMS_AT_ONCE
         cursor.execute(statement("read_neighbours"))
