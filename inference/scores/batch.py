@@ -98,7 +98,7 @@ def score(people: People, rows: Numbers, shelf: Shelf, run: Run, sizes: Sizes, s
         scores[part] = np.where(chosen >= 0, found, -np.inf)
     # As `rerank.best`: of equal scores the better placed candidate.
     order = np.argsort(-scores, axis=1, kind="stable")[:, : sizes.kept]
-    items, best = (np.take_along_axis(whole, order, axis=1) for whole in (candidates, scores))
+    items, best = np.take_along_axis(candidates, order, axis=1), np.take_along_axis(scores, order, axis=1)
     spent.add("assemble", began)
     return Scored(rows, items, best, candidates)
 

@@ -178,7 +178,10 @@ def _categories(named: Sequence[Sequence[str]], n: int) -> tuple[Numbers, list[s
 
 def _neighbours(connection: psycopg.Connection, numbers: dict[str, int]) -> Neighbours:
     """All of co-visitation, a row per item and in parts: there may be millions. `numbers` learns the items it names."""
-    owners, many, items, scores = [], [], [], []
+    owners: list[int] = []
+    many: list[int] = []
+    items: list[Numbers] = []
+    scores: list[NDArray[np.float64]] = []
     with connection.transaction(), connection.cursor("neighbours", binary=True) as cursor:
         cursor.itersize = _ITEMS_AT_ONCE
         cursor.execute(statement("read_neighbours"))
@@ -187,11 +190,15 @@ def _neighbours(connection: psycopg.Connection, numbers: dict[str, int]) -> Neig
                 owners.append(numbers.setdefault(item_id, len(numbers)))
             named = [row[1].decode().split("\0") for row in rows]
             many += [len(names) for names in named]
-            for names in named:
-                for name in names:
-                    if name not in numbers:
-                        numbers[name] = len(numbers)
-            items.append(np.fromiter(map(numbers.__getitem__, chain.from_iterable(named)), np.int64))
+            try:
+                found = np.fromiter(
+                    map(numbers.__getitem__, chain.from_iterable(named)), np.int64, sum(map(len, named))
+                )
+            except KeyError:  # rarely: items that are nowhere else
+                found = np.array(
+                    [numbers.setdefault(name, len(numbers)) for name in chain.from_iterable(named)], np.int64
+                )
+            items.append(found)
             scores.append(np.frombuffer(b"".join(row[2] for row in rows), ">f8").astype(np.float64))
     counts = np.zeros(len(numbers), np.int64)
     counts[owners] = many

@@ -109,7 +109,9 @@ def _histories(
 ) -> tuple[Numbers, Numbers, Numbers, Floats, NDArray[np.float64]]:
     """Rows `(user_id, item_ids, kinds, packed)`: texts with a zero between, pairs of instant and value."""
     rows = sorted(rows, key=lambda row: place[row[0]])
-    items, kinds, packed = [], [], []
+    items: list[str] = []
+    kinds: list[str] = []
+    packed: list[bytes] = []
     counts = np.zeros(len(place), np.int64)
     for user_id, item_ids, names, numbers in rows:
         own = item_ids.decode().split("\0")[-MAX_HISTORY:]

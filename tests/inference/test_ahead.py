@@ -135,7 +135,11 @@ def test_a_list_of_the_model_before_counts_and_one_that_was_rolled_back_does_not
     app: LarderApplication, world: Released, connection: psycopg.Connection[Any]
 ) -> None:
     older, newer = world.versions
-    put(connection, newer)
+    # Registered after the one that serves, as a version is that served and was rolled back.
+    connection.execute(
+        "INSERT INTO model_versions (version, name, path, manifest) VALUES ('rolled-back', 'ranker', 'nowhere', '{}')"
+    )
+    put(connection, "rolled-back")
     assert ask(app)["degraded"] == ["ranker"]
     world.promote(newer)
     try:
