@@ -90,7 +90,7 @@ def candidates_sql(
     features: bool = True,
 ) -> tuple[str, dict[str, Any]]:
     """The statement of `Store.pick_candidates` and its parameters; arguments as there."""
-    sources, parameters = _sources(filters, limit, champion, dim, user_vector, wish_text, recent, given)
+    sources, parameters = _sources(filters, limit, champion, dim, user_vector, wish_text, recent, given, live)
     (view,) = CANDIDATE_VIEWS
     picked = "item_id IN (SELECT item_id FROM merged)"
     if not features:
@@ -177,6 +177,7 @@ def _sources(
     wish_text: NDArray[np.float32] | None,
     recent: list[str],
     given: list[str] | None,
+    live: bool,
 ) -> tuple[list[str], dict[str, Any]]:
     """The sub-selects that pick candidates `(item_id, source, place, evidence)`, and their parameters."""
     if given is not None:
@@ -199,10 +200,15 @@ def _sources(
     # first. A read at an earlier instant drops those that came later afterwards, and may get fewer than asked for.
     by_category = filters.categories is not None or bool(filters.exclude_categories)
     listed = "{0} IN (SELECT item_id FROM allowed)" if by_category else filters.not_excluded("{0}")
+    # At the present few items are still to come, and to look each up that is near takes a tenth of the statement: those are
+    # dropped with the others that came later. At an earlier instant they may be most of the catalogue.
+    near = (
+        filters.not_excluded("v.item_id") if live and not by_category else "v.item_id IN (SELECT item_id FROM allowed)"
+    )
     typed = f"v.vector::halfvec({dim})"
     ann = (
         "(SELECT item_id, {bit} AS source, row_number() OVER (ORDER BY distance, item_id) AS place, 0::float8 AS evidence "
-        "FROM (SELECT v.item_id, {distance} AS distance FROM {table} AS v WHERE {where} v.item_id IN (SELECT item_id FROM allowed) "
+        "FROM (SELECT v.item_id, {distance} AS distance FROM {table} AS v WHERE {where} {near} "
         "ORDER BY distance LIMIT {limit}) AS nearest)"
     )
     if champion is not None and user_vector is not None:
@@ -211,7 +217,7 @@ def _sources(
         picked.append(
             ann.format(
                 bit=SOURCES["user_vector"], distance=distance, table="item_vectors", limit=share,
-                where="v.model_version = %(champion)s AND",
+                where="v.model_version = %(champion)s AND", near=near,
             )
         )  # fmt: skip
     if wish_text is not None:
@@ -222,6 +228,7 @@ def _sources(
                 table="text_vectors",
                 limit=part,
                 where="",
+                near=near,
             )
         )
     if recent:
