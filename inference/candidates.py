@@ -104,7 +104,9 @@ def candidates_sql(
     ahead: Ahead | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """The statement of `Store.pick_candidates` and its parameters; arguments as there."""
-    sources, parameters = _sources(filters, limit, champion, dim, user_vector, wish_text, recent, given, ahead)
+    sources, parameters = _sources(
+        filters, limit, champion, dim, user_vector, wish_text, recent, given, live, ahead
+    )
     (view,) = CANDIDATE_VIEWS
     picked = "item_id IN (SELECT item_id FROM merged)"
     if not features:
@@ -203,6 +205,7 @@ def _sources(
     wish_text: NDArray[np.float32] | None,
     recent: list[str],
     given: list[str] | None,
+    live: bool,
     ahead: Ahead | None,
 ) -> tuple[list[str], dict[str, Any]]:
     """The sub-selects that pick candidates `(item_id, source, place, evidence)`, and their parameters."""
@@ -229,10 +232,15 @@ def _sources(
     if ahead is not None:
         picked.append(ahead.source(listed))
         parameters |= ahead.parameters()
+    # At the present few items are still to come, and to look each up that is near takes a tenth of the statement: those are
+    # dropped with the others that came later. At an earlier instant they may be most of the catalogue.
+    near = (
+        filters.not_excluded("v.item_id") if live and not by_category else "v.item_id IN (SELECT item_id FROM allowed)"
+    )
     typed = f"v.vector::halfvec({dim})"
     ann = (
         "(SELECT item_id, {bit} AS source, row_number() OVER (ORDER BY distance, item_id) AS place, 0::float8 AS evidence "
-        "FROM (SELECT v.item_id, {distance} AS distance FROM {table} AS v WHERE {where} v.item_id IN (SELECT item_id FROM allowed) "
+        "FROM (SELECT v.item_id, {distance} AS distance FROM {table} AS v WHERE {where} {near} "
         "ORDER BY distance LIMIT {limit}) AS nearest)"
     )
     if champion is not None and user_vector is not None:
@@ -241,7 +249,7 @@ def _sources(
         picked.append(
             ann.format(
                 bit=SOURCES["user_vector"], distance=distance, table="item_vectors", limit=share,
-                where="v.model_version = %(champion)s AND",
+                where="v.model_version = %(champion)s AND", near=near,
             )
         )  # fmt: skip
     if wish_text is not None:
@@ -252,6 +260,7 @@ def _sources(
                 table="text_vectors",
                 limit=part,
                 where="",
+                near=near,
             )
         )
     if recent:

@@ -127,7 +127,7 @@ def _events(record: dict[str, Any]) -> tuple[PostedEvent, ...]:
     raw = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else b""
     try:
         document = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):  # nested deeper than Python goes: no message may take its batch with it
         document = None
     if isinstance(document, dict) and "events" not in document:
         raw = b'{"events":[' + raw + b"]}"

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +73,7 @@ def cold(world: World, work: Path, sizes: Sizes, say: Say) -> Found:
     """Fresh processes of that package under the real `awslambdaric`, files in the page cache: until they ask for work, and
     what their first answer takes. The first of them only warms the cache."""
     tests_importable()
-    from lambda_runtime_api import running_function
+    from lambda_runtime_api import running_function  # type: ignore[import-not-found]
 
     from inference.handlers.aws_lambda import START_SECONDS
 
@@ -116,8 +117,6 @@ def cold(world: World, work: Path, sizes: Sizes, say: Say) -> Found:
 
 def _answered(api: Any, event: dict[str, Any], world: World) -> float:
     """Milliseconds until the function answered in full."""
-    import time
-
     began = time.perf_counter()
     answer = json.loads(api.invoke(event))
     took = (time.perf_counter() - began) * 1e3
@@ -163,7 +162,7 @@ def _released(world: World, work: Path) -> Iterator[Any]:
     """Two releases of 40 items in a database of their own, on the bench's server."""
     tests_importable()
     import psycopg
-    from released import released
+    from released import released  # type: ignore[import-not-found]
 
     from infra import postgres
     from infra.feature_tables import ensure_view_tables
@@ -186,7 +185,7 @@ def _released(world: World, work: Path) -> Iterator[Any]:
 def promotions(world: World, work: Path, sizes: Sizes, say: Say) -> Found:
     """The alias moved back and forth while eight callers ask: errors, and answers that are not wholly of one version."""
     with _released(world, work) as made:
-        from flips import flips_under_load, make
+        from flips import flips_under_load, make  # type: ignore[import-not-found]
 
         app = make(made)
         try:
@@ -204,11 +203,11 @@ def promotions(world: World, work: Path, sizes: Sizes, say: Say) -> Found:
 def fuzz(world: World, work: Path, sizes: Sizes, say: Say) -> Found:
     """What nobody would send, through each door: errors, the slowest answer, and the slope of memory."""
     with _released(world, work) as made:
-        from fuzz import Fuzzer
-        from fuzz_doors import DOORS
+        from fuzz import Fuzzer  # type: ignore[import-not-found]
+        from fuzz_doors import DOORS  # type: ignore[import-not-found]
         from fuzz_doors import fuzz as asked
         from released import ITEMS, PEOPLE
-        from worlds import key_header, serving
+        from worlds import key_header, serving  # type: ignore[import-not-found]
 
         from inference.runtime import LarderApplication
 

@@ -168,9 +168,12 @@ def load(world: World, work: Path, sizes: Sizes, say: Say) -> Found:
         say(f"{sizes.clients} clients for {sizes.load_seconds:g} s")
         errors.clear()
         began = time.perf_counter()
-        each = parts_ms(
-            world, pid, lambda: many(port, said, world, sizes.load_seconds, sizes.clients, took, errors) or took
-        )
+
+        def ask() -> list[float]:
+            many(port, said, world, sizes.load_seconds, sizes.clients, took, errors)
+            return took
+
+        each = parts_ms(world, pid, ask)
         seconds = time.perf_counter() - began
     used_ms, alone_ms = sum(each.values()), sum(alone.values())
     cores = os.cpu_count() or 1

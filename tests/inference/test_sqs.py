@@ -85,6 +85,16 @@ def test_a_batch_is_stored_and_what_cannot_be_read_goes_back_alone(
     assert "CANARY" not in caplog.text
 
 
+def test_a_message_nested_deeper_than_python_goes_goes_back_alone(
+    app: LarderApplication, connection: psycopg.Connection[Any]
+) -> None:
+    whole = batch(
+        message("m1", event(1)), message("m2", "[" * 5_000), message("m3", '{"a":' * 5_000), message("m4", event(4))
+    )
+    assert failed(answer_batch(app, whole, soon())) == ["m2", "m3"]
+    assert sorted(stored(connection)) == ["e1", "e4"]
+
+
 def test_a_message_that_comes_again_changes_nothing(
     app: LarderApplication, connection: psycopg.Connection[Any]
 ) -> None:

@@ -95,9 +95,9 @@ def test_settings_of_one_question_end_with_it_and_the_server_has_nothing_to_warn
         before = shown(None)
         during = shown(store_module._SEARCH | store_module.PLAN_ONCE)
         after = shown(None)
-    assert during == ("1234ms", "force_generic_plan", "200")
+    assert during == ("1234ms", "force_generic_plan", store_module._SEARCH["hnsw.ef_search"])
     assert after[:2] == before[:2]
-    assert after[2] != "200"
+    assert after[2] != store_module._SEARCH["hnsw.ef_search"]
     assert warned == []
 
 
