@@ -163,7 +163,8 @@ def test_a_plan_gives_the_power_it_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "named"), [({"lift": 0.0}, "lift is 0"), ({"power": 1.2}, "power is 1.2"), ({"share": 1.0}, "share is 1.0")]
+    ("values", "named"),
+    [({"lift": 0.0}, "lift is 0"), ({"power": 1.2}, "power is 1.2"), ({"share": 1.0}, "share is 1.0")],
 )
 def test_a_plan_that_cannot_be_made_says_why(values: dict[str, float], named: str) -> None:
     with pytest.raises(DefinitionError, match=named):
