@@ -1,6 +1,7 @@
 """Whether the statistics of experiments and off-policy estimates keep what they promise, on simulated runs of known truth.
 
     python -m tests.benchmarks.loop_stats [--quick]
+    python -m tests.benchmarks.loop_stats --picture docs/experiment-analysis.png
 
     aa_reject_rate   of experiments without any effect: how many are ever called better or worse, looking after every person
                      (people come once) or every day (the same people return); the worse of the two
@@ -18,11 +19,17 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestration.compute.experiments.analysis import analyse
+from orchestration.compute.experiments.declared import Arm, Experiment
+from orchestration.compute.experiments.metrics import metrics
+from orchestration.compute.experiments.picture import picture
 from orchestration.compute.experiments.planner import plan
 from orchestration.compute.experiments.ratios import Lift
 from orchestration.compute.experiments.sequential import POWER, half_width, tune
@@ -35,6 +42,7 @@ from tests.experiment_worlds import (
     pilot_variance,
     ranking_world,
     returning_people,
+    simulated_panel,
 )
 
 JUDGED = 1
@@ -48,10 +56,23 @@ LOG_PEOPLE = 2_000
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_RUNS} runs instead of {RUNS:,}")
-    quick = parser.parse_args(arguments).quick
-    report = measure(quick)
+    parser.add_argument("--picture", type=Path, help="only draw the documentation's plot, of a simulated experiment")
+    options = parser.parse_args(arguments)
+    report = draw(options.picture) if options.picture else measure(options.quick)
     print(json.dumps(report))
     return report
+
+
+def draw(file: Path) -> dict[str, Any]:
+    """The plot and the words of two simulated weeks with a lift of 8 %."""
+    start = datetime(2026, 2, 2, tzinfo=UTC)
+    arms = (Arm("control", 0.5), Arm("new", 0.5))
+    judged = ("click_rate", "clicks_per_person")
+    experiment = Experiment("ranker-2", start, None, arms, (), metrics(judged), metrics(("hide_rate",)))
+    panel = simulated_panel(np.random.default_rng((902, 0)), 12_000, 14, lift=0.08)
+    report = analyse(experiment, panel, start + timedelta(days=14))
+    file.write_bytes(picture(report, dpi=80))
+    return {"picture": str(file), "bytes": file.stat().st_size, "words": report.decision.words}
 
 
 def measure(quick: bool) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from orchestration.compute.experiments import metrics as m
 from orchestration.compute.experiments.declared import Experiment
+from orchestration.compute.experiments.metrics import COUNTS
 from orchestration.compute.experiments.panel import Panel
 from orchestration.compute.lake import Lake, duck
 from schemas.errors import DefinitionError
@@ -86,8 +87,8 @@ def read_panel(connection: psycopg.Connection[Any], lake: Lake, experiment: Expe
             events[person] = count
         profiles = _profiles(db, connection)
     place = counted.pop("day").astype(np.int64) - days[0].toordinal()
-    total = {name: np.zeros(people) for name in _COUNTS}
-    for name in _COUNTS:
+    total = {name: np.zeros(people) for name in COUNTS}
+    for name in COUNTS:
         np.add.at(total[name], earlier["person"].astype(np.int64), earlier[name])
     # An event may come a little after the last answer, and belong to the same experiment.
     inside = place < len(days)
@@ -125,10 +126,6 @@ _PEOPLE = (
     "CREATE TABLE people AS SELECT user_id, row_number() OVER (ORDER BY user_id) - 1 AS person, arg_min(arm, served_at) AS arm, "
     "CAST(min(served_at) AS DATE) AS first_day, count(DISTINCT arm) AS arms FROM served GROUP BY user_id"
 )
-_COUNTS = (
-    m.REQUESTS, m.SHOWN, m.DEGRADED, m.CLICKS, m.CLICKED_REQUESTS, m.LIKES, m.HIDES, m.PURCHASES, m.DWELL_SECONDS, m.DWELLS,
-    m.SATISFACTION, m.SATISFACTION_ANSWERS, m.TRUST, m.TRUST_ANSWERS,
-)  # fmt: skip
 
 
 def _start(
@@ -267,7 +264,7 @@ def _counts(db: duckdb.DuckDBPyConnection, served: str, day: str) -> dict[str, n
         f"WHERE o.occurred_at >= s.served_at - INTERVAL 1 MINUTE AND o.occurred_at < s.served_at + INTERVAL {m.ATTRIBUTED_DAYS} DAY"
     )
     union = " UNION ALL BY NAME ".join(f"({part})" for part in parts)
-    sums = ", ".join(f"coalesce(sum({name}), 0)::DOUBLE AS {name}" for name in _COUNTS)
+    sums = ", ".join(f"coalesce(sum({name}), 0)::DOUBLE AS {name}" for name in COUNTS)
     when = "date_diff('day', DATE '0001-01-01', date) + 1" if day == "day" else day
     found = db.execute(f"SELECT person, {when} AS day, {sums} FROM ({union}) GROUP BY ALL ORDER BY ALL").fetchnumpy()
     return {name: np.asarray(values, np.float64) for name, values in found.items()}

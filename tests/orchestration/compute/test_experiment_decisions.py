@@ -13,10 +13,9 @@ import pytest
 from orchestration.compute.experiments.analysis import Report, analyse, to_json
 from orchestration.compute.experiments.decide import State, Verdict
 from orchestration.compute.experiments.declared import Arm, Experiment
-from orchestration.compute.experiments.metrics import metrics
+from orchestration.compute.experiments.metrics import COUNTS, metrics
 from orchestration.compute.experiments.panel import Panel
 from orchestration.compute.experiments.picture import picture
-from orchestration.compute.experiments.reading import _COUNTS
 from orchestration.compute.experiments.stops import read_stops, stop, stops_file
 from schemas.errors import DefinitionError
 
@@ -42,11 +41,11 @@ def panel(
     person = np.repeat(np.arange(people), 2)
     day = np.stack([first, first + 1], axis=1).ravel()
     n = len(person)
-    counts = {name: np.zeros(n) for name in _COUNTS}
+    counts = {name: np.zeros(n) for name in COUNTS}
     counts |= {"requests": np.ones(n), "shown": np.full(n, 10.0)}
     counts["clicks"] = rng.binomial(10, (rate * (1 + click * treated))[person]).astype(float)
     counts["hides"] = rng.binomial(10, (0.05 * (1 + hide * treated))[person]).astype(float)
-    before = {name: np.zeros(people) for name in _COUNTS}
+    before = {name: np.zeros(people) for name in COUNTS}
     before["shown"] = 10.0 * rng.poisson(4, people)
     before["clicks"] = rng.binomial(before["shown"].astype(int), rate).astype(float)
     return Panel(
