@@ -56,8 +56,18 @@ _OUTCOMES = pa.schema(
 )
 
 
-def read_panel(connection: psycopg.Connection[Any], lake: Lake, experiment: Experiment, until: datetime) -> Panel:
-    """What people in `experiment` were served and did before `until`. Raises DefinitionError if nobody was served by it."""
+def read_panel(
+    connection: psycopg.Connection[Any],
+    lake: Lake,
+    experiment: Experiment,
+    until: datetime,
+    known_until: datetime | None = None,
+) -> Panel:
+    """What people in `experiment` were served before `until`, and did before `known_until` (default: the same moment).
+
+    Raises DefinitionError if nobody was served by it.
+    """
+    known_until = min(known_until or until, until + timedelta(days=m.ATTRIBUTED_DAYS))
     names = [arm.name for arm in experiment.arms]
     start, changed = _start(connection, experiment, until)
     before = experiment.start - timedelta(days=BEFORE_DAYS)
@@ -72,16 +82,17 @@ def read_panel(connection: psycopg.Connection[Any], lake: Lake, experiment: Expe
         _load(
             db, "earlier", _SERVED, connection, _EARLIER_SQL, (before, experiment.start, experiment.name, start, until)
         )
-        _load(db, "outcomes", _OUTCOMES, connection, _OUTCOMES_SQL, (before, until))
+        _load(db, "outcomes", _OUTCOMES, connection, _OUTCOMES_SQL, (before, known_until))
         _old_outcomes(db, connection, lake, before)
-        _survey(db, connection, before, until)
+        _survey(db, connection, before, known_until)
         db.execute(_PEOPLE)
         _habits(db, connection, lake, before, experiment.start)
-        days = _days(start, until)
+        days = _days(start, known_until)
         arms = {name: place for place, name in enumerate(names)}
         rows = db.execute("SELECT arm, first_day, arms FROM people ORDER BY person").fetchall()
-        counted = _counts(db, "served", "day")
-        earlier = _counts(db, "earlier", "0")
+        counted = _counts(db, "served", "day", known_until)
+        # What an arm may have moved is no covariate: of earlier lists only what was done before the start counts.
+        earlier = _counts(db, "earlier", "0", experiment.start)
         events = np.zeros(people)
         for person, count in db.execute("SELECT person, events FROM habits").fetchall():
             events[person] = count
@@ -219,10 +230,12 @@ def _habits(
     )
 
 
-def _counts(db: duckdb.DuckDBPyConnection, served: str, day: str) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+def _counts(
+    db: duckdb.DuckDBPyConnection, served: str, day: str, known_until: datetime
+) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
     """Columns `person`, `day` and every count, a row for each person and `day` (an expression) with something in it.
 
-    A thing done to one shown item counts once, on the first day it was done.
+    Of what was done before `known_until`; a thing done to one shown item counts once, on the first day it was done.
     """
     kinds = {name: ", ".join(f"'{kind}'" for kind in group) for name, group in _GROUPS.items()}
     liked = f"kind = 'like' OR (kind = 'rating' AND value >= {LIKED_VALUE})"
@@ -261,7 +274,9 @@ def _counts(db: duckdb.DuckDBPyConnection, served: str, day: str) -> dict[str, n
         # Of the person it was served to: whoever else names the request was shown nothing by it.
         f"FROM outcomes AS o JOIN {served} AS s USING (request_id, user_id) JOIN people AS p USING (user_id) "
         # What an application reports a moment early, by a clock of its own, is still an outcome.
-        f"WHERE o.occurred_at >= s.served_at - INTERVAL 1 MINUTE AND o.occurred_at < s.served_at + INTERVAL {m.ATTRIBUTED_DAYS} DAY"
+        f"WHERE o.occurred_at >= s.served_at - INTERVAL 1 MINUTE AND o.occurred_at < s.served_at + INTERVAL {m.ATTRIBUTED_DAYS} DAY "
+        "AND o.occurred_at < ?",
+        [known_until],
     )
     union = " UNION ALL BY NAME ".join(f"({part})" for part in parts)
     sums = ", ".join(f"coalesce(sum({name}), 0)::DOUBLE AS {name}" for name in COUNTS)

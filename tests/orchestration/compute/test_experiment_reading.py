@@ -95,6 +95,24 @@ def test_an_outcome_that_comes_after_a_week_does_not_count(connection: psycopg.C
     assert read(connection, lake, long).counts["clicks"].sum() == 1
 
 
+def test_outcomes_of_the_last_lists_come_in_after_the_end(connection: psycopg.Connection, lake: Lake) -> None:
+    log(
+        connection,
+        [
+            Answer("r1", "u1", NOON, ["a", "b"], "control", 0.5),
+            Answer("after the end", "u1", NOON + 2 * DAY, ["a"], "control", 0.5),
+        ],
+        [
+            Outcome("e1", "u1", "a", "click", NOON + 2 * DAY, "r1"),
+            Outcome("e2", "u1", "a", "click", NOON + 2 * DAY, "after the end"),
+        ],
+    )
+    end = NOON + DAY
+    assert read_panel(connection, lake, trial(), end).counts["clicks"].sum() == 0
+    panel = read_panel(connection, lake, trial(), end, TODAY)
+    assert (panel.counts["clicks"].sum(), panel.counts["requests"].sum(), len(panel.days)) == (1, 1, 3)
+
+
 def test_habits_and_segments_are_from_before_the_start(connection: psycopg.Connection, lake: Lake) -> None:
     events = [Event(f"h{n}", "u1", "a", "view", None, START - (n + 1) * DAY) for n in range(5)]
     events += [
@@ -112,7 +130,11 @@ def test_habits_and_segments_are_from_before_the_start(connection: psycopg.Conne
             Answer("r2", "u2", NOON, ["a"], "new", 0.5),
             Answer("before", "u1", START - DAY, ["a", "b"], None, None, experiment=None),
         ],
-        [Outcome("e", "u1", "b", "click", START - DAY + HOUR, "before")],
+        [
+            Outcome("e", "u1", "b", "click", START - DAY + HOUR, "before"),
+            # The arm may have moved this one.
+            Outcome("since", "u1", "a", "click", NOON, "before"),
+        ],
     )
     panel = read(connection, lake)
     assert panel.events_before.tolist() == [5, 0]
