@@ -6,7 +6,8 @@
     aa_reject_rate   of experiments without any effect: how many are ever called better or worse, looking after every person
                      (people come once) or every day (the same people return); the worse of the two
     lift_power       of experiments with a lift of 5 %, as many people as the planner says: how many find it
-    srm_caught       of splits of 51 to 49 among 100,000 people: how many are caught by both tests, looked at after every 1,000
+    srm_caught       of 100,000 people dealt out by 51 to 49: how many splits are called broken at a planned end, by either test
+                     (_while_running: by the one that may look after every 1,000 people; _exact: 51,000 to 49,000, by both)
     snips_coverage, dr_coverage   of logs of explored lists: how many intervals of 95 % hold the candidate's true value
 
 The simulated world is tests/experiment_worlds.py. Judged are the seeds (1, 0), (1, 1), …; the world's constants and the
@@ -107,9 +108,13 @@ def power(runs: int) -> dict[str, Any]:
 
 def mismatches(runs: int) -> dict[str, Any]:
     """Splits that are off by one in a hundred, and splits that are not."""
+    exact = judge_split([[51_000, 49_000]], (0.5, 0.5))
     return {
-        "srm_caught": _rate(runs, lambda rng: all(_mismatch(rng, 0.51))),
-        "srm_false_alarms": _rate(runs, lambda rng: _mismatch(rng, 0.5)[0]),
+        "srm_caught": _rate(runs, lambda rng: any(_mismatch(rng, 0.51))),
+        "srm_caught_while_running": _rate(runs, lambda rng: _mismatch(rng, 0.51)[0]),
+        "srm_caught_exact": exact.sequential_p < MISMATCH_P and exact.chi_square_p < MISMATCH_P,
+        "srm_false_alarms": _rate(runs, lambda rng: any(_mismatch(rng, 0.5))),
+        "srm_false_alarms_while_running": _rate(runs, lambda rng: _mismatch(rng, 0.5)[0]),
     }
 
 

@@ -28,8 +28,9 @@ def test_a_sample_of_runs_keeps_every_promise() -> None:
     assert likely(found["aa_reject_rate_each_person"], 0.05, runs, most=True)
     assert likely(found["aa_reject_rate_each_day"], 0.05, runs, most=True)
     assert likely(found["lift_power"], found["stated_power"], runs)
-    assert found["srm_caught"] == 1
-    assert found["srm_false_alarms"] == 0
+    assert found["srm_caught_exact"]
+    assert likely(found["srm_caught"], 0.995, runs)
+    assert likely(found["srm_false_alarms"], 0.002, runs, most=True)
     assert likely(found["snips_coverage"], 0.95, runs - found["off_policy_refused"])
     assert likely(found["dr_coverage"], 0.95, runs - found["off_policy_refused"])
     assert found["off_policy_refused"] <= runs / 8
@@ -43,8 +44,11 @@ def test_every_promise_holds_over_a_thousand_runs() -> None:
     found = loop_stats.measure(quick=False)
     assert found["aa_reject_rate"] <= 0.05
     assert found["lift_power"] >= found["stated_power"]
-    assert found["srm_caught"] == 1
-    assert found["srm_false_alarms"] <= 0.002
+    assert found["srm_caught_exact"]
+    assert found["srm_caught"] >= 0.995
+    # Two tests of one in a thousand each: at most two, and what chance adds to a thousand runs.
+    assert likely(found["srm_false_alarms"], 0.002, loop_stats.RUNS, most=True)
+    assert found["srm_false_alarms_while_running"] <= 0.001
     assert found["snips_coverage"] >= 0.93
     assert found["dr_coverage"] >= 0.93
 
