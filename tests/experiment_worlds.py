@@ -10,12 +10,14 @@ OFFSET so that about one item in six of those shown is clicked (`click_world().r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestration.compute.experiments.metrics import COUNTS
+from orchestration.compute.experiments.panel import Panel
 from orchestration.compute.experiments.ratios import Lift, lift_of, moments, person_variance, products
 from orchestration.compute.off_policy import Logged
 from orchestration.sources.simulator_world import PEOPLE_BLOCK, World, item_table, people_block, wants_of
@@ -196,3 +198,45 @@ def pilot_variance(rng: np.random.Generator, people: int = 20_000) -> float:
     rate, weekly, covariate = _people(rng, people)
     shown = LIST_ITEMS * (1 + rng.poisson(weekly))
     return person_variance(moments(rng.binomial(shown, rate), shown, covariate[:, None]))
+
+
+def simulated_panel(rng: np.random.Generator, people: int, days: int, *, lift: float, hide_lift: float = 0.0) -> Panel:
+    """An experiment of the world as `reading` gives it: people come in one by one, return by their habits, and one in two is
+    treated; clicks rise by `lift` and hides, 3 in 100 shown items, by `hide_lift`."""
+    rate, weekly, _ = _people(rng, people)
+    arm = (rng.random(people) < 0.5).astype(np.int64)
+    first = rng.integers(0, days, people)
+    requests = rng.poisson(np.repeat(weekly[:, None] / 7, days, axis=1))
+    requests[np.arange(people), first] += 1
+    requests *= np.arange(days) >= first[:, None]
+    person, day = np.nonzero(requests)
+    shown = LIST_ITEMS * requests[person, day]
+    before = LIST_ITEMS * rng.poisson(weekly * 4)
+    counts = {name: np.zeros(len(person)) for name in COUNTS} | {
+        "requests": requests[person, day].astype(np.float64),
+        "shown": shown.astype(np.float64),
+        "clicks": rng.binomial(shown, np.minimum(rate * (1 + lift * arm), 1.0)[person]).astype(np.float64),
+        "hides": rng.binomial(shown, (0.03 * (1 + hide_lift * arm))[person]).astype(np.float64),
+    }
+    earlier = {name: np.zeros(people) for name in COUNTS} | {
+        "shown": before.astype(np.float64),
+        "clicks": rng.binomial(before, rate).astype(np.float64),
+        "hides": rng.binomial(before, 0.03).astype(np.float64),
+    }
+    events = earlier["clicks"]
+    return Panel(
+        days=tuple(date(2026, 2, 2) + timedelta(days=n) for n in range(days)),
+        arms=("control", "new"),
+        arm=arm,
+        first_day=first,
+        person=person,
+        day=day,
+        counts=counts,
+        before=earlier,
+        events_before=events,
+        segments={
+            "new people": events == 0,
+            "1–20 events before": (events > 0) & (events <= 20),
+            "more than 20 events before": events > 20,
+        },
+    )

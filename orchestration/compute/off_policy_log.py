@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from orchestration.compute.experiments.metrics import ATTRIBUTED_DAYS, CLICK_KINDS
 from orchestration.compute.off_policy import Estimate, Evaluation, Logged, NoSupport, difference, evaluate
+from orchestration.compute.recent import RECENT_DAYS
 
 Array = NDArray[np.float64]
 
@@ -46,9 +47,10 @@ def read_explored(
 ) -> tuple[Logged, list[str], list[list[str]]]:
     """The explored lists of those days with their clicks; their request ids; their pools' item ids.
 
-    `asked` keeps those requests only. Lists that show what their pool lacks are left out: nothing can be said of them.
+    None is older than what `recent_events` keeps: its clicks would be missing. `asked` keeps those requests only. Lists that show what their pool lacks are left out: nothing can be said of them.
     """
     window = timedelta(days=ATTRIBUTED_DAYS)
+    since = max(since, datetime.now(UTC) - timedelta(days=RECENT_DAYS))
     values = {"since": since, "until": until, "places": places, "asked": asked}
     rows = connection.execute(_LISTS, values).fetchall()
     clicks = set(

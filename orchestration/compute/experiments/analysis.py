@@ -86,7 +86,7 @@ def analyse(experiment: Experiment, panel: Panel, now: datetime, *, ended: bool 
     last_look = (experiment.end is not None and experiment.end <= now) if ended is None else ended
     arrivals = panel.arrivals()
     split = judge_split(arrivals, experiment.shares)
-    broken = _broken(experiment, split) if split.broken(last_look and experiment.end is not None) else None
+    broken = _broken(experiment, split) if split.broken(experiment.end is not None and experiment.end <= now) else None
     series: list[Series] = []
     findings: list[Finding] = []
     guards: list[Guard] = []
@@ -180,7 +180,7 @@ def _segments(experiment: Experiment, panel: Panel, metrics: list[Metric]) -> tu
     found = []
     for name, members in named.items():
         for metric in metrics:
-            control, *treated = panel.moments(metric, members)
+            control, *treated = panel.moments(metric, members, last=True)
             for arm, sums in zip(experiment.treated, treated, strict=True):
                 lift = lift_of(control[-1], sums[-1])
                 numbers: tuple[float | None, ...] = (None, None, None)

@@ -18,6 +18,10 @@ CLICKS, CLICKED_REQUESTS, LIKES, HIDES, PURCHASES = "clicks", "clicked_requests"
 DWELL_SECONDS, DWELLS = "dwell_seconds", "dwells"
 SATISFACTION, SATISFACTION_ANSWERS = "satisfaction", "satisfaction_answers"
 TRUST, TRUST_ANSWERS = "trust", "trust_answers"
+COUNTS = (
+    REQUESTS, SHOWN, DEGRADED, CLICKS, CLICKED_REQUESTS, LIKES, HIDES, PURCHASES, DWELL_SECONDS, DWELLS, SATISFACTION,
+    SATISFACTION_ANSWERS, TRUST, TRUST_ANSWERS,
+)  # fmt: skip
 PEOPLE = "people"
 """1 for everybody who was served: the denominator of a mean per person."""
 

@@ -57,18 +57,22 @@ class Panel:
         """Whether anything at all was counted for it: a deployment without a survey has no answers."""
         return metric.denominator == PEOPLE or bool(self.counts[metric.denominator].any())
 
-    def moments(self, metric: Metric, members: NDArray[np.bool_] | None = None) -> list[Array]:
-        """For each arm `(d, m, m)`: the moments of `metric` at the end of each day (`ratios.moments`), of `members` only."""
+    def moments(self, metric: Metric, members: NDArray[np.bool_] | None = None, *, last: bool = False) -> list[Array]:
+        """For each arm `(d, m, m)`: the moments of `metric` at the end of each day (`ratios.moments`), of `members` only;
+        `last` gives the last day's alone, `(1, m, m)`."""
         known = self._covariates(metric)
         per_day = [self._by_day(metric.numerator), self._by_day(metric.denominator)]
+        days = range(len(self.days))
+        if last:
+            per_day, days = [counts.sum(axis=1, keepdims=True) for counts in per_day], range(1)
         arms = []
         for arm in range(len(self.arms)):
             mine = np.flatnonzero((self.arm == arm) & (True if members is None else members))
             sums = []
             y, x = np.zeros(len(mine)), np.zeros(len(mine))
-            for day in range(len(self.days)):
+            for day in days:
                 y, x = y + per_day[0][mine, day], x + per_day[1][mine, day]
-                here = self.first_day[mine] <= day
+                here = self.first_day[mine] <= (len(self.days) if last else day)
                 sums.append(moments(y[here], x[here], known[mine[here]]))
             arms.append(np.stack(sums))
         return arms

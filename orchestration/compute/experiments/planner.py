@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from scipy.optimize import brentq
 from scipy.special import ndtr
 
+from orchestration.compute.experiments.ratios import FIRST_LOOK_PEOPLE
 from orchestration.compute.experiments.sequential import ALPHA, POWER, half_width, tune
 from schemas.errors import DefinitionError
 
@@ -86,6 +87,8 @@ def plan(
             f"a lift of {lift:.4%} with a variance of {variance:.3g} needs more than {MOST_PEOPLE:.0e} people; look for a "
             "larger one, or for a metric that varies less"
         )
-    people = math.ceil(math.exp(brentq(missing, math.log(2.0), math.log(MOST_PEOPLE), xtol=1e-9)))
+    least = math.log(2 * FIRST_LOOK_PEOPLE)
+    enough = least if missing(least) >= 0 else brentq(missing, least, math.log(MOST_PEOPLE), xtol=1e-9)
+    people = math.ceil(math.exp(enough))
     days = None if people_per_day is None else math.ceil(people / people_per_day)
     return Plan(lift, people, power_with(lift, variance, people, share=share, alpha=alpha), alpha, days)

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from orchestration.compute.experiments import metrics as m
 from orchestration.compute.experiments.declared import Experiment
+from orchestration.compute.experiments.metrics import COUNTS
 from orchestration.compute.experiments.panel import Panel
 from orchestration.compute.lake import Lake, duck
 from schemas.errors import DefinitionError
@@ -55,8 +56,18 @@ _OUTCOMES = pa.schema(
 )
 
 
-def read_panel(connection: psycopg.Connection[Any], lake: Lake, experiment: Experiment, until: datetime) -> Panel:
-    """What people in `experiment` were served and did before `until`. Raises DefinitionError if nobody was served by it."""
+def read_panel(
+    connection: psycopg.Connection[Any],
+    lake: Lake,
+    experiment: Experiment,
+    until: datetime,
+    known_until: datetime | None = None,
+) -> Panel:
+    """What people in `experiment` were served before `until`, and did before `known_until` (default: the same moment).
+
+    Raises DefinitionError if nobody was served by it.
+    """
+    known_until = min(known_until or until, until + timedelta(days=m.ATTRIBUTED_DAYS))
     names = [arm.name for arm in experiment.arms]
     start, changed = _start(connection, experiment, until)
     before = experiment.start - timedelta(days=BEFORE_DAYS)
@@ -71,23 +82,24 @@ def read_panel(connection: psycopg.Connection[Any], lake: Lake, experiment: Expe
         _load(
             db, "earlier", _SERVED, connection, _EARLIER_SQL, (before, experiment.start, experiment.name, start, until)
         )
-        _load(db, "outcomes", _OUTCOMES, connection, _OUTCOMES_SQL, (before, until))
+        _load(db, "outcomes", _OUTCOMES, connection, _OUTCOMES_SQL, (before, known_until))
         _old_outcomes(db, connection, lake, before)
-        _survey(db, connection, before, until)
+        _survey(db, connection, before, known_until)
         db.execute(_PEOPLE)
         _habits(db, connection, lake, before, experiment.start)
-        days = _days(start, until)
+        days = _days(start, known_until)
         arms = {name: place for place, name in enumerate(names)}
         rows = db.execute("SELECT arm, first_day, arms FROM people ORDER BY person").fetchall()
-        counted = _counts(db, "served", "day")
-        earlier = _counts(db, "earlier", "0")
+        counted = _counts(db, "served", "day", known_until)
+        # What an arm may have moved is no covariate: of earlier lists only what was done before the start counts.
+        earlier = _counts(db, "earlier", "0", experiment.start)
         events = np.zeros(people)
         for person, count in db.execute("SELECT person, events FROM habits").fetchall():
             events[person] = count
         profiles = _profiles(db, connection)
     place = counted.pop("day").astype(np.int64) - days[0].toordinal()
-    total = {name: np.zeros(people) for name in _COUNTS}
-    for name in _COUNTS:
+    total = {name: np.zeros(people) for name in COUNTS}
+    for name in COUNTS:
         np.add.at(total[name], earlier["person"].astype(np.int64), earlier[name])
     # An event may come a little after the last answer, and belong to the same experiment.
     inside = place < len(days)
@@ -125,10 +137,6 @@ _PEOPLE = (
     "CREATE TABLE people AS SELECT user_id, row_number() OVER (ORDER BY user_id) - 1 AS person, arg_min(arm, served_at) AS arm, "
     "CAST(min(served_at) AS DATE) AS first_day, count(DISTINCT arm) AS arms FROM served GROUP BY user_id"
 )
-_COUNTS = (
-    m.REQUESTS, m.SHOWN, m.DEGRADED, m.CLICKS, m.CLICKED_REQUESTS, m.LIKES, m.HIDES, m.PURCHASES, m.DWELL_SECONDS, m.DWELLS,
-    m.SATISFACTION, m.SATISFACTION_ANSWERS, m.TRUST, m.TRUST_ANSWERS,
-)  # fmt: skip
 
 
 def _start(
@@ -222,10 +230,12 @@ def _habits(
     )
 
 
-def _counts(db: duckdb.DuckDBPyConnection, served: str, day: str) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+def _counts(
+    db: duckdb.DuckDBPyConnection, served: str, day: str, known_until: datetime
+) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
     """Columns `person`, `day` and every count, a row for each person and `day` (an expression) with something in it.
 
-    A thing done to one shown item counts once, on the first day it was done.
+    Of what was done before `known_until`; a thing done to one shown item counts once, on the first day it was done.
     """
     kinds = {name: ", ".join(f"'{kind}'" for kind in group) for name, group in _GROUPS.items()}
     liked = f"kind = 'like' OR (kind = 'rating' AND value >= {LIKED_VALUE})"
@@ -264,10 +274,12 @@ def _counts(db: duckdb.DuckDBPyConnection, served: str, day: str) -> dict[str, n
         # Of the person it was served to: whoever else names the request was shown nothing by it.
         f"FROM outcomes AS o JOIN {served} AS s USING (request_id, user_id) JOIN people AS p USING (user_id) "
         # What an application reports a moment early, by a clock of its own, is still an outcome.
-        f"WHERE o.occurred_at >= s.served_at - INTERVAL 1 MINUTE AND o.occurred_at < s.served_at + INTERVAL {m.ATTRIBUTED_DAYS} DAY"
+        f"WHERE o.occurred_at >= s.served_at - INTERVAL 1 MINUTE AND o.occurred_at < s.served_at + INTERVAL {m.ATTRIBUTED_DAYS} DAY "
+        "AND o.occurred_at < ?",
+        [known_until],
     )
     union = " UNION ALL BY NAME ".join(f"({part})" for part in parts)
-    sums = ", ".join(f"coalesce(sum({name}), 0)::DOUBLE AS {name}" for name in _COUNTS)
+    sums = ", ".join(f"coalesce(sum({name}), 0)::DOUBLE AS {name}" for name in COUNTS)
     when = "date_diff('day', DATE '0001-01-01', date) + 1" if day == "day" else day
     found = db.execute(f"SELECT person, {when} AS day, {sums} FROM ({union}) GROUP BY ALL ORDER BY ALL").fetchnumpy()
     return {name: np.asarray(values, np.float64) for name, values in found.items()}

@@ -90,7 +90,7 @@ def _report(
     over: bool,
 ) -> Reported:
     try:
-        panel = read_panel(connection, lake, experiment, until)
+        panel = read_panel(connection, lake, experiment, until, now)
     except DefinitionError as error:
         return Reported(experiment.name, None, str(error))
     report = analyse(experiment, panel, now, ended=over)

@@ -55,9 +55,8 @@ def test_weights_and_doubly_robust_terms_have_the_true_value_as_their_mean(tempe
     truth = chance @ logged.rewards
     assert likely @ (weights * logged.rewards) == pytest.approx(truth)
     # A model that is plainly wrong must not move it.
-    wrong = RewardModel(
-        np.random.default_rng(900).random((len(likely), 4, 2)), np.full((1, 3, 2), 0.4), np.zeros(len(likely), np.int64)
-    )
+    columns = np.tile(np.random.default_rng(900).random((1, 4, 2)), (len(likely), 1, 1))
+    wrong = RewardModel(columns, np.full((1, 3, 2), 0.4), np.zeros(len(likely), np.int64))
     terms = off_policy._dr_terms(logged, weights, steps, wrong, assumption)  # type: ignore[arg-type]
     assert likely @ terms == pytest.approx(truth)
 
@@ -71,7 +70,7 @@ def test_a_person_counts_once_however_many_lists_they_had() -> None:
 
 def test_a_candidate_is_judged_on_lists_that_others_saw() -> None:
     truth = ranking_world().truth
-    logged, scores = explored_lists(np.random.default_rng((900, 1)), 600)
+    logged, scores = explored_lists(np.random.default_rng((900, 1)), 2_000)
     found = evaluate(logged, scores)
     for estimate in (found.ips, found.snips, found.dr):
         assert abs(estimate.value - truth) < 4 * estimate.se
