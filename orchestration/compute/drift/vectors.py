@@ -25,6 +25,7 @@ from orchestration.compute.drift.served import Request, Window
 from orchestration.compute.drift.sketches import LEAST_CLUSTERS
 from orchestration.compute.lake import Lake
 from schemas.events import NEGATIVE_KINDS
+from schemas.ranker import TEXT_DIM
 
 VECTORS = "vectors"
 MOST_PEOPLE = 2_000
@@ -81,7 +82,7 @@ def person_vectors(
         known = [vectors[item_id] for item_id in items[person] if item_id in vectors]
         if known:
             means.append(np.mean(known, axis=0))
-    return np.array(means, np.float32).reshape(len(means), -1)
+    return np.array(means, np.float32).reshape(len(means), TEXT_DIM)
 
 
 def compare_vectors(
