@@ -168,19 +168,15 @@ def build(
     weeks: int,
     requests_per_week: int = 5_000,
     items: int = 2_000,
-    taste_moves: tuple[int, float] | None = None,
 ) -> QuietWorld:
     """The world `seed` with requests in its last `weeks` weeks, after those that fill the longest window.
 
-    The catalogue goes into the empty database behind `connection`. `taste_moves` (week, strength) makes it a world that is
-    not quiet: from that week's first day on everybody's taste goes to other themes within three days.
+    The catalogue goes into the empty database behind `connection`.
     """
     total = LONGEST_WINDOW_WEEKS + weeks
     # As many events a week as requests, about: events_per_person is a mean over all who come by then.
     people = round(requests_per_week * total / 68)
-    week, strength = taste_moves or (None, 0.0)
-    drift_at = None if week is None else week * 7
-    world = World(START, seed, people, items, total * 7, drift_at=drift_at, drift_strength=strength)
+    world = World(start=START, seed=seed, people=people, items=items, days=total * 7)
     simulator = Simulator(world, world.started_at + timedelta(weeks=total))
     batches = list(simulator.batches())
     columns = {name: np.concatenate([getattr(one, name) for one in batches]) for name in batches[0].__slots__}

@@ -45,7 +45,7 @@ from orchestration.compute.drift.vectors import compare_vectors
 from schemas.features import FeatureView
 from schemas.views import VIEWS
 from tests.benchmarks.frame import machine, note
-from tests.quiet_world import LONGEST_WINDOW_WEEKS, Moved, QuietWorld, build
+from tests.quiet_world import Moved, QuietWorld, build
 
 SHIFT_SIGMA = 0.5
 WITHIN_REQUESTS = 5_000
@@ -53,7 +53,6 @@ RETRAINED_WEEKS = 8
 """A champion learns anew so often; what it learned from is compared with as well."""
 SEEDS = (11, 12, 13, 14, 15, 16, 17, 18)
 """Of the worlds that are measured. Thresholds were looked at on world 1, which is not among them."""
-TASTE_SEED = 21
 
 
 @dataclass
@@ -83,11 +82,11 @@ class Watched:
         made.append(since_training(self.window(WEEK, day), before))
         return made
 
-    def findings(self, day: date, *, vectors: bool | None = None) -> list[Finding]:
-        """What the report of `day` finds; `vectors` None: with them on Sundays."""
+    def findings(self, day: date) -> list[Finding]:
+        """What the report of `day` finds, with vectors on Sundays."""
         made = self.comparisons(day)
         found = judge(made, others=2)
-        if vectors or (vectors is None and day.weekday() == 6):
+        if day.weekday() == 6:
             alpha = level(sum(len(tests_of(kept)) for one in made for kept in one.current.values()) + 2)
             for what in ("taken", "shown"):
                 *references, current = (
@@ -159,21 +158,6 @@ def shifts(watched: Watched, times: int, seed: int, every: int = 1) -> dict[str,
     return found
 
 
-def taste(connection: psycopg.Connection[Any], quick: bool) -> dict[str, int]:
-    """By what first told of it, days until a report alarms after everybody's taste went elsewhere, half the way."""
-    week = LONGEST_WINDOW_WEEKS + REFERENCES + 1
-    size = 2_500 if quick else 5_000
-    watched = Watched(
-        build(connection, seed=TASTE_SEED, weeks=REFERENCES + 3, requests_per_week=size, taste_moves=(week, 0.5))
-    )
-    found: dict[str, int] = {}
-    for days in range(1, 15):
-        for one in watched.findings(watched.world.day(week, days - 1), vectors=True):
-            if one.state == ALARM:
-                found.setdefault(f"{one.kind}: {one.name}", days)
-    return found
-
-
 def measure(quick: bool) -> dict[str, Any]:
     """`drift_detected_after`: requests until nine of ten shifts of the feature that takes longest are found (None: they
     are not); `drift_false_alarms`: the share of quiet weeks with an alarm. What they are made of stands beside them."""
@@ -185,9 +169,6 @@ def measure(quick: bool) -> dict[str, Any]:
         url = postgres.start_embedded(Path(folder) / "pg")
         postgres.migrate(url)
         ensure_view_tables(url)
-        with psycopg.connect(url, options="-c TimeZone=UTC") as connection:
-            moved = taste(connection, quick)
-        note(f"everybody's taste moves: {moved}")
         for seed in seeds:
             with psycopg.connect(url, options="-c TimeZone=UTC") as connection:
                 connection.execute("TRUNCATE items CASCADE")
@@ -200,7 +181,7 @@ def measure(quick: bool) -> dict[str, Any]:
             for name, took in shifts(watched, times, seed, every).items():
                 after.setdefault(name, []).extend(took)
             note(f"{len(alarmed)} of {quiet_weeks} quiet weeks with an alarm so far")
-    return summary(alarmed, quiet_weeks, after) | {"taste_found_after_days": moved}
+    return summary(alarmed, quiet_weeks, after)
 
 
 def summary(alarmed: dict[str, list[str]], quiet_weeks: int, after: dict[str, list[int | None]]) -> dict[str, Any]:

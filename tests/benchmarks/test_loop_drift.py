@@ -14,7 +14,6 @@ def test_a_quick_run_finds_shifts_and_leaves_quiet_weeks_alone() -> None:
     assert found["drift_detected_after"] is not None
     assert found["drift_detected_after"] <= loop_drift.WITHIN_REQUESTS
     assert found["drift_false_alarms"] == 0.0, found["weeks_with_alarm"]
-    assert min(found["taste_found_after_days"].values()) <= 7
 
 
 def test_figures_are_of_all_weeks_and_the_slowest_feature() -> None:
@@ -35,4 +34,3 @@ def test_half_a_sigma_is_found_within_5000_requests_and_a_quiet_week_alarms_one_
     assert found["drift_detected_after"] is not None
     assert found["drift_detected_after"] <= loop_drift.WITHIN_REQUESTS
     assert found["found_within_5000_rate"] >= 0.99, found["worst_by_feature"]
-    assert "vectors: taken" in found["taste_found_after_days"]
