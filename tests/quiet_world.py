@@ -162,7 +162,12 @@ class Moved:
 
 
 def build(
-    connection: psycopg.Connection, *, seed: int, weeks: int, requests_per_week: int = 5_000, items: int = 2_000
+    connection: psycopg.Connection,
+    *,
+    seed: int,
+    weeks: int,
+    requests_per_week: int = 5_000,
+    items: int = 2_000,
 ) -> QuietWorld:
     """The world `seed` with requests in its last `weeks` weeks, after those that fill the longest window.
 

@@ -52,7 +52,7 @@ WITHIN_REQUESTS = 5_000
 RETRAINED_WEEKS = 8
 """A champion learns anew so often; what it learned from is compared with as well."""
 SEEDS = (11, 12, 13, 14, 15, 16, 17, 18)
-"""Of the worlds that are measured. Thresholds were looked at on worlds 1 and 2, which are not among them."""
+"""Of the worlds that are measured. Thresholds were looked at on world 1, which is not among them."""
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Watched:
         return made
 
     def findings(self, day: date) -> list[Finding]:
-        """What the report of `day` finds."""
+        """What the report of `day` finds, with vectors on Sundays."""
         made = self.comparisons(day)
         found = judge(made, others=2)
         if day.weekday() == 6:

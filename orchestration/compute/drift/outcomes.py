@@ -47,6 +47,15 @@ def read_outcomes(connection: psycopg.Connection[Any], window: Window) -> Outcom
     return found
 
 
+def outcomes_known(connection: psycopg.Connection[Any], window: Window) -> bool:
+    """False where events of the window's first day are gone: whatever was picked then would seem not to have been."""
+    row = connection.execute(
+        "SELECT EXISTS (SELECT FROM recent_events WHERE occurred_at >= %s AND occurred_at < %s + INTERVAL '1 day')",
+        (window.since, window.since),
+    ).fetchone()
+    return bool(row and row[0])
+
+
 def picked(request: Request, outcomes: Outcomes) -> NDArray[np.bool_]:
     """`(k,)`: which of the shown items the request led to."""
     items = outcomes.get(request.request_id, set())

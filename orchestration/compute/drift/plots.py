@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from orchestration.compute.beyond_accuracy import Reliability
 from orchestration.compute.drift.judge import ALARM, USUAL_ROOM, WAITING, Finding
-from orchestration.compute.drift.sketches import Mean
+from orchestration.compute.drift.sketches import FEATURES, Mean
 
 RED, GREY, GREEN, BLUE = "#c0392b", "#9aa5ab", "#0a8f5b", "#2c6fbb"
 MOST_BARS = 20
@@ -21,7 +21,7 @@ def draw_distances(findings: Sequence[Finding], axes: Axes) -> None:
     for one in findings:
         if one.state != WAITING:
             over = abs(one.distance) / max(one.least, USUAL_ROOM * one.usual, 1e-12)
-            label = f"{one.name} ({one.test})"
+            label = f"{one.name if one.kind == FEATURES else f'{one.kind} {one.name}'} ({one.test})"
             if label not in furthest or over > furthest[label][0]:
                 furthest[label] = (over, one)
     rows = sorted(furthest.items(), key=lambda entry: entry[1][0])[-MOST_BARS:]
@@ -32,7 +32,7 @@ def draw_distances(findings: Sequence[Finding], axes: Axes) -> None:
         color=[RED if one.state == ALARM else GREY for _, (_, one) in rows],
     )
     axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel("distance from the windows before; 1 is the threshold, red an alarm", fontsize=8)
+    axes.set_xlabel("distance over the least that matters; red is an alarm, grey beyond 1 may be chance", fontsize=8)
     if not rows:
         _nothing(axes, "nothing to compare yet")
 

@@ -27,7 +27,13 @@ from orchestration.compute.drift.judge import (
     since_training,
     tests_of,
 )
-from orchestration.compute.drift.outcomes import Calibrated, calibrated, label_means, read_outcomes
+from orchestration.compute.drift.outcomes import (
+    Calibrated,
+    calibrated,
+    label_means,
+    outcomes_known,
+    read_outcomes,
+)
 from orchestration.compute.drift.served import (
     Window,
     feature_sketches,
@@ -147,14 +153,15 @@ def drift_report(
         for span_days in (DAY, WEEK):
             window = Window.ending(day, span_days)
             served = read_requests(connection, window)
-            outcomes = read_outcomes(connection, window)
-            means, found = calibrated(served, outcomes, version, champion.calibration if champion else None)
             current: dict[Name, Kept] = {
                 **feature_sketches(connection, window),
                 **request_sketches(served, version, categories),
-                **label_means(served, outcomes, version),
-                **means,
             }
+            found = None
+            if outcomes_known(connection, window):
+                outcomes = read_outcomes(connection, window)
+                means, found = calibrated(served, outcomes, version, champion.calibration if champion else None)
+                current |= label_means(served, outcomes, version) | means
             sketches.keep(connection, day, span_days, current)
             references = sketches.kept_windows(connection, days_before(day), span_days)
             comparisons.append(comparison(span_days, current, references))

@@ -137,20 +137,22 @@ def mean_of(values: NDArray[np.float64], clusters: Sequence[Hashable]) -> Mean:
 
 
 def keep(connection: psycopg.Connection[Any], day: date, span_days: int, window: Window) -> int:
-    """Write what is kept of the window of `span_days` days that ends with `day`; how many. Repeating it replaces them."""
+    """Write what is kept of the window of `span_days` days that ends with `day`; how many.
+
+    Repeating it replaces them, unless there is less by now: a report that is made again late, when the log is half gone,
+    does not spoil what was known in time.
+    """
     rows = [
         (day, span_days, name.kind, name.name, name.version, kept.clusters, json.dumps(kept.to_body()))
         for name, kept in window.items()
         if kept.clusters >= LEAST_CLUSTERS
     ]
     with connection.transaction(), connection.cursor() as cursor:
-        cursor.execute(
-            "DELETE FROM drift_sketches WHERE day = %s AND span_days = %s OR day < %s",
-            (day, span_days, day - timedelta(days=KEPT_DAYS)),
-        )
+        cursor.execute("DELETE FROM drift_sketches WHERE day < %s", (day - timedelta(days=KEPT_DAYS),))
         cursor.executemany(
             "INSERT INTO drift_sketches (day, span_days, kind, name, version, clusters, body) "
-            "VALUES (%s, %s, %s, %s, %s, %s, %s)",
+            "VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (day, span_days, kind, name, version) DO UPDATE "
+            "SET clusters = excluded.clusters, body = excluded.body WHERE excluded.clusters >= drift_sketches.clusters",
             rows,
         )
     return len(rows)

@@ -20,15 +20,17 @@ from orchestration.compute.drift.judge import (
     Finding,
     decide,
 )
-from orchestration.compute.drift.mmd import median_distance, mmd
+from orchestration.compute.drift.mmd import PERMUTATIONS, median_distance, mmd
 from orchestration.compute.drift.served import Request, Window
 from orchestration.compute.drift.sketches import LEAST_CLUSTERS
 from orchestration.compute.lake import Lake
 from schemas.events import NEGATIVE_KINDS
+from schemas.ranker import TEXT_DIM
 
 VECTORS = "vectors"
 MOST_PEOPLE = 2_000
 """People of a week, and of all the weeks before together, that are compared at most."""
+FEW_PERMUTATIONS = 50
 LEAST_DISCREPANCY = 0.1
 """MMD, of at most √2. Quiet weeks of the simulator's world, with its seasons and fashions, lie up to 0.07 apart."""
 
@@ -81,7 +83,7 @@ def person_vectors(
         known = [vectors[item_id] for item_id in items[person] if item_id in vectors]
         if known:
             means.append(np.mean(known, axis=0))
-    return np.array(means, np.float32).reshape(len(means), -1)
+    return np.array(means, np.float32).reshape(len(means), TEXT_DIM)
 
 
 def compare_vectors(
@@ -98,14 +100,16 @@ def compare_vectors(
         return Finding(*about, WAITING, clusters=len(current), words=words)
     before = _thinned(np.concatenate(references), seed)
     width = median_distance(before, seed)
-    found = mmd(current, before, width=width, seed=seed)
+    distance = _root(mmd(current, before, width=width, permutations=0).squared)
     usual = max(
         _root(mmd(one, _thinned(np.concatenate(others), seed), width=width, permutations=0).squared)
         for one, others in (
             (references[place], [*references[:place], *references[place + 1 :]]) for place in range(len(references))
         )
     )
-    distance = _root(found.squared)
+    # What is too near to matter needs no exact p-value.
+    matters = distance >= max(LEAST_DISCREPANCY, USUAL_ROOM * usual)
+    found = mmd(current, before, width=width, permutations=PERMUTATIONS if matters else FEW_PERMUTATIONS, seed=seed)
     state = decide(distance, found.p, least=LEAST_DISCREPANCY, usual=usual, alpha=alpha, room=USUAL_ROOM)
     sizes = (len(current), len(before))
     return Finding(*about, state, distance, found.p, LEAST_DISCREPANCY, usual, *sizes)

@@ -26,7 +26,7 @@ from schemas.events import Event
 from schemas.views import USER_ACTIVITY, fingerprint
 
 YESTERDAY = (TODAY - timedelta(days=1)).date()
-WEEKS = 3
+WEEKS = 2
 
 
 @pytest.fixture
@@ -117,6 +117,16 @@ def test_what_is_kept_comes_back_as_it_was(connection: psycopg.Connection) -> No
     share = (values[:, None] <= points).mean(axis=0)
     assert np.abs(back.below(points) - share).max() <= 0.5 / sketches.QUANTILES + 1 / 500
     assert sketches.kept_windows(connection, [date(2026, 5, 4)], DAY) == [{}]
+    # Made again when the log is half gone: what was known in time stays.
+    late: dict[Name, sketches.Kept] = {Name("labels", "pick_rate", "m"): Mean(150, 0.1, 0.01)}
+    sketches.keep(connection, date(2026, 5, 4), WEEK, late)
+    [same] = sketches.kept_windows(connection, [date(2026, 5, 4)], WEEK)
+    assert same[Name("labels", "pick_rate", "m")] == found[Name("labels", "pick_rate", "m")]
+    more: dict[Name, sketches.Kept] = {Name("labels", "pick_rate", "m"): Mean(301, 0.4, 0.01)}
+    sketches.keep(connection, date(2026, 5, 4), WEEK, more)
+    [after] = sketches.kept_windows(connection, [date(2026, 5, 4)], WEEK)
+    assert set(after) == set(found)
+    assert after[Name("labels", "pick_rate", "m")] == Mean(301, 0.4, 0.01)
 
 
 def test_a_person_counts_once_by_their_newest_read(connection: psycopg.Connection) -> None:
@@ -154,13 +164,31 @@ def test_a_person_counts_once_by_their_newest_read(connection: psycopg.Connectio
     assert second.missing == 1.0
 
 
-def test_more_requests_than_are_looked_at_are_thinned_by_person(served: psycopg.Connection) -> None:
-    window = Window.ending(YESTERDAY - timedelta(days=7), WEEK)
-    everything, some = read_requests(served, window), read_requests(served, window, most=200)
+def test_more_requests_than_are_looked_at_are_thinned_by_person(connection: psycopg.Connection) -> None:
+    prepare(connection, days_ago(60))
+    for back in range(4):
+        serve_day(connection, YESTERDAY - timedelta(days=back))
+    window = Window.ending(YESTERDAY, WEEK)
+    everything, some = read_requests(connection, window), read_requests(connection, window, most=120)
+    assert len(everything) == 4 * 120
     assert 0 < len(some) < len(everything) / 2
     people = {one.user_id for one in some}
     assert len(some) == sum(one.user_id in people for one in everything)
     assert everything[0].model_version == MODEL
+
+
+def test_picks_of_days_that_are_gone_are_not_taken_for_none(
+    served: psycopg.Connection, database: str, lake: Lake
+) -> None:
+    last = YESTERDAY - timedelta(days=7)
+    before = sketches.kept_windows(served, [last], WEEK)
+    served.execute("DELETE FROM recent_events WHERE request_id IS NOT NULL")
+    served.commit()
+    report = drift_report(database, lake, "file:///nothing", last)
+    assert report.waits("labels") == "nothing was logged of it"
+    assert not report.alarms
+    assert sketches.kept_windows(served, [last], WEEK)[0].keys() == before[0].keys()
+    assert any(name.kind == "labels" for name in before[0])
 
 
 def test_a_deployment_that_served_nothing_waits_for_it(database: str, lake: Lake) -> None:
