@@ -29,7 +29,7 @@ ROW = "#list > .item:not(.skeleton)"
 def world(postgres_url: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedWorld]:
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE paged TEMPLATE {template}")
-    yield build(replace_database(postgres_url, "paged"), tmp_path_factory.mktemp("paged"), people=12, items=80)
+    yield build(replace_database(postgres_url, "paged"), tmp_path_factory.mktemp("paged"), people=12, items=120)
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute("DROP DATABASE paged WITH (FORCE)")
 
