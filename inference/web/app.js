@@ -5,7 +5,7 @@ import { $, announce, make, toast } from "./dom.js";
 import { Feedback } from "./feedback.js";
 import { draw, skeletons } from "./list.js";
 import * as person from "./person.js";
-import { NOT_PERSONAL, fault, milliseconds, rung, variety } from "./words.js";
+import { NOT_PERSONAL, fault, milliseconds, rung, said, variety } from "./words.js";
 
 const SIZE = 10;
 const state = { user: null, wish: "", diversity: 0, requestId: null, items: [], personal: true, open: null, asked: null };
@@ -197,7 +197,7 @@ function act(what, item) {
   feedback.say(what, item.item_id, state.user, state.requestId);
   redraw();
   const now = feedback.of(item.item_id);
-  announce(now ? `${{ up: "Liked", down: "Not for me", hide: "Hidden" }[now]}: ${item.title}. Press again to undo.` : `Taken back: ${item.title}`);
+  announce(now ? `${said(now)}: ${item.title}. Press again to undo.` : `Taken back: ${item.title}`);
   return undefined;
 }
 

@@ -51,7 +51,7 @@ def measure(quick: bool) -> dict[str, Any]:
         url = postgres.start_embedded(Path(folder) / "pg")
         postgres.migrate(url)
         ensure_view_tables(url)
-        sizes: dict[str, Any] = {"people": 12, "items": 80} if quick else {"people": 200, "items": 1_200}
+        sizes: dict[str, Any] = {"people": 12, "items": 120} if quick else {"people": 200, "items": 1_200}
         note("a world to serve …")
         world = build(url, Path(folder) / "world", **sizes)
         header = key_header(url, per_minute=1_000_000)

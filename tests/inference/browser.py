@@ -63,11 +63,12 @@ def opened(browser: Any, base: str, path: str = "", **how: Any) -> Iterator[Watc
         if not request.url.startswith((base, "blob:", "data:")):
             watched.outside.append(request.url)
 
+    def said(message: Any) -> None:
+        if message.type in ("error", "warning"):
+            watched.complaints.append(f"{message.type}: {message.text}")
+
     page.on("request", asked)
-    page.on(
-        "console",
-        lambda said: said.type in ("error", "warning") and watched.complaints.append(f"{said.type}: {said.text}"),
-    )
+    page.on("console", said)
     page.on("pageerror", lambda error: watched.complaints.append(str(error)))
     try:
         page.goto(base + path)

@@ -29,7 +29,7 @@ ROW = "#list > .item:not(.skeleton)"
 def world(postgres_url: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedWorld]:
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE paged TEMPLATE {template}")
-    yield build(replace_database(postgres_url, "paged"), tmp_path_factory.mktemp("paged"), people=12, items=80)
+    yield build(replace_database(postgres_url, "paged"), tmp_path_factory.mktemp("paged"), people=12, items=120)
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute("DROP DATABASE paged WITH (FORCE)")
 
@@ -232,9 +232,8 @@ def test_opening_an_item_is_a_click_and_staying_a_view(browser: Any, base: str, 
     with opened(browser, base) as watched:
         page = watched.page
         page.clock.install()
-        page.goto(f"{base}#key={key}&person={user}")
         page.reload()
-        page.evaluate(f"location.hash = 'person={user}'")
+        page.evaluate(f"location.hash = 'key={key}&person={user}'")
         item, other = items(watched)[:2]
         page.click(f"[data-item={item}] .why")
         assert page.is_visible(f"[data-item={item}] .reasons")
@@ -439,7 +438,7 @@ def _unnamed(page: Any) -> list[str]:
         "region",
     }
     found = [node for node in nodes if not node.get("ignored") and node.get("role", {}).get("value") in roles]
-    assert len(found) > 5
+    assert len(found) > 2
     # A plain list needs no name; one that stands for something has one.
     return [
         str(node["role"]["value"])
