@@ -49,9 +49,16 @@ class Access(Protocol):
         """
 
     def check_person(
-        self, headers: Mapping[str, str], query: str, user_id: str, purpose: str, *, direct: bool = False
+        self,
+        headers: Mapping[str, str],
+        query: str,
+        user_id: str,
+        purpose: str,
+        *,
+        scope: str = "admin",
+        direct: bool = False,
     ) -> None:
-        """The same for what concerns one person: an admin key, or a signed link (`token=` in the query) of that person."""
+        """The same for what concerns one person: a key with `scope`, or a signed link (`token=` in the query) of them."""
 
     def close(self) -> None:
         """End what goes on beside the requests."""
@@ -64,7 +71,14 @@ class Platform:
         return
 
     def check_person(
-        self, headers: Mapping[str, str], query: str, user_id: str, purpose: str, *, direct: bool = False
+        self,
+        headers: Mapping[str, str],
+        query: str,
+        user_id: str,
+        purpose: str,
+        *,
+        scope: str = "admin",
+        direct: bool = False,
     ) -> None:
         return
 
@@ -155,7 +169,14 @@ class ApiKeys:
             )
 
     def check_person(
-        self, headers: Mapping[str, str], query: str, user_id: str, purpose: str, *, direct: bool = False
+        self,
+        headers: Mapping[str, str],
+        query: str,
+        user_id: str,
+        purpose: str,
+        *,
+        scope: str = "admin",
+        direct: bool = False,
     ) -> None:
         token = parse_qs(query).get("token", [])
         if token and "authorization" not in headers:
@@ -163,7 +184,7 @@ class ApiKeys:
                 raise Unauthorized("signed links are not taken here: LARDER_LINK_KEYS is not set; use an admin key")
             self.links.verify(token[-1], user_id, purpose)
         else:
-            self.check(headers, "admin", direct=direct)
+            self.check(headers, scope, direct=direct)
 
     def close(self, timeout_seconds: float = 1.0) -> None:
         """Wait for look-ups that are under way."""

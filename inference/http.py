@@ -18,9 +18,12 @@ from inference.request_log import Notes
 from schemas.errors import LarderError, RequestError, TooManyRequests, Unauthorized, Unavailable
 from schemas.events import InvalidRow, check_id
 from schemas.serving import (
+    ConsentRequest,
+    ConsentResponse,
     ErasureResponse,
     EventsRequest,
     EventsResponse,
+    ExportResponse,
     HealthResponse,
     HealthStatus,
     RecommendationRequest,
@@ -61,6 +64,10 @@ class Application(Protocol):
     def forget(self, user_id: str, deadline: float | None) -> ErasureResponse: ...
 
     def erasure(self, user_id: str, receipt_id: str, deadline: float | None) -> ErasureResponse: ...
+
+    def consent(self, user_id: str, request: ConsentRequest, deadline: float | None) -> ConsentResponse: ...
+
+    def export(self, user_id: str, receipt_id: str | None, deadline: float | None) -> ExportResponse: ...
 
     def health(self) -> HealthResponse: ...
 
@@ -140,6 +147,19 @@ def _erasure(call: _Call) -> Response:
     return _answer(render(call.app.erasure(call.names["user_id"], call.names["receipt_id"], call.deadline)))
 
 
+def _consent(call: _Call) -> Response:
+    request = parse(ConsentRequest, call.body)
+    return _answer(render(call.app.consent(call.names["user_id"], request, call.deadline)))
+
+
+def _export(call: _Call) -> Response:
+    return _answer(render(call.app.export(call.names["user_id"], None, call.deadline)), status=202)
+
+
+def _exported(call: _Call) -> Response:
+    return _answer(render(call.app.export(call.names["user_id"], call.names["receipt_id"], call.deadline)))
+
+
 def _openapi(_: _Call) -> Response:
     from inference import openapi  # made for who asks, not at every start
 
@@ -152,6 +172,9 @@ ROUTES: dict[str, tuple[str, Callable[[_Call], Response]]] = {
     "/events": ("POST", _events),
     "/people/{user_id}/forget": ("POST", _forget),
     "/people/{user_id}/forget/{receipt_id}": ("GET", _erasure),
+    "/people/{user_id}/consent": ("POST", _consent),
+    "/people/{user_id}/export": ("POST", _export),
+    "/people/{user_id}/export/{receipt_id}": ("GET", _exported),
     "/health": ("GET", _health),
     "/openapi.json": ("GET", _openapi),
 }
@@ -161,6 +184,9 @@ SCOPES: dict[str, str | None] = {
     "/events": "write",
     "/people/{user_id}/forget": "admin",
     "/people/{user_id}/forget/{receipt_id}": "admin",
+    "/people/{user_id}/consent": "write",
+    "/people/{user_id}/export": "admin",
+    "/people/{user_id}/export/{receipt_id}": "admin",
     "/health": None,
     "/openapi.json": None,
 }
@@ -168,15 +194,16 @@ SCOPES: dict[str, str | None] = {
 LINKED: dict[str, str] = {
     "/people/{user_id}/forget": "forget",
     "/people/{user_id}/forget/{receipt_id}": "forget",
+    "/people/{user_id}/consent": "consent",
+    "/people/{user_id}/export": "export",
+    "/people/{user_id}/export/{receipt_id}": "export",
 }
 """Where a signed link of the person does as well, and for which purpose it must be."""
+_NAMED = {"{user_id}": "(?P<user_id>.+)", "{receipt_id}": "(?P<receipt_id>[0-9a-f]{32})"}
 _PATTERNS = [
-    # An id may hold a slash, so the words around it decide.
-    (
-        re.compile("/people/(?P<user_id>.+)/forget/(?P<receipt_id>[0-9a-f]{32})"),
-        "/people/{user_id}/forget/{receipt_id}",
-    ),
-    (re.compile("/people/(?P<user_id>.+)/forget"), "/people/{user_id}/forget"),
+    # An id may hold a slash, so the words around it decide: the route with the most of them first.
+    (re.compile(re.sub(r"{\w+}", lambda found: _NAMED[found[0]], route)), route)
+    for route in sorted((route for route in ROUTES if "{" in route), key=lambda route: -route.count("/"))
 ]
 
 
@@ -338,7 +365,9 @@ def _check_access(route: str, call: _Call) -> None:
             check_id("user_id", user_id)
         except InvalidRow as error:
             raise RequestError(f"the path names no person: {error}", status=404, field="user_id") from None
-        access.check_person(call.headers, call.query, user_id, LINKED[route], direct=call.direct)
+        access.check_person(
+            call.headers, call.query, user_id, LINKED[route], scope=scope or "admin", direct=call.direct
+        )
     elif scope is not None:
         access.check(call.headers, scope, direct=call.direct)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from schemas.errors import SettingsError, Unauthorized
 
-PURPOSES = ("export", "forget")
+PURPOSES = ("consent", "export", "forget")
 MINIMUM_SECRET_BYTES = 32
 MAX_DAYS = 90
 

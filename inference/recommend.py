@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 RECENT_ITEMS = 20
 """So many of the newest items look up their co-visitation neighbours."""
 FLOOR_VERSION = "co-visitation"
+POPULAR_VERSION = "popular"
 
 
 class Models(Protocol):
@@ -87,6 +88,8 @@ class Recommender:
     timeout_ms: int = 2_000
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     served: ServedLog | None = None
+    consent_default: bool = True
+    """Whether who has said nothing of it agrees to being personalised."""
 
     def recommend(
         self, request: RecommendationRequest, deadline: float | None = None, steps: Steps | None = None
@@ -126,11 +129,12 @@ class Recommender:
         elif request.at is None:
             metrics.features_read({name: columns.settled_at for name, columns in person.views.items()})
         seen += person.history.item_ids
-        ranker = self._ranker(current, person, ends, degraded)
+        # Who has not agreed gets what everybody gets: nothing of theirs was read, and nothing of this is kept.
+        ranker = self._ranker(current, person, ends, degraded) if person.personalise else None
         # A model has learned wishes as its own template writes them, whichever has won since.
         template = ranker.manifest.wish_template if ranker else person.wish_template
         wish_text = self._encode_wish(request.prompt, template, ranker, ends, degraded, steps)
-        asked = _Asked(request, at, person, wish_text, audited and features, features)
+        asked = _Asked(request, at, person, wish_text, audited and features and person.personalise, features)
         ranked: tuple[Candidates, NDArray[np.float32]] | None = None
         if ranker is not None:
             try:
@@ -154,9 +158,10 @@ class Recommender:
         return RecommendationResponse(
             request_id=request_id,
             items=items,
-            model_version=ranker.version if ranker else FLOOR_VERSION,
+            model_version=ranker.version if ranker else FLOOR_VERSION if person.personalise else POPULAR_VERSION,
             prompt_version=template if wish_text is not None else None,
             degraded=tuple(degraded),
+            personalised=person.personalise,
         )
 
     def _read(
@@ -165,14 +170,23 @@ class Recommender:
         """What is known of the person, and whether with features: where those cannot be read, the history alone is."""
         model = current.version if current else None
         live = request.at is None
-        try:
-            row = self.store.read_person(
-                request.user_id, at, ends.share_ms(READ_SHARE), live=live, audited=audited, model=model
+
+        def read(audited: bool, features: bool) -> PersonRow:
+            return self.store.read_person(
+                request.user_id,
+                at,
+                ends.share_ms(READ_SHARE),
+                live=live,
+                audited=audited,
+                model=model,
+                features=features,
+                unless_said=self.consent_default,
             )
+
+        try:
+            return read(audited, True), True
         except StatementFailed:
-            limit = ends.share_ms(READ_SHARE)
-            return self.store.read_person(request.user_id, at, limit, live=live, model=model, features=False), False
-        return row, True
+            return read(False, False), False
 
     def _ranker(self, current: Ranker | None, person: PersonRow, ends: Deadline, degraded: list[str]) -> Ranker | None:
         """The model to rank with: the one in memory until the champion is; the champion, waited for, if there is none."""
@@ -342,7 +356,10 @@ class Recommender:
             and _allowed(item.categories, only, never)
         ]
         return RecommendationResponse(
-            request_id=request_id, items=tuple(items[: request.k]), model_version="popular", degraded=("database",)
+            request_id=request_id,
+            items=tuple(items[: request.k]),
+            model_version=POPULAR_VERSION,
+            degraded=("database",),
         )
 
 

@@ -24,10 +24,13 @@ from inference.store import Champion, Store
 from schemas import prompts
 from schemas.errors import ArtifactError, LarderError, RequestError, Unavailable
 from schemas.serving import (
+    ConsentRequest,
+    ConsentResponse,
     ErasureResponse,
     EventOutcome,
     EventsRequest,
     EventsResponse,
+    ExportResponse,
     HealthResponse,
     RecommendationRequest,
     RecommendationResponse,
@@ -69,7 +72,14 @@ class LarderApplication:
         # Its own connection: what is written after an answer must not keep the next request waiting.
         served = ServedLog(Store(writer_url, 1, "the database (log)"), settings.audit_per_mille)
         unwatch = readings.watch(models, served)
-        recommender = Recommender(store, models, settings.candidates, settings.timeout_ms, served=served)
+        recommender = Recommender(
+            store,
+            models,
+            settings.candidates,
+            settings.timeout_ms,
+            served=served,
+            consent_default=settings.consent_default,
+        )
         return cls(settings, store, writer, models, recommender, served, access_of(settings, store), unwatch)
 
     def warm(self) -> None:
@@ -177,8 +187,10 @@ class LarderApplication:
                 continue
             # Nothing happens after it arrived: a clock that runs a little ahead must not put an event into a window
             # that has not begun, nor a read count what is yet to come.
-            rows.append(event.model_dump() | {"occurred_at": min(occurred_at, arrived).isoformat()})
+            more = {"occurred_at": min(occurred_at, arrived).isoformat(), "unless_said": self.settings.consent_default}
+            rows.append(event.model_dump() | more)
         new = self.writer.accept_events(rows, _timeout_ms(self.settings.timeout_ms, deadline)) if rows else set()
+        refused |= self._not_kept(request, new, refused, deadline)
         outcomes: list[EventOutcome] = []
         for place, event in enumerate(request.events):
             if place in refused:
@@ -190,12 +202,36 @@ class LarderApplication:
         metrics.events_posted(made.outcome for made in outcomes)
         return EventsResponse(outcomes=tuple(outcomes))
 
+    def _not_kept(
+        self, request: EventsRequest, new: set[str], refused: Mapping[int, str], deadline: float | None
+    ) -> dict[int, str]:
+        """Which events were not stored because their people are not personalised, by place, and what is said of it."""
+        left = {place: event for place, event in enumerate(request.events) if event.event_id not in new}
+        asked = {event.user_id for place, event in left.items() if place not in refused}
+        if not asked:
+            return {}
+        default = self.settings.consent_default
+        without = people.without_consent(self.writer, asked, default, _timeout_ms(self.settings.timeout_ms, deadline))
+        return {
+            place: people.NOT_KEPT for place, event in left.items() if event.user_id in without and place not in refused
+        }
+
     def forget(self, user_id: str, deadline: float | None = None) -> ErasureResponse:
         return people.request_erasure(self.writer, user_id, _timeout_ms(self.settings.timeout_ms, deadline))
 
     def erasure(self, user_id: str, receipt_id: str, deadline: float | None = None) -> ErasureResponse:
         timeout_ms = _timeout_ms(self.settings.timeout_ms, deadline)
         return people.read_erasure(self.store, user_id, receipt_id, timeout_ms)
+
+    def consent(self, user_id: str, request: ConsentRequest, deadline: float | None = None) -> ConsentResponse:
+        timeout_ms = _timeout_ms(self.settings.timeout_ms, deadline)
+        return people.set_consent(self.writer, user_id, request.personalise, timeout_ms)
+
+    def export(self, user_id: str, receipt_id: str | None, deadline: float | None = None) -> ExportResponse:
+        timeout_ms = _timeout_ms(self.settings.timeout_ms, deadline)
+        if receipt_id is None:
+            return people.request_export(self.writer, user_id, timeout_ms)
+        return people.read_export(self.store, user_id, receipt_id, timeout_ms)
 
     def health(self) -> HealthResponse:
         degraded: list[str] = []

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from inference.links import Links
 from inference.request_log import STREAMS, Stream
+from schemas.consent import consent_default
 from schemas.errors import LarderError, SettingsError
 from schemas.urls import is_database_url, with_tls
 
@@ -44,6 +45,8 @@ class Settings:
     """How long a key is trusted before it is looked up again: a revocation counts by then."""
     link_keys: str = field(default="", repr=False)
     """Secrets of signed links, see inference/links.py; empty: none are taken."""
+    consent_default: bool = True
+    """Whether who has said nothing of it agrees to being personalised; see schemas/consent.py."""
 
 
 _LIMITS: dict[str, tuple[str, int, int]] = {
@@ -90,6 +93,11 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
             Links.read(link_keys)
     except LarderError as error:
         faults.append(str(error))
+    agrees = True
+    try:
+        agrees = consent_default(environ)
+    except LarderError as error:
+        faults.append(str(error))
     if faults:
         raise SettingsError("settings cannot be used: " + "; ".join(faults))
     return Settings(
@@ -100,5 +108,6 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         link_keys=link_keys,
         database_read_url=with_tls(environ.get("DATABASE_READ_URL", ""), environ) or None,
         request_log=stream or "stderr",
+        consent_default=agrees,
         **values,
     )

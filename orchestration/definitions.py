@@ -9,6 +9,7 @@ from orchestration.automation import JOBS, schedules
 from orchestration.checks import CHECKS, FRESHNESS_SENSOR
 from orchestration.compute.bind import bind_views
 from orchestration.erasure import erase_who_asked, forget_person
+from orchestration.people import RETENTION_SCHEDULE, export_person, export_who_asked, retention
 from orchestration.reconcile import settle_dead_runs
 from orchestration.resources import Larder
 from orchestration.upkeep import VACUUM_SCHEDULE, rebuild_stale_partitions, vacuum_lake
@@ -40,9 +41,9 @@ def build_definitions(larder: Larder | None = None) -> dg.Definitions:
     return dg.Definitions(
         assets=ASSETS,
         asset_checks=CHECKS,
-        jobs=[*JOBS, forget_person, vacuum_lake],
-        schedules=[*schedules(), VACUUM_SCHEDULE],
-        sensors=[FRESHNESS_SENSOR, settle_dead_runs, rebuild_stale_partitions, erase_who_asked],
+        jobs=[*JOBS, forget_person, vacuum_lake, export_person, retention],
+        schedules=[*schedules(), VACUUM_SCHEDULE, RETENTION_SCHEDULE],
+        sensors=[FRESHNESS_SENSOR, settle_dead_runs, rebuild_stale_partitions, erase_who_asked, export_who_asked],
         resources={"larder": larder or Larder()},
         # One process per run: the multiprocess executor would import everything again for every step.
         executor=dg.in_process_executor,

@@ -3,6 +3,10 @@
     accept_events     store posted events; its tiles follow the declared views, so it is made anew when those change
     log_served        keep feature vectors as they were served
     request_erasure   ask for a person to be forgotten
+    set_consent       keep what a person said to being personalised
+    without_consent   who of a few people is not personalised
+    request_export    ask for all that is held of a person
+    read_export       read an export that was made
     api_key           look one request key up by its id
 
 Plain rights would not do: an INSERT with ON CONFLICT also needs to read, and who may read or write the tables could do
@@ -63,6 +67,12 @@ def fixed() -> tuple[Function, ...]:
     return (
         Function("log_served", "jsonb", "integer", log_served),
         Function("request_erasure", "text, text", "text", _body("request_erasure")),
+        Function("set_consent", "text, boolean", "timestamptz", _body("set_consent")),
+        Function("without_consent", "jsonb, boolean", "SETOF text", _body("without_consent"), "STABLE"),
+        Function("request_export", "text, text", "jsonb", _body("request_export")),
+        Function(
+            "read_export", "text, text", "TABLE (document jsonb, ready_at timestamptz)", _body("read_export"), "STABLE"
+        ),
         Function("api_key", "text", key, _body("api_key"), "STABLE"),
     )
 

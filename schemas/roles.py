@@ -3,7 +3,7 @@
     larder_owner          owns the tables; migrations are made by its members
     larder_orchestrator   what Dagster's assets need: reads and writes data, makes the tables of views and partitions
     larder_function       reads what a request reads, and nothing else
-    larder_writer         calls three functions (schemas/functions.py), and nothing else
+    larder_writer         calls its functions of schemas/functions.py, and nothing else
 
 A table that is added later is the owner's and the orchestrator's alone until it is named here.
 """
@@ -59,6 +59,8 @@ READS: dict[str, tuple[str, ...]] = {
     "public.feature_ledger": ("view", "partition_date", "definition_hash"),
     # Who asked to be forgotten reads as unknown; a receipt names nobody.
     "public.erasure_requests": ("request_id", "user_id"),
+    # Who has not agreed to being personalised is answered without anything of theirs.
+    "public.consents": ("user_id", "personalise"),
     "public.erasure_receipts": ("receipt_id", "forgotten_at", "removed", "finished_at"),
 }
 """What a request reads, by table: its columns."""
@@ -67,6 +69,10 @@ EXECUTES: dict[str, str] = {
     "accept_events": WRITER,
     "log_served": WRITER,
     "request_erasure": WRITER,
+    "set_consent": WRITER,
+    "without_consent": WRITER,
+    "request_export": WRITER,
+    "read_export": FUNCTION,
     "api_key": FUNCTION,
 }
 """Who may call which function; nobody else may."""

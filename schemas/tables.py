@@ -439,6 +439,28 @@ erasure_receipts = Table(
     comment="What each erasure removed, and where. Names nobody; rows are never deleted, their number orders erasures.",
 )
 
+# --- what people decide ------------------------------------------------------------------------------------------
+
+consents = Table(
+    "consents",
+    metadata,
+    Column("user_id", Text, primary_key=True),
+    Column("personalise", Boolean, nullable=False, comment="false: nothing of the person is read to answer them"),
+    _now("decided_at"),
+    comment="What people said to being personalised; who is not in it has said nothing, and the default holds.",
+)
+
+exports = Table(
+    "exports",
+    metadata,
+    Column("request_id", Text, primary_key=True),
+    Column("user_id", Text, nullable=False, unique=True),
+    _now("requested_at"),
+    Column("document", JSONB, comment="all that is held of the person; NULL: not made yet"),
+    Column("ready_at", Instant, comment="when it was made"),
+    comment="Exports that people asked for; a copy of what is held of them, so kept a few days only.",
+)
+
 # --- access ------------------------------------------------------------------------------------------------------
 
 api_keys = Table(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 
 from inference.access import Access, Platform
 from schemas.errors import Unavailable
 from schemas.serving import (
+    ConsentRequest,
+    ConsentResponse,
     ErasureResponse,
     EventOutcome,
     EventsRequest,
     EventsResponse,
+    ExportResponse,
     HealthResponse,
     RecommendationRequest,
     RecommendationResponse,
@@ -69,6 +73,13 @@ class SmallApplication:
 
     def erasure(self, user_id: str, receipt_id: str, deadline: float | None) -> ErasureResponse:
         return ErasureResponse(receipt_id=receipt_id, state="finished", removed={"events": len(user_id)})
+
+    def consent(self, user_id: str, request: ConsentRequest, deadline: float | None) -> ConsentResponse:
+        return ConsentResponse(personalise=request.personalise, decided_at=datetime(2030, 1, 1, tzinfo=UTC))
+
+    def export(self, user_id: str, receipt_id: str | None, deadline: float | None) -> ExportResponse:
+        held = {"public.people": [{"user_id": user_id}]}
+        return ExportResponse(receipt_id=receipt_id or f"of {user_id}", state="waiting", held=held)
 
     def health(self) -> HealthResponse:
         return HealthResponse(status="ok", version="1")
