@@ -2,7 +2,7 @@
 
     read_person ─▶ user vector ─▶ pick_candidates ─▶ rank ─▶ re-rank ─▶ explain        two database round trips
 
-The ladder, each rung named in `degraded`: `features` (read without them), `wish` (the encoder failed), `release` (the
+The ladder, each rung named in `degraded`: `features` (read without them), `wish` (the encoder failed), `wish-parser` (no language model: the wish as it was said), `release` (the
 model before goes on, because the champion cannot be loaded), `ranker` (no model: co-visitation and trending), `database`
 (the list that ships with the artefact), then Unavailable. Each step gets a share of the time that is left, so that the
 rungs below it have some.
@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from inference import explain, metrics, rerank
+from inference import explain, metrics, rerank, wishes
 from inference.breaker import Resting
 from inference.candidates import Candidates, Filters
 from inference.connections import Lost, StatementFailed
@@ -90,6 +90,8 @@ class Recommender:
     served: ServedLog | None = None
     consent_default: bool = True
     """Whether who has said nothing of it agrees to being personalised."""
+    wish_parser: wishes.Parser | None = None
+    """What reads wishes, where there is a language model; who has not agreed is not told of to it."""
 
     def recommend(
         self, request: RecommendationRequest, deadline: float | None = None, steps: Steps | None = None
@@ -133,8 +135,11 @@ class Recommender:
         ranker = self._ranker(current, person, ends, degraded) if person.personalise else None
         # A model has learned wishes as its own template writes them, whichever has won since.
         template = ranker.manifest.wish_template if ranker else person.wish_template
-        wish_text = self._encode_wish(request.prompt, template, ranker, ends, degraded, steps)
-        asked = _Asked(request, at, person, wish_text, audited and features and person.personalise, features)
+        with steps.step("read wish"):
+            parser = self.wish_parser if person.personalise else None
+            wish = wishes.understood(parser, request.prompt, ends.left_ms(), degraded)
+        wish_text = self._encode_wish(wish, template, ranker, ends, degraded, steps)
+        asked = _Asked(request, at, person, wish_text, audited and features and person.personalise, features, wish)
         ranked: tuple[Candidates, NDArray[np.float32]] | None = None
         if ranker is not None:
             try:
@@ -159,7 +164,7 @@ class Recommender:
             request_id=request_id,
             items=items,
             model_version=ranker.version if ranker else FLOOR_VERSION if person.personalise else POPULAR_VERSION,
-            prompt_version=template if wish_text is not None else None,
+            prompt_version=wishes.version_of(template, wish, wish_text is not None),
             degraded=tuple(degraded),
             personalised=person.personalise,
         )
@@ -208,20 +213,24 @@ class Recommender:
 
     def _encode_wish(
         self,
-        prompt: str | None,
+        wish: wishes.ParsedWish | None,
         template: str,
         ranker: Ranker | None,
         ends: Deadline,
         degraded: list[str],
         steps: Steps,
     ) -> NDArray[np.float32] | None:
-        if prompt is None:
+        if wish is None:
             return None
+        space = ranker.manifest.encoder_version if ranker else None
+
+        def encode(said: str) -> NDArray[np.float32]:
+            text = prompts.render_wish(prompts.load(template), said)
+            return self.models.encode(text, ends.share_ms(MODEL_SHARE), space)
+
         try:
             with steps.step("encode wish"), span("encode wish"):
-                text = prompts.render_wish(prompts.load(template), prompt)
-                space = ranker.manifest.encoder_version if ranker else None
-                return self.models.encode(text, ends.share_ms(MODEL_SHARE), space)
+                return wishes.vector_of(wish, encode)
         except (ArtifactError, DefinitionError, Unavailable) as error:
             logger.error("a wish was not followed: %s", error)
             _note(degraded, "wish")
@@ -373,15 +382,17 @@ class _Asked:
     wish_text: NDArray[np.float32] | None
     audited: bool = False
     features: bool = True
+    wish: wishes.ParsedWish | None = None
 
     def filters(self) -> Filters:
         # Candidates that the caller names are ranked even if the person had them.
         seen = [] if self.request.candidates is not None else self.person.history.item_ids
-        return Filters(
+        filters = Filters(
             exclude=list(dict.fromkeys([*self.request.exclude, *seen])),
             categories=self.request.filters.categories or None,
             exclude_categories=self.request.filters.exclude_categories,
         )
+        return wishes.narrowed(filters, self.wish)
 
     def recent(self) -> list[str]:
         history = self.person.history

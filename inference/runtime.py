@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from typing import Literal
 
-from inference import metrics, people, readings, request_log, telemetry
+from inference import metrics, people, readings, request_log, telemetry, wishes
 from inference.access import Access, access_of
 from inference.breaker import Breaker
 from inference.candidates import Filters
@@ -79,6 +79,7 @@ class LarderApplication:
             settings.timeout_ms,
             served=served,
             consent_default=settings.consent_default,
+            wish_parser=_parser(settings, store),
         )
         return cls(settings, store, writer, models, recommender, served, access_of(settings, store), unwatch)
 
@@ -274,6 +275,14 @@ class LarderApplication:
             database_round_trip_ms=round_trip,
             degraded=tuple(degraded),
         )
+
+
+def _parser(settings: Settings, store: Store) -> wishes.Parser | None:
+    if not settings.llm_url:
+        return None
+    from inference.wish_parser import open_parser  # only where there is a language model
+
+    return open_parser(settings, store)
 
 
 def _from_the_future(occurred_at: datetime, arrived: datetime) -> str:

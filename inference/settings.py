@@ -47,6 +47,12 @@ class Settings:
     """Secrets of signed links, see inference/links.py; empty: none are taken."""
     consent_default: bool = True
     """Whether who has said nothing of it agrees to being personalised; see schemas/consent.py."""
+    llm_url: str = ""
+    """A server that speaks the OpenAI chat protocol, up to `/chat/completions`; empty: wishes are taken as they are said."""
+    llm_model: str = ""
+    llm_key: str = field(default="", repr=False)
+    llm_timeout_ms: int = 800
+    """What one wish may take there; a request waits less where its own deadline is near."""
 
 
 _LIMITS: dict[str, tuple[str, int, int]] = {
@@ -55,6 +61,7 @@ _LIMITS: dict[str, tuple[str, int, int]] = {
     "threads": ("LARDER_THREADS", 0, 256),
     "concurrency": ("LARDER_CONCURRENCY", 1, 256),
     "audit_per_mille": ("LARDER_AUDIT_PER_MILLE", 0, 1_000),
+    "llm_timeout_ms": ("LARDER_LLM_TIMEOUT_MS", 10, 30_000),
     "key_cache_seconds": ("LARDER_KEY_CACHE_SECONDS", 1, 3_600),
 }
 
@@ -98,6 +105,14 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         agrees = consent_default(environ)
     except LarderError as error:
         faults.append(str(error))
+    llm = {name: environ.get(f"LARDER_{name.upper()}", "") for name in ("llm_url", "llm_model", "llm_key")}
+    if llm["llm_url"]:
+        from inference.chat import Chat  # HTTP's client is loaded only where it is used
+
+        try:
+            Chat(llm["llm_url"], llm["llm_model"], llm["llm_key"])
+        except LarderError as error:
+            faults.append(str(error))
     if faults:
         raise SettingsError("settings cannot be used: " + "; ".join(faults))
     return Settings(
@@ -109,5 +124,6 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         database_read_url=with_tls(environ.get("DATABASE_READ_URL", ""), environ) or None,
         request_log=stream or "stderr",
         consent_default=agrees,
+        **llm,
         **values,
     )

@@ -35,7 +35,7 @@ def world(postgres_url: str, template: str, tmp_path_factory: pytest.TempPathFac
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE consenting TEMPLATE {template}")
     yield build(
-        replace_database(postgres_url, "consenting"), tmp_path_factory.mktemp("consenting"), people=12, items=80
+        replace_database(postgres_url, "consenting"), tmp_path_factory.mktemp("consenting"), people=12, items=100
     )
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute("DROP DATABASE consenting WITH (FORCE)")
