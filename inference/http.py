@@ -116,6 +116,8 @@ def _recommendations(call: _Call) -> Response:
         raise Unavailable(message, retry_after_seconds=error.retry_after_seconds) from error
     call.notes.model_version, call.notes.prompt_version = answer.model_version, answer.prompt_version
     call.notes.degraded = answer.degraded
+    # Of who has not agreed to being personalised not even a pseudonym is kept.
+    call.notes.user_id = request.user_id if answer.personalised else ""
     return _answer(render(answer))
 
 
@@ -360,7 +362,7 @@ def _check_access(route: str, call: _Call) -> None:
     """Let the request in, or raise what is answered instead; before its body is looked at."""
     scope, access = SCOPES[route], call.app.access
     if route in LINKED:
-        user_id = call.names["user_id"]
+        user_id = call.notes.user_id = call.names["user_id"]
         try:
             check_id("user_id", user_id)
         except InvalidRow as error:

@@ -17,6 +17,7 @@ from inference.breaker import Breaker
 from inference.candidates import Filters
 from inference.deadline import Deadline
 from inference.models import LoadedModels
+from inference.pseudonyms import Pseudonyms
 from inference.recommend import FLOOR_VERSION, Recommender
 from inference.served import ServedLog
 from inference.settings import Settings, read_settings
@@ -296,7 +297,7 @@ def _from_the_future(occurred_at: datetime, arrived: datetime) -> str:
 def create_application(settings: Settings | None = None) -> LarderApplication:
     """The application of `settings`, those of the environment by default, warm. Raises SettingsError if they cannot be used."""
     settings = settings or read_settings()
-    request_log.open_log(settings.request_log)
+    request_log.open_log(settings.request_log, Pseudonyms.read(settings.log_keys))
     application = LarderApplication.from_settings(settings)
     application.warm()
     metrics.initialised()

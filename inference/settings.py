@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from inference.links import Links
+from inference.pseudonyms import Pseudonyms
 from inference.request_log import STREAMS, Stream
 from schemas.consent import consent_default
 from schemas.errors import LarderError, SettingsError
@@ -47,6 +48,8 @@ class Settings:
     """Secrets of signed links, see inference/links.py; empty: none are taken."""
     consent_default: bool = True
     """Whether who has said nothing of it agrees to being personalised; see schemas/consent.py."""
+    log_keys: str = field(default="", repr=False)
+    """Secrets that people are called by in the request log, see inference/pseudonyms.py; empty: lines say nothing of them."""
     llm_url: str = ""
     """A server that speaks the OpenAI chat protocol, up to `/chat/completions`; empty: wishes are taken as they are said."""
     llm_model: str = ""
@@ -95,11 +98,13 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     if access not in ACCESS_MODES:
         faults.append(f"LARDER_ACCESS is {access!r}; give one of {', '.join(ACCESS_MODES)}")
     link_keys = environ.get("LARDER_LINK_KEYS", "")
-    try:
-        if link_keys:
-            Links.read(link_keys)
-    except LarderError as error:
-        faults.append(str(error))
+    log_keys = environ.get("LARDER_LOG_KEYS", "")
+    for read, text in ((Links.read, link_keys), (Pseudonyms.read, log_keys)):
+        try:
+            if text:
+                read(text)
+        except LarderError as error:
+            faults.append(str(error))
     agrees = True
     try:
         agrees = consent_default(environ)
@@ -121,6 +126,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         writer_url=with_tls(environ.get("LARDER_WRITER_URL", ""), environ),
         access=access,
         link_keys=link_keys,
+        log_keys=log_keys,
         database_read_url=with_tls(environ.get("DATABASE_READ_URL", ""), environ) or None,
         request_log=stream or "stderr",
         consent_default=agrees,
