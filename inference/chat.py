@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import ssl
 import time
 from collections.abc import Mapping
@@ -115,6 +116,13 @@ class Chat:
                     raise ChatFailed(f"the language model's answer is longer than {MAX_ANSWER_BYTES} bytes")
         finally:
             connection.close()
+
+
+def open_chat(environ: Mapping[str, str] = os.environ) -> Chat | None:
+    """The model that the environment names, None if it names none. Raises SettingsError if what it says cannot be used."""
+    if not environ.get("LARDER_LLM_URL"):
+        return None
+    return Chat(environ["LARDER_LLM_URL"], environ.get("LARDER_LLM_MODEL", ""), environ.get("LARDER_LLM_KEY", ""))
 
 
 def _left(ends: float) -> float:

@@ -112,10 +112,10 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         faults.append(str(error))
     llm = {name: environ.get(f"LARDER_{name.upper()}", "") for name in ("llm_url", "llm_model", "llm_key")}
     if llm["llm_url"]:
-        from inference.chat import Chat  # HTTP's client is loaded only where it is used
+        from inference.chat import open_chat  # HTTP's client is loaded only where it is used
 
         try:
-            Chat(llm["llm_url"], llm["llm_model"], llm["llm_key"])
+            open_chat(environ)
         except LarderError as error:
             faults.append(str(error))
     if faults:

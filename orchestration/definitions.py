@@ -22,6 +22,7 @@ ASSETS: list[dg.AssetsDefinition] = [
     events.load_source,
     daily.daily_assets,
     prompts.prompt_evaluation,
+    embeddings.item_enrichment,
     embeddings.text_vectors,
     ranker.popular_items,
     ranker.co_visitation,

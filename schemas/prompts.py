@@ -4,7 +4,8 @@
     item     title, categories, description   the encoder of items: text vectors, and all that is made from them
     profile  categories, titles               a taste as its owner might say it: what training and measurement wish for
     wish     wish                             the encoder of wishes: what a person typed, or a profile
-    parse_wish  categories                    a language model, where there is one: the wish itself goes beside it, as data
+    parse_wish   categories                  a language model, where there is one: the wish itself goes beside it, as data
+    enrich_item  limit                       a language model, where there is one: the item itself goes beside it, as data
 
 Which version of a kind is used is measured by the asset `prompt_evaluation` and recorded in Postgres (`prompt_winners`);
 `DEFAULTS` hold until then. A model's manifest names the versions that it was trained with, and they stay with it.
@@ -30,9 +31,10 @@ FIELDS: dict[str, frozenset[str]] = {
     "profile": frozenset({"categories", "titles"}),
     "wish": frozenset({"wish"}),
     "parse_wish": frozenset({"categories"}),
+    "enrich_item": frozenset({"limit"}),
 }
 MEASURED = ("item", "profile", "wish")
-"""Kinds whose versions are compared by what they score with the encoder; of the other, code names its version."""
+"""Kinds whose versions are compared by what they score with the encoder; of the others, code names the version."""
 PARSE_WISH = "parse_wish.v1"
 DEFAULTS: dict[str, str] = {kind: f"{kind}.v1" for kind in MEASURED}
 """The versions that hold while none is recorded as its kind's winner."""

@@ -228,6 +228,19 @@ def view_table(view: FeatureView) -> Table:
 
 # --- vectors and lists -------------------------------------------------------------------------------------------
 
+item_enrichments = Table(
+    "item_enrichments",
+    metadata,
+    Column("item_id", Text, ForeignKey("items.item_id", ondelete="CASCADE"), primary_key=True),
+    Column(
+        "source_hash", Text, nullable=False, comment="of the item's text as it was sent, the template and the model"
+    ),
+    Column("about", Text, nullable=False, comment="encoded after the item's own description"),
+    Column("written_by", Text, nullable=False, comment="template and model"),
+    _now("written_at"),
+    comment="A few words about items by a language model, where there is one.",
+)
+
 text_vectors = Table(
     "text_vectors",
     metadata,

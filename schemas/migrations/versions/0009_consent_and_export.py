@@ -1,4 +1,4 @@
-"""what people said to being personalised, and the exports that they asked for"""
+"""what people said to being personalised, the exports that they asked for; words about items by a language model"""
 
 from alembic import op
 import sqlalchemy as sa
@@ -27,6 +27,16 @@ def upgrade() -> None:
     sa.UniqueConstraint('user_id', name=op.f('uq_exports_user_id')),
     comment='Exports that people asked for; a copy of what is held of them, so kept a few days only.'
     )
+    op.create_table('item_enrichments',
+    sa.Column('item_id', sa.Text(), nullable=False),
+    sa.Column('source_hash', sa.Text(), nullable=False, comment="of the item's text as it was sent, the template and the model"),
+    sa.Column('about', sa.Text(), nullable=False, comment="encoded after the item's own description"),
+    sa.Column('written_by', sa.Text(), nullable=False, comment='template and model'),
+    sa.Column('written_at', sa.DateTime(timezone=True), server_default=sa.text('now()'), nullable=False),
+    sa.ForeignKeyConstraint(['item_id'], ['items.item_id'], name=op.f('fk_item_enrichments_item_id'), ondelete='CASCADE'),
+    sa.PrimaryKeyConstraint('item_id', name=op.f('pk_item_enrichments')),
+    comment='A few words about items by a language model, where there is one.'
+    )
 
 
 def downgrade() -> None:
@@ -34,5 +44,6 @@ def downgrade() -> None:
     op.execute("DROP FUNCTION IF EXISTS without_consent(jsonb, boolean)")
     op.execute("DROP FUNCTION IF EXISTS request_export(text, text)")
     op.execute("DROP FUNCTION IF EXISTS read_export(text, text)")
+    op.drop_table('item_enrichments')
     op.drop_table('exports')
     op.drop_table('consents')
