@@ -110,8 +110,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         agrees = consent_default(environ)
     except LarderError as error:
         faults.append(str(error))
-    llm = {name: environ.get(f"LARDER_{name.upper()}", "") for name in ("llm_url", "llm_model", "llm_key")}
-    if llm["llm_url"]:
+    if environ.get("LARDER_LLM_URL"):
         from inference.chat import open_chat  # HTTP's client is loaded only where it is used
 
         try:
@@ -130,6 +129,8 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         database_read_url=with_tls(environ.get("DATABASE_READ_URL", ""), environ) or None,
         request_log=stream or "stderr",
         consent_default=agrees,
-        **llm,
+        llm_url=environ.get("LARDER_LLM_URL", ""),
+        llm_model=environ.get("LARDER_LLM_MODEL", ""),
+        llm_key=environ.get("LARDER_LLM_KEY", ""),
         **values,
     )

@@ -48,10 +48,10 @@ def read(connection: psycopg.Connection[Any]) -> Card | None:
     ).fetchone()
     if row is None:
         return None
-    version, path, raw, gate, *times, revision = row
+    version, path, raw, gate, registered_at, judged_at, released_at, revision = row
     manifest = Manifest.from_json(json.dumps(raw))
     # As it was hashed: whoever reads it can see that the version is the hash of this very text.
-    return Card(version, path, manifest, manifest.to_json(), gate, *times, revision)
+    return Card(version, path, manifest, manifest.to_json(), gate, registered_at, judged_at, released_at, revision)
 
 
 def text(card: Card, figure_names: Sequence[str] = ()) -> str:

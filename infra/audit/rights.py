@@ -43,12 +43,12 @@ def grants(connection: Connection) -> dict[str, dict[str, str]]:
         "WITH t AS (SELECT c.oid, c.relacl, c.relowner, n.nspname || '.' || c.relname AS name FROM pg_class AS c "
         "JOIN pg_namespace AS n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p', 'v', 'm') AND NOT c.relispartition "
         "AND n.nspname = ANY(%(schemas)s)), granted AS ("
-        "SELECT t.name, coalesce(r.rolname, 'PUBLIC') AS role, a.privilege_type AS right, NULL AS columns FROM t "
+        "SELECT t.name, coalesce(r.rolname, 'PUBLIC') AS role, a.privilege_type AS privilege, NULL AS columns FROM t "
         "CROSS JOIN aclexplode(coalesce(t.relacl, acldefault('r', t.relowner))) AS a LEFT JOIN pg_roles AS r ON r.oid = a.grantee "
         "UNION ALL SELECT t.name, coalesce(r.rolname, 'PUBLIC'), a.privilege_type, "
         "string_agg(c.attname, ', ' ORDER BY c.attnum) FROM t JOIN pg_attribute AS c ON c.attrelid = t.oid AND c.attnum > 0 "
         "CROSS JOIN aclexplode(c.attacl) AS a LEFT JOIN pg_roles AS r ON r.oid = a.grantee GROUP BY 1, 2, 3) "
-        "SELECT role, name, right, columns FROM granted ORDER BY role, name, right",
+        "SELECT role, name, privilege, columns FROM granted ORDER BY role, name, privilege",
         {"schemas": list(SCHEMAS)},
     ).fetchall()
     for role, table, right, columns in rows:
