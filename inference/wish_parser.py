@@ -107,8 +107,8 @@ class WishParser:
     budget_ms: int = 800
     version: str = prompts.PARSE_WISH
     breaker: Breaker = field(default_factory=lambda: Breaker("the language model", _judge))
-    _kept: OrderedDict[str, ParsedWish] = field(default_factory=OrderedDict)
-    _under_way: dict[str, _Pending] = field(default_factory=dict)
+    _kept: OrderedDict[str, ParsedWish] = field(default_factory=OrderedDict, repr=False)
+    _under_way: dict[str, _Pending] = field(default_factory=dict, repr=False)
     _known: tuple[float, tuple[str, ...]] = (float("-inf"), ())
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -83,7 +83,7 @@ def text(card: Card, figure_names: Sequence[str] = ()) -> str:
         "## What it is made from",
         "Events of people who have not refused to be personalised, and texts of the catalogue: see data-map.md. "
         f"Features of the person: {_names(manifest.context_features)}. Features of a candidate: "
-        f"{_names(manifest.candidate_features)}. Neither holds a name, an age, a sex or a place of a person.",
+        f"{_names(manifest.candidate_features)}. They are computed from events alone: no profile is read.",
         "## How good it is",
         *(_quality(name, manifest.quality[name]) for name in SPLITS if name in manifest.quality),
         *(f"![{name}]({name})" for name in figure_names if "quality" in name),
@@ -142,7 +142,7 @@ def _bars(rows: Sequence[tuple[str, float, float, float]], title: str) -> bytes:
     high = [max(high - value, 0) for _, value, _, high in rows][::-1]
     colours = ["#0a6" if OURS in name or OURS in title else "#999" for name in names]
     axes.barh(names, values, xerr=[low, high], color=colours, ecolor="#333", capsize=3)
-    axes.set_title(title, loc="left", fontsize=10)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     stream = io.BytesIO()
