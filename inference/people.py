@@ -18,7 +18,7 @@ NOT_AT_ONCE = (
     "rows of the quarantine that name the person",
 )
 """What an export that Dagster has not made yet lacks."""
-NOT_KEPT = "this person has not agreed to being personalised, so nothing they do is kept; POST /people/{user_id}/consent changes it"
+DECLINED = "this person has not agreed to being personalised, so nothing they do is kept; POST /people/{user_id}/consent changes it"
 """What is said of an event that was not stored for that."""
 
 

@@ -192,11 +192,13 @@ class LarderApplication:
             more = {"occurred_at": min(occurred_at, arrived).isoformat(), "unless_said": self.settings.consent_default}
             rows.append(event.model_dump() | more)
         new = self.writer.accept_events(rows, _timeout_ms(self.settings.timeout_ms, deadline)) if rows else set()
-        refused |= self._not_kept(request, new, refused, deadline)
+        declined = self._declined(request, new, refused, deadline)
         outcomes: list[EventOutcome] = []
         for place, event in enumerate(request.events):
             if place in refused:
                 outcomes.append(EventOutcome(event_id=event.event_id, outcome="refused", reason=refused[place]))
+            elif place in declined:
+                outcomes.append(EventOutcome(event_id=event.event_id, outcome="declined", reason=people.DECLINED))
             else:
                 outcome: Literal["stored", "duplicate"] = "stored" if event.event_id in new else "duplicate"
                 new.discard(event.event_id)  # the second of two equal ids in one batch is a repeat
@@ -204,19 +206,21 @@ class LarderApplication:
         metrics.events_posted(made.outcome for made in outcomes)
         return EventsResponse(outcomes=tuple(outcomes))
 
-    def _not_kept(
+    def _declined(
         self, request: EventsRequest, new: set[str], refused: Mapping[int, str], deadline: float | None
-    ) -> dict[int, str]:
-        """Which events were not stored because their people are not personalised, by place, and what is said of it."""
-        left = {place: event for place, event in enumerate(request.events) if event.event_id not in new}
-        asked = {event.user_id for place, event in left.items() if place not in refused}
-        if not asked:
-            return {}
-        default = self.settings.consent_default
-        without = people.without_consent(self.writer, asked, default, _timeout_ms(self.settings.timeout_ms, deadline))
-        return {
-            place: people.NOT_KEPT for place, event in left.items() if event.user_id in without and place not in refused
+    ) -> set[int]:
+        """The places of the events that were not stored because their people are not personalised."""
+        left = {
+            place: event.user_id
+            for place, event in enumerate(request.events)
+            if event.event_id not in new and place not in refused
         }
+        if not left:
+            return set()
+        default = self.settings.consent_default
+        timeout_ms = _timeout_ms(self.settings.timeout_ms, deadline)
+        without = people.without_consent(self.writer, left.values(), default, timeout_ms)
+        return {place for place, user_id in left.items() if user_id in without}
 
     def forget(self, user_id: str, deadline: float | None = None) -> ErasureResponse:
         return people.request_erasure(self.writer, user_id, _timeout_ms(self.settings.timeout_ms, deadline))

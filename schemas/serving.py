@@ -298,10 +298,11 @@ class EventsRequest(_Model):
 
 
 class EventOutcome(_Model):
-    """What became of one event; `reason` says why it was refused."""
+    """What became of one event; `reason` says why it was not stored: `refused` is for the sender to mend, `declined` is for
+    nobody to send again, as its person does not agree to being personalised."""
 
     event_id: str
-    outcome: Literal["stored", "duplicate", "refused"]
+    outcome: Literal["stored", "duplicate", "refused", "declined"]
     reason: str | None = None
 
 

@@ -99,7 +99,7 @@ def test_who_refuses_gets_what_a_stranger_would_and_nothing_of_it_is_kept(
     assert [item["item_id"] for item in ask(anna)["items"]] == [item["item_id"] for item in before["items"]]
 
 
-def test_an_event_of_who_refuses_is_refused_and_stored_once_they_agree(
+def test_an_event_of_who_refuses_is_declined_and_stored_once_they_agree(
     app: LarderApplication, world: ServedWorld
 ) -> None:
     key, (anna, bo) = key_header(world.url, ["write"]), world.people[2:4]
@@ -108,9 +108,9 @@ def test_an_event_of_who_refuses_is_refused_and_stored_once_they_agree(
         {"event_id": f"consent-{user}", "user_id": user, "item_id": world.items[0], "kind": "view"}
         for user in (anna, bo)
     ]
-    refused, stored = post(app, key, *events)
-    assert (refused["outcome"], stored["outcome"]) == ("refused", "stored")
-    assert "has not agreed to being personalised" in refused["reason"]
+    declined, stored = post(app, key, *events)
+    assert (declined["outcome"], stored["outcome"]) == ("declined", "stored")
+    assert "has not agreed to being personalised" in declined["reason"]
     with psycopg.connect(world.url) as connection:
         for table in ("event_keys", "recent_events", "user_history"):
             rows = connection.execute(f"SELECT event_id FROM {table} WHERE event_id LIKE 'consent-%'").fetchall()
@@ -126,7 +126,7 @@ def test_the_default_holds_for_who_has_said_nothing(world: ServedWorld) -> None:
         request = RecommendationRequest(user_id=anna, k=5)
         assert not app.recommend(request).personalised
         event = {"event_id": "default-1", "user_id": anna, "item_id": world.items[0], "kind": "view"}
-        assert post(app, key, event)[0]["outcome"] == "refused"
+        assert post(app, key, event)[0]["outcome"] == "declined"
         say(app, anna, True, key)
         assert app.recommend(request).model_version == world.version
         assert post(app, key, event)[0]["outcome"] == "stored"
@@ -190,6 +190,6 @@ def test_a_word_is_kept_of_somebody_of_whom_nothing_else_is(database: str, tmp_p
         assert datetime.now(UTC) - datetime.fromisoformat(answer["decided_at"]) < timedelta(minutes=1)
         assert not app.store.read_person("new/one", datetime.now(UTC), 5_000).personalise
         event = {"event_id": "e", "user_id": "new/one", "item_id": "i", "kind": "view"}
-        assert post(app, key, event)[0]["outcome"] == "refused"
+        assert post(app, key, event)[0]["outcome"] == "declined"
     finally:
         app.close()
