@@ -72,7 +72,11 @@ def write(folder: Path, connection: Connection, record: Deployment, at: datetime
     beside.mkdir(parents=True)
     made = Bundle(beside)
     _model_card(made, connection)
-    made.add("data-map.md", data_map.text(), "what personal data lies where, why, how long, and who may read it")
+    made.add(
+        "data-map.md",
+        data_map.text().replace("[privacy](privacy.md)", "docs/privacy.md"),
+        "what personal data lies where, why, how long, and who may read it",
+    )
     made.add(
         "rights.md", rights.text(connection), "who may do what: roles and grants as the database has them, keys, scopes"
     )

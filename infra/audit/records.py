@@ -74,6 +74,11 @@ def prompts(connection: Connection) -> str:
         )
     for kind in sorted(set(DEFAULTS) - {row[0] for row in rows}):
         parts.append(f"## {kind}: {DEFAULTS[kind]}\n\nThe default: no evaluation has chosen another.")
+    by = connection.execute("SELECT written_by, count(*) FROM item_enrichments GROUP BY 1 ORDER BY 1").fetchall()
+    said = [f"- {items:,} items by {writer} (template and model)" for writer, items in by]
+    parts.append(
+        "## Words about items by a language model\n\n" + ("\n".join(said) or "None: no language model was used.")
+    )
     return "\n\n".join(parts) + "\n"
 
 
