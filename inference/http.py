@@ -116,8 +116,9 @@ def _recommendations(call: _Call) -> Response:
         raise Unavailable(message, retry_after_seconds=error.retry_after_seconds) from error
     call.notes.model_version, call.notes.prompt_version = answer.model_version, answer.prompt_version
     call.notes.degraded = answer.degraded
-    # Of who has not agreed to being personalised not even a pseudonym is kept.
-    call.notes.user_id = request.user_id if answer.personalised else ""
+    # Of who has not agreed to being personalised not even a pseudonym is kept, nor while nobody can be asked for it.
+    agreed = answer.personalised and "database" not in answer.degraded
+    call.notes.user_id = request.user_id if agreed else ""
     return _answer(render(answer))
 
 

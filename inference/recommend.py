@@ -2,10 +2,10 @@
 
     read_person ─▶ user vector ─▶ pick_candidates ─▶ rank ─▶ re-rank ─▶ explain        two database round trips
 
-The ladder, each rung named in `degraded`: `features` (read without them), `wish` (the encoder failed), `wish-parser` (no language model: the wish as it was said), `release` (the
-model before goes on, because the champion cannot be loaded), `ranker` (no model: co-visitation and trending), `database`
-(the list that ships with the artefact), then Unavailable. Each step gets a share of the time that is left, so that the
-rungs below it have some.
+The ladder, each rung named in `degraded`: `features` (read without them), `wish-parser` (no language model in time: the wish as it
+was said), `wish` (the encoder failed), `release` (the model before goes on, because the champion cannot be loaded), `ranker`
+(no model: co-visitation and trending), `database` (the list that ships with the artefact), then Unavailable. Each step gets
+a share of the time that is left, so that the rungs below it have some.
 """
 
 from __future__ import annotations
@@ -135,9 +135,8 @@ class Recommender:
         ranker = self._ranker(current, person, ends, degraded) if person.personalise else None
         # A model has learned wishes as its own template writes them, whichever has won since.
         template = ranker.manifest.wish_template if ranker else person.wish_template
-        with steps.step("read wish"):
-            parser = self.wish_parser if person.personalise else None
-            wish = wishes.understood(parser, request.prompt, ends.left_ms(), degraded)
+        parser = self.wish_parser if person.personalise else None
+        wish = wishes.understood(parser, request.prompt, ends.left_ms(), degraded, steps.step)
         wish_text = self._encode_wish(wish, template, ranker, ends, degraded, steps)
         asked = _Asked(request, at, person, wish_text, audited and features and person.personalise, features, wish)
         ranked: tuple[Candidates, NDArray[np.float32]] | None = None

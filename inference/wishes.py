@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -43,13 +44,20 @@ class Parser(Protocol):
         """Raises Unavailable where the plain path is to be taken."""
 
 
-def understood(parser: Parser | None, wish: str | None, left_ms: float, degraded: list[str]) -> ParsedWish | None:
-    """`wish` as `parser` reads it; without one, or where it does not manage, as it was said."""
+def understood(
+    parser: Parser | None,
+    wish: str | None,
+    left_ms: float,
+    degraded: list[str],
+    step: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> ParsedWish | None:
+    """`wish` as `parser` reads it, timed as a `step`; without one, or where it does not manage, as it was said."""
     if wish is None:
         return None
     if parser is not None:
         try:
-            return parser.parse(wish, left_ms)
+            with step("read wish"):
+                return parser.parse(wish, left_ms)
         except Unavailable as error:
             logger.info("a wish is taken as it was said: %s", error)
             degraded.append(DEGRADED)
