@@ -7,7 +7,7 @@ PORT ?= 8080
 DATA ?=
 USER_ID ?=
 .DEFAULT_GOAL := help
-.PHONY: help install run ui backfill serve score-all keys deploy rollback forget features explain training-set vacuum mend-lake test prove check bench-features bench-ranker bench-serving bench-gpu openapi format pictures clean
+.PHONY: help install run ui backfill serve score-all keys deploy rollback forget export data-map audit features explain training-set vacuum mend-lake test prove check bench-features bench-ranker bench-serving bench-gpu openapi format pictures clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -49,6 +49,15 @@ rollback: install ## let the model before serve again [VERSION=…], or the func
 
 forget: install ## erase a person: USER_ID=… [YES=1: do not ask] [REQUEST=1: only ask Dagster to] or RESUME=1
 	@$(BIN)/python -m orchestration.forget $(if $(USER_ID),--user '$(USER_ID)') $(if $(RESUME),--resume) $(if $(YES),--yes) $(if $(REQUEST),--request)
+
+export: install ## all that is held of a person, as JSON: USER_ID=… [OUT=file] [REQUEST=1: only ask Dagster to]
+	@$(BIN)/python -m orchestration.export_person $(if $(USER_ID),--user '$(USER_ID)') $(if $(OUT),--out '$(OUT)') $(if $(REQUEST),--request)
+
+data-map: install ## write docs/data-map.md: what personal data lies where, why, how long, who may read it
+	@$(BIN)/python -m infra.data_map
+
+audit: install ## model card, data map, reports, rights, receipts in one folder that can be checked: [OUT=folder] [VERIFY=folder]
+	@$(BIN)/python -m infra.audit $(if $(OUT),--out '$(OUT)') $(if $(VERIFY),--verify '$(VERIFY)')
 
 features: install ## features of a person or an item with status and age: VIEW=a,b KEY=… [AT=instant]
 	@$(BIN)/python -m orchestration.features $(if $(VIEW),--view '$(VIEW)') $(if $(KEY),--key '$(KEY)') $(if $(AT),--at '$(AT)')

@@ -36,6 +36,8 @@ class Filters:
     exclude: Sequence[str] = ()
     categories: Sequence[str] | None = None
     exclude_categories: Sequence[str] = ()
+    years: tuple[int | None, int | None] | None = None
+    """First and last, either None for open; an item of which no year is known is let through."""
 
     def not_excluded(self, item_id: str) -> str:
         """The condition that the column `item_id` is none of those left out."""
@@ -51,6 +53,12 @@ class Filters:
             conditions.append(f"{item}.categories && %(categories)s::text[]")
         if self.exclude_categories:
             conditions.append(f"NOT {item}.categories && %(exclude_categories)s::text[]")
+        if self.years is not None:
+            year = f"{item}.attributes->>'year'"
+            conditions.append(
+                f"coalesce(CASE WHEN {year} ~ '^[0-9]{{4}}$' THEN ({year})::int END "
+                "BETWEEN %(first_year)s::int AND %(last_year)s::int, true)"
+            )
         return " AND ".join(conditions)
 
     def parameters(self) -> dict[str, object]:
@@ -59,6 +67,8 @@ class Filters:
             "exclude": text_array(self.exclude),
             "categories": None if self.categories is None else list(self.categories),
             "exclude_categories": list(self.exclude_categories),
+            "first_year": self.years[0] or 0 if self.years else 0,
+            "last_year": self.years[1] or 9999 if self.years else 9999,
         }
 
 
@@ -104,9 +114,7 @@ def candidates_sql(
     ahead: Ahead | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """The statement of `Store.pick_candidates` and its parameters; arguments as there."""
-    sources, parameters = _sources(
-        filters, limit, champion, dim, user_vector, wish_text, recent, given, live, ahead
-    )
+    sources, parameters = _sources(filters, limit, champion, dim, user_vector, wish_text, recent, given, live, ahead)
     (view,) = CANDIDATE_VIEWS
     picked = "item_id IN (SELECT item_id FROM merged)"
     if not features:
@@ -227,7 +235,7 @@ def _sources(
     share, part, few = limit // 2, limit // 3, limit // 10
     # The lists hold items that were there when they were made, so only a filter by category has to look at the items
     # first. A read at an earlier instant drops those that came later afterwards, and may get fewer than asked for.
-    by_category = filters.categories is not None or bool(filters.exclude_categories)
+    by_category = filters.categories is not None or bool(filters.exclude_categories) or filters.years is not None
     listed = "{0} IN (SELECT item_id FROM allowed)" if by_category else filters.not_excluded("{0}")
     if ahead is not None:
         picked.append(ahead.source(listed))

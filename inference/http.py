@@ -20,9 +20,12 @@ from schemas.errors import Forbidden, LarderError, RequestError, TooManyRequests
 from schemas.events import InvalidRow, check_id
 from schemas.serving import (
     MAX_HISTORY_SHOWN,
+    ConsentRequest,
+    ConsentResponse,
     ErasureResponse,
     EventsRequest,
     EventsResponse,
+    ExportResponse,
     HealthResponse,
     HealthStatus,
     HistoryResponse,
@@ -79,6 +82,10 @@ class Application(Protocol):
 
     def answer_survey(self, request: SurveyRequest, deadline: float | None) -> SurveyOutcome: ...
 
+    def consent(self, user_id: str, request: ConsentRequest, deadline: float | None) -> ConsentResponse: ...
+
+    def export(self, user_id: str, receipt_id: str | None, deadline: float | None) -> ExportResponse: ...
+
     def health(self) -> HealthResponse: ...
 
     @property
@@ -128,6 +135,9 @@ def _recommendations(call: _Call) -> Response:
         raise Unavailable(message, retry_after_seconds=error.retry_after_seconds) from error
     call.notes.model_version, call.notes.prompt_version = answer.model_version, answer.prompt_version
     call.notes.degraded = answer.degraded
+    # Of who has not agreed to being personalised not even a pseudonym is kept, nor while nobody can be asked for it.
+    agreed = answer.personalised and "database" not in answer.degraded
+    call.notes.user_id = request.user_id if agreed else ""
     took_ms = (time.perf_counter() - began) * 1_000
     return _answer(render(answer), headers={"server-timing": timing.header(ms, took_ms)} if ms else {})
 
@@ -192,6 +202,19 @@ def _page(call: _Call) -> Response:
     return Response(*found)
 
 
+def _consent(call: _Call) -> Response:
+    request = parse(ConsentRequest, call.body)
+    return _answer(render(call.app.consent(call.names["user_id"], request, call.deadline)))
+
+
+def _export(call: _Call) -> Response:
+    return _answer(render(call.app.export(call.names["user_id"], None, call.deadline)), status=202)
+
+
+def _exported(call: _Call) -> Response:
+    return _answer(render(call.app.export(call.names["user_id"], call.names["receipt_id"], call.deadline)))
+
+
 def _openapi(_: _Call) -> Response:
     from inference import openapi  # made for who asks, not at every start
 
@@ -204,6 +227,9 @@ ROUTES: dict[str, tuple[str, Callable[[_Call], Response]]] = {
     "/events": ("POST", _events),
     "/people/{user_id}/forget": ("POST", _forget),
     "/people/{user_id}/forget/{receipt_id}": ("GET", _erasure),
+    "/people/{user_id}/consent": ("POST", _consent),
+    "/people/{user_id}/export": ("POST", _export),
+    "/people/{user_id}/export/{receipt_id}": ("GET", _exported),
     "/health": ("GET", _health),
     "/openapi.json": ("GET", _openapi),
     "/people": ("GET", _people),
@@ -219,6 +245,9 @@ SCOPES: dict[str, str | None] = {
     "/events": "write",
     "/people/{user_id}/forget": "admin",
     "/people/{user_id}/forget/{receipt_id}": "admin",
+    "/people/{user_id}/consent": "write",
+    "/people/{user_id}/export": "admin",
+    "/people/{user_id}/export/{receipt_id}": "admin",
     "/health": None,
     "/openapi.json": None,
     "/people": "recommend",
@@ -232,6 +261,9 @@ SCOPES: dict[str, str | None] = {
 LINKED: dict[str, str] = {
     "/people/{user_id}/forget": "forget",
     "/people/{user_id}/forget/{receipt_id}": "forget",
+    "/people/{user_id}/consent": "consent",
+    "/people/{user_id}/export": "export",
+    "/people/{user_id}/export/{receipt_id}": "export",
     # Who may take away all that is held of a person may look at some of it.
     "/people/{user_id}/history": "export",
 }
@@ -402,6 +434,7 @@ def _check_access(route: str, call: _Call) -> None:
     scope, access = SCOPES[route], call.app.access
     user_id = call.names.get("user_id")
     if user_id is not None:
+        call.notes.user_id = user_id
         try:
             check_id("user_id", user_id)
         except InvalidRow as error:

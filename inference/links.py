@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from inference.secrets_by_id import read_secrets
 from schemas.errors import SettingsError, Unauthorized
 
-PURPOSES = ("export", "forget")
-MINIMUM_SECRET_BYTES = 32
+PURPOSES = ("consent", "export", "forget")
 MAX_DAYS = 90
 
 _TOKEN = re.compile(r"v1\.([A-Za-z0-9_-]{1,32})\.(\d{1,12})\.([A-Za-z0-9_-]{43})", re.ASCII)
@@ -35,16 +35,7 @@ class Links:
     @classmethod
     def read(cls, text: str) -> Links:
         """From `id:secret[,id:secret…]`. Raises SettingsError, which quotes no secret."""
-        keys: dict[str, bytes] = {}
-        for place, part in enumerate(text.split(","), start=1):
-            key_id, found, secret = part.strip().partition(":")
-            if not found or not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", key_id) or len(secret) < MINIMUM_SECRET_BYTES:
-                raise SettingsError(
-                    f"LARDER_LINK_KEYS, part {place}, is not id:secret with a secret of at least {MINIMUM_SECRET_BYTES} "
-                    "characters; make one with: python -c 'import secrets; print(\"a:\" + secrets.token_hex(32))'"
-                )
-            keys[key_id] = secret.encode()
-        return cls(keys)
+        return cls(read_secrets("LARDER_LINK_KEYS", text))
 
     def make(self, user_id: str, purpose: str, days: float) -> str:
         """A token that lets whoever holds it do `purpose` about `user_id` for so many days."""

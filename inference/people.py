@@ -1,16 +1,33 @@
-"""What a person, or somebody for them, may ask about themselves: their history, to be forgotten, and how far that is."""
+"""What a person, or somebody for them, may ask about themselves: their history, a copy of all, to be forgotten or not personalised."""
 
 from __future__ import annotations
 
+import json
 import secrets
+from collections.abc import Iterable
 from typing import Literal
 
 from inference.sql_files import statement
 from inference.store import Store
 from schemas.errors import RequestError
-from schemas.serving import ErasureResponse, HistoryResponse, PeopleResponse, PersonEvent
+from schemas.serving import (
+    ConsentResponse,
+    ErasureResponse,
+    ExportResponse,
+    HistoryResponse,
+    PeopleResponse,
+    PersonEvent,
+)
 
 PEOPLE_SHOWN = 12
+NOT_AT_ONCE = (
+    "the lake: events of more than the last days",
+    "what was computed from the events: daily features, their packed rows, ids of events, training sets",
+    "rows of the quarantine that name the person",
+)
+"""What an export that Dagster has not made yet lacks."""
+DECLINED = "this person has not agreed to being personalised, so nothing they do is kept; POST /people/{user_id}/consent changes it"
+"""What is said of an event that was not stored for that."""
 
 
 def request_erasure(writer: Store, user_id: str, timeout_ms: float) -> ErasureResponse:
@@ -51,3 +68,43 @@ def some_people(store: Store, timeout_ms: float) -> PeopleResponse:
     """A few ids to try the page with; whoever calls this has made sure that the asker may see them."""
     rows = store.rows(statement("some_people"), {"limit": PEOPLE_SHOWN}, timeout_ms)
     return PeopleResponse(people=tuple(user_id for (user_id,) in rows))
+
+
+def set_consent(writer: Store, user_id: str, personalise: bool, timeout_ms: float) -> ConsentResponse:
+    """Keep what `user_id` says to being personalised; it holds for the next request, also of somebody unknown so far."""
+    ((since,),) = writer.call("set_consent", [user_id, json.dumps(personalise)], timeout_ms)
+    return ConsentResponse(personalise=personalise, decided_at=since)
+
+
+def without_consent(writer: Store, user_ids: Iterable[str], unless_said: bool, timeout_ms: float) -> set[str]:
+    """Who of `user_ids` is not personalised; `unless_said` holds for those who have said nothing."""
+    arguments = [json.dumps(sorted(set(user_ids))), json.dumps(unless_said)]
+    return {user_id for (user_id,) in writer.call("without_consent", arguments, timeout_ms)}
+
+
+def request_export(writer: Store, user_id: str, timeout_ms: float) -> ExportResponse:
+    """What lies under `user_id` in the database's own tables, and the receipt of the whole, which Dagster makes.
+
+    Raises RequestError (404) if the database holds nothing of them.
+    """
+    ((found,),) = writer.call("request_export", [user_id, secrets.token_hex(16)], timeout_ms)
+    if found is None:
+        raise RequestError("nothing is held of this person; look at the id", status=404, field="user_id")
+    return ExportResponse(receipt_id=found["receipt_id"], state="waiting", held=found["held"], not_included=NOT_AT_ONCE)
+
+
+def read_export(store: Store, user_id: str, receipt_id: str, timeout_ms: float) -> ExportResponse:
+    """The export of that receipt, empty while it waits. Raises RequestError (404) if `user_id` has no such receipt."""
+    rows = store.call("read_export", [user_id, receipt_id], timeout_ms)
+    if not rows:
+        raise RequestError("there is no such receipt for this person", status=404, field="receipt_id")
+    document, ready_at = rows[0]
+    if document is None:
+        return ExportResponse(receipt_id=receipt_id, state="waiting", held={}, not_included=NOT_AT_ONCE)
+    return ExportResponse(
+        receipt_id=receipt_id,
+        state="ready",
+        ready_at=ready_at,
+        held=document["held"],
+        not_included=tuple(document["not_included"]),
+    )

@@ -2,11 +2,12 @@
 
     read_person ─▶ user vector ─▶ pick_candidates ─▶ rank ─▶ re-rank ─▶ explain        two database round trips
 
-The ladder, each rung named in `degraded`: `features` (read without them), `wish` (the encoder failed), `release` (the
-model before goes on, because the champion cannot be loaded), `arm` (not what the person's arm of an experiment declares),
-`ranker` (no model), `database` (the list that ships with the artefact), then Unavailable. Beside `ranker`, `scores` says
-that the person's list was scored ahead by a model (inference/ahead.py); without it co-visitation and what is trending
-answer. Each step gets a share of the time that is left, so that the rungs below it have some.
+The ladder, each rung named in `degraded`: `features` (read without them), `wish-parser` (no language model in time: the
+wish as it was said), `wish` (the encoder failed), `release` (the model before goes on, because the champion cannot be
+loaded), `arm` (not what the person's arm of an experiment declares), `ranker` (no model), `database` (the list that ships
+with the artefact), then Unavailable. Beside `ranker`, `scores` says that the person's list was scored ahead by a model
+(inference/ahead.py); without it co-visitation and what is trending answer. Each step gets a share of the time that is left,
+so that the rungs below it have some.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from inference import explain, metrics, rerank, timing
+from inference import explain, metrics, rerank, timing, wishes
 from inference.ahead import Ahead, ranked
 from inference.arms import NO_PLAN, Plan
 from inference.breaker import Resting
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 RECENT_ITEMS = 20
 """So many of the newest items look up their co-visitation neighbours."""
 FLOOR_VERSION = "co-visitation"
+POPULAR_VERSION = "popular"
 
 
 class Models(Protocol):
@@ -96,6 +98,10 @@ class Recommender:
     trials: Trials | None = None
     scores_hours: int = 48
     """How old a list that was scored ahead may be; 0: none is read."""
+    consent_default: bool = True
+    """Whether who has said nothing of it agrees to being personalised."""
+    wish_parser: wishes.Parser | None = None
+    """What reads wishes, where there is a language model; who has not agreed is not told of to it."""
 
     def recommend(
         self, request: RecommendationRequest, deadline: float | None = None, steps: Steps | None = None
@@ -119,9 +125,13 @@ class Recommender:
         except Unavailable:
             answer = self._shipped(request, plan, request_id, ends, seen)
             slate = Slate(None, len(answer.items))
+        if not answer.personalised:
+            plan = NO_PLAN
         metrics.answered(answer.model_version, answer.degraded, steps.ms, plan.label)
         timing.tell(steps.ms)
-        if self.trials:
+        # While nobody can be asked whether a person agrees, what holds for those who have not said decides.
+        agreed = answer.personalised and (self.consent_default or "database" not in answer.degraded)
+        if self.trials and agreed:
             self.trials.after(request, at, plan, (answer, slate), partial(self._beside, at))
         return answer
 
@@ -155,14 +165,21 @@ class Recommender:
         elif request.at is None:
             metrics.features_read({name: columns.settled_at for name, columns in person.views.items()})
         seen += person.history.item_ids
-        ranker = plan.ranker or self._ranker(current, person, ends, degraded)
+        if not person.personalise:
+            # Who has not agreed gets what everybody gets: nothing of theirs was read, and nothing of this is kept.
+            plan = NO_PLAN
+        ranker = plan.ranker or (self._ranker(current, person, ends, degraded) if person.personalise else None)
         if plan.ranker is not None and person.champion is not None:
             self.models.follow(person.champion)  # for the others
         # A model has learned wishes as its own template writes them, whichever has won since.
         template = plan.wish_template or (ranker.manifest.wish_template if ranker else person.wish_template)
-        wish_text = self._encode_wish(request.prompt, template, ranker, ends, degraded, steps)
+        parser = self.wish_parser if person.personalise else None
+        wish = wishes.understood(parser, request.prompt, ends.left_ms(), degraded, steps.step)
+        wish_text = self._encode_wish(wish, template, ranker, ends, degraded, steps)
         limit = plan.candidates or self.candidates
-        asked = _Asked(request, at, person, wish_text, audited and features, features, limit)
+        asked = _Asked(
+            request, at, person, wish_text, audited and features and person.personalise, features, limit, wish
+        )
         by_ranker: tuple[Candidates, NDArray[np.float32]] | None = None
         if ranker is not None:
             try:
@@ -193,10 +210,13 @@ class Recommender:
         answer = RecommendationResponse(
             request_id=request_id,
             items=items,
-            model_version=ranker.version if ranker else candidates.ahead_version or FLOOR_VERSION,
-            prompt_version=template if wish_text is not None else None,
+            model_version=(ranker.version if ranker else candidates.ahead_version or FLOOR_VERSION)
+            if person.personalise
+            else POPULAR_VERSION,
+            prompt_version=wishes.version_of(template, wish, wish_text is not None),
             experiment=plan.answer,
             degraded=tuple(degraded),
+            personalised=person.personalise,
         )
         return answer, slate_of(candidates, scores, drawn, asked.audited)
 
@@ -206,14 +226,23 @@ class Recommender:
         """What is known of the person, and whether with features: where those cannot be read, the history alone is."""
         model = current.version if current else None
         live = request.at is None
-        try:
-            row = self.store.read_person(
-                request.user_id, at, ends.share_ms(READ_SHARE), live=live, audited=audited, model=model
+
+        def read(audited: bool, features: bool) -> PersonRow:
+            return self.store.read_person(
+                request.user_id,
+                at,
+                ends.share_ms(READ_SHARE),
+                live=live,
+                audited=audited,
+                model=model,
+                features=features,
+                unless_said=self.consent_default,
             )
+
+        try:
+            return read(audited, True), True
         except StatementFailed:
-            limit = ends.share_ms(READ_SHARE)
-            return self.store.read_person(request.user_id, at, limit, live=live, model=model, features=False), False
-        return row, True
+            return read(False, False), False
 
     def _ranker(self, current: Ranker | None, person: PersonRow, ends: Deadline, degraded: list[str]) -> Ranker | None:
         """The model to rank with: the one in memory until the champion is; the champion, waited for, if there is none."""
@@ -235,20 +264,24 @@ class Recommender:
 
     def _encode_wish(
         self,
-        prompt: str | None,
+        wish: wishes.ParsedWish | None,
         template: str,
         ranker: Ranker | None,
         ends: Deadline,
         degraded: list[str],
         steps: Steps,
     ) -> NDArray[np.float32] | None:
-        if prompt is None:
+        if wish is None:
             return None
+        space = ranker.manifest.encoder_version if ranker else None
+
+        def encode(said: str) -> NDArray[np.float32]:
+            text = prompts.render_wish(prompts.load(template), said)
+            return self.models.encode(text, ends.share_ms(MODEL_SHARE), space)
+
         try:
             with steps.step("encode wish"), span("encode wish"):
-                text = prompts.render_wish(prompts.load(template), prompt)
-                space = ranker.manifest.encoder_version if ranker else None
-                return self.models.encode(text, ends.share_ms(MODEL_SHARE), space)
+                return wishes.vector_of(wish, encode)
         except (ArtifactError, DefinitionError, Unavailable) as error:
             logger.error("a wish was not followed: %s", error)
             _note(degraded, "wish")
@@ -280,7 +313,7 @@ class Recommender:
         request = asked.request
         if not self.scores_hours or request.at is not None or request.candidates is not None:
             return None
-        if asked.wish_text is not None:
+        if asked.wish_text is not None or not asked.person.personalise:
             return None
         return Ahead(request.user_id, asked.at - timedelta(hours=self.scores_hours))
 
@@ -407,7 +440,7 @@ class Recommender:
         return RecommendationResponse(
             request_id=request_id,
             items=tuple(items[: request.k]),
-            model_version="popular",
+            model_version=POPULAR_VERSION,
             experiment=plan.answer,
             degraded=("database", ARM) if plan.assignment else ("database",),
         )
@@ -424,15 +457,17 @@ class _Asked:
     audited: bool = False
     features: bool = True
     limit: int = 500
+    wish: wishes.ParsedWish | None = None
 
     def filters(self) -> Filters:
         # Candidates that the caller names are ranked even if the person had them.
         seen = [] if self.request.candidates is not None else self.person.history.item_ids
-        return Filters(
+        filters = Filters(
             exclude=list(dict.fromkeys([*self.request.exclude, *seen])),
             categories=self.request.filters.categories or None,
             exclude_categories=self.request.filters.exclude_categories,
         )
+        return wishes.narrowed(filters, self.wish)
 
     def recent(self) -> list[str]:
         history = self.person.history

@@ -16,6 +16,7 @@ from typing import Literal, TextIO
 
 from inference import otel
 from inference.propagation import TraceContext
+from inference.pseudonyms import Pseudonyms
 
 Stream = Literal["stderr", "stdout", "off"]
 STREAMS: tuple[Stream, ...] = ("stderr", "stdout", "off")
@@ -32,21 +33,25 @@ class Notes:
     degraded: Sequence[str] = ()
     error: str = ""
     """The `type` of the error that was answered, or that of an unforeseen exception."""
+    user_id: str = ""
+    """Whom it was about. It is never written: a line has their pseudonym, where LARDER_LOG_KEYS are set."""
 
 
 class _Log:
     def __init__(self) -> None:
         self.stream: TextIO | None = None
         self.version = ""
+        self.pseudonyms: Pseudonyms | None = None
         self.lock = threading.Lock()
 
 
 _log = _Log()
 
 
-def open_log(stream: Stream | TextIO) -> None:
-    """Write to `stream` from now on; "off" ends it."""
+def open_log(stream: Stream | TextIO, pseudonyms: Pseudonyms | None = None) -> None:
+    """Write to `stream` from now on, with what `pseudonyms` call people; "off" ends it."""
     with _log.lock:
+        _log.pseudonyms = pseudonyms
         _log.version = otel.version()
         if stream == "off":
             _log.stream = None
@@ -90,6 +95,9 @@ def write(
         "trigger": trigger,
         "version": _log.version,
     }
+    pseudonyms = _log.pseudonyms
+    if pseudonyms is not None and notes.user_id:
+        line["user"] = pseudonyms.of(notes.user_id)
     text = json.dumps(line, separators=(",", ":")) + "\n"
     try:
         with _log.lock:

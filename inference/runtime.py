@@ -11,12 +11,13 @@ from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from typing import Literal
 
-from inference import metrics, people, readings, request_log, survey, telemetry
+from inference import metrics, people, readings, request_log, survey, telemetry, wishes
 from inference.access import Access, access_of
 from inference.breaker import Breaker
 from inference.candidates import Filters
 from inference.deadline import Deadline
 from inference.models import LoadedModels
+from inference.pseudonyms import Pseudonyms
 from inference.recommend import FLOOR_VERSION, Recommender
 from inference.served import ServedLog
 from inference.settings import Settings, read_settings
@@ -25,10 +26,13 @@ from inference.trials import Trials
 from schemas import prompts
 from schemas.errors import ArtifactError, LarderError, RequestError, Unavailable
 from schemas.serving import (
+    ConsentRequest,
+    ConsentResponse,
     ErasureResponse,
     EventOutcome,
     EventsRequest,
     EventsResponse,
+    ExportResponse,
     HealthResponse,
     HistoryResponse,
     PeopleResponse,
@@ -85,6 +89,8 @@ class LarderApplication:
             served=served,
             trials=trials,
             scores_hours=settings.scores_hours,
+            consent_default=settings.consent_default,
+            wish_parser=_parser(settings, store),
         )
         return cls(settings, store, writer, models, recommender, served, trials, access_of(settings, store), unwatch)
 
@@ -196,18 +202,38 @@ class LarderApplication:
                 continue
             # Nothing happens after it arrived: a clock that runs a little ahead must not put an event into a window
             # that has not begun, nor a read count what is yet to come.
-            rows.append(event.model_dump() | {"occurred_at": min(occurred_at, arrived).isoformat()})
+            more = {"occurred_at": min(occurred_at, arrived).isoformat(), "unless_said": self.settings.consent_default}
+            rows.append(event.model_dump() | more)
         new = self.writer.accept_events(rows, _timeout_ms(self.settings.timeout_ms, deadline)) if rows else set()
+        declined = self._declined(request, new, refused, deadline)
         outcomes: list[EventOutcome] = []
         for place, event in enumerate(request.events):
             if place in refused:
                 outcomes.append(EventOutcome(event_id=event.event_id, outcome="refused", reason=refused[place]))
+            elif place in declined:
+                outcomes.append(EventOutcome(event_id=event.event_id, outcome="declined", reason=people.DECLINED))
             else:
                 outcome: Literal["stored", "duplicate"] = "stored" if event.event_id in new else "duplicate"
                 new.discard(event.event_id)  # the second of two equal ids in one batch is a repeat
                 outcomes.append(EventOutcome(event_id=event.event_id, outcome=outcome))
         metrics.events_posted(made.outcome for made in outcomes)
         return EventsResponse(outcomes=tuple(outcomes))
+
+    def _declined(
+        self, request: EventsRequest, new: set[str], refused: Mapping[int, str], deadline: float | None
+    ) -> set[int]:
+        """The places of the events that were not stored because their people are not personalised."""
+        left = {
+            place: event.user_id
+            for place, event in enumerate(request.events)
+            if event.event_id not in new and place not in refused
+        }
+        if not left:
+            return set()
+        default = self.settings.consent_default
+        timeout_ms = _timeout_ms(self.settings.timeout_ms, deadline)
+        without = people.without_consent(self.writer, left.values(), default, timeout_ms)
+        return {place for place, user_id in left.items() if user_id in without}
 
     def forget(self, user_id: str, deadline: float | None = None) -> ErasureResponse:
         return people.request_erasure(self.writer, user_id, _timeout_ms(self.settings.timeout_ms, deadline))
@@ -228,6 +254,16 @@ class LarderApplication:
 
     def answer_survey(self, request: SurveyRequest, deadline: float | None = None) -> SurveyOutcome:
         return survey.accept(self.writer, request, _timeout_ms(self.settings.timeout_ms, deadline))
+
+    def consent(self, user_id: str, request: ConsentRequest, deadline: float | None = None) -> ConsentResponse:
+        timeout_ms = _timeout_ms(self.settings.timeout_ms, deadline)
+        return people.set_consent(self.writer, user_id, request.personalise, timeout_ms)
+
+    def export(self, user_id: str, receipt_id: str | None, deadline: float | None = None) -> ExportResponse:
+        timeout_ms = _timeout_ms(self.settings.timeout_ms, deadline)
+        if receipt_id is None:
+            return people.request_export(self.writer, user_id, timeout_ms)
+        return people.read_export(self.store, user_id, receipt_id, timeout_ms)
 
     def health(self) -> HealthResponse:
         degraded: list[str] = []
@@ -274,6 +310,14 @@ class LarderApplication:
         )
 
 
+def _parser(settings: Settings, store: Store) -> wishes.Parser | None:
+    if not settings.llm_url:
+        return None
+    from inference.wish_parser import open_parser  # only where there is a language model
+
+    return open_parser(settings, store)
+
+
 def _from_the_future(occurred_at: datetime, arrived: datetime) -> str:
     ahead = occurred_at - arrived
     return (
@@ -285,7 +329,7 @@ def _from_the_future(occurred_at: datetime, arrived: datetime) -> str:
 def create_application(settings: Settings | None = None) -> LarderApplication:
     """The application of `settings`, those of the environment by default, warm. Raises SettingsError if they cannot be used."""
     settings = settings or read_settings()
-    request_log.open_log(settings.request_log)
+    request_log.open_log(settings.request_log, Pseudonyms.read(settings.log_keys))
     application = LarderApplication.from_settings(settings)
     application.warm()
     metrics.initialised()

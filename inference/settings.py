@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from inference.links import Links
+from inference.pseudonyms import Pseudonyms
 from inference.request_log import STREAMS, Stream
+from schemas.consent import consent_default
 from schemas.errors import LarderError, SettingsError
 from schemas.urls import is_database_url, with_tls
 
@@ -52,6 +54,16 @@ class Settings:
     """The file that declares experiments, see inference/experiment.py; empty: there are none."""
     exploration: float = 0.0
     """Of how many requests the order is drawn at random, see inference/explore.py."""
+    consent_default: bool = True
+    """Whether who has said nothing of it agrees to being personalised; see schemas/consent.py."""
+    log_keys: str = field(default="", repr=False)
+    """Secrets that people are called by in the request log, see inference/pseudonyms.py; empty: lines say nothing of them."""
+    llm_url: str = ""
+    """A server that speaks the OpenAI chat protocol, up to `/chat/completions`; empty: wishes are taken as they are said."""
+    llm_model: str = ""
+    llm_key: str = field(default="", repr=False)
+    llm_timeout_ms: int = 800
+    """What one wish may take there; a request waits less where its own deadline is near."""
 
 
 _LIMITS: dict[str, tuple[str, int, int]] = {
@@ -62,6 +74,7 @@ _LIMITS: dict[str, tuple[str, int, int]] = {
     "audit_per_mille": ("LARDER_AUDIT_PER_MILLE", 0, 1_000),
     "scores_hours": ("LARDER_SCORES_HOURS", 0, 8_760),
     "survey_per_mille": ("LARDER_SURVEY_PER_MILLE", 0, 1_000),
+    "llm_timeout_ms": ("LARDER_LLM_TIMEOUT_MS", 10, 30_000),
     "key_cache_seconds": ("LARDER_KEY_CACHE_SECONDS", 1, 3_600),
 }
 
@@ -95,14 +108,28 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     if access not in ACCESS_MODES:
         faults.append(f"LARDER_ACCESS is {access!r}; give one of {', '.join(ACCESS_MODES)}")
     link_keys = environ.get("LARDER_LINK_KEYS", "")
+    log_keys = environ.get("LARDER_LOG_KEYS", "")
+    for read, text in ((Links.read, link_keys), (Pseudonyms.read, log_keys)):
+        try:
+            if text:
+                read(text)
+        except LarderError as error:
+            faults.append(str(error))
+    agrees = True
     try:
-        if link_keys:
-            Links.read(link_keys)
+        agrees = consent_default(environ)
     except LarderError as error:
         faults.append(str(error))
     exploration = environ.get("LARDER_EXPLORATION", "0").strip()
     if not re.fullmatch(r"0|1|[01]?\.\d{1,9}", exploration, re.ASCII) or float(exploration) > 1:
         faults.append(f"LARDER_EXPLORATION is {exploration!r}; give a share from 0 to 1, such as 0.02")
+    if environ.get("LARDER_LLM_URL"):
+        from inference.chat import open_chat  # HTTP's client is loaded only where it is used
+
+        try:
+            open_chat(environ)
+        except LarderError as error:
+            faults.append(str(error))
     if faults:
         raise SettingsError("settings cannot be used: " + "; ".join(faults))
     return Settings(
@@ -111,9 +138,14 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         writer_url=with_tls(environ.get("LARDER_WRITER_URL", ""), environ),
         access=access,
         link_keys=link_keys,
+        log_keys=log_keys,
         database_read_url=with_tls(environ.get("DATABASE_READ_URL", ""), environ) or None,
         request_log=stream or "stderr",
         experiments=environ.get("LARDER_EXPERIMENTS", ""),
         exploration=float(exploration),
+        consent_default=agrees,
+        llm_url=environ.get("LARDER_LLM_URL", ""),
+        llm_model=environ.get("LARDER_LLM_MODEL", ""),
+        llm_key=environ.get("LARDER_LLM_KEY", ""),
         **values,
     )

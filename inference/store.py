@@ -36,8 +36,11 @@ from schemas.views import CONTEXT_VIEWS, CROSS_VIEWS
 T = TypeVar("T")
 
 SERVED_KEPT = timedelta(days=SERVED_KEPT_DAYS)
-_SHOWN_PERSON = "user_id = %(user_id)s AND NOT EXISTS (SELECT FROM erasure_requests AS q WHERE q.user_id = %(user_id)s)"
-"""Who asked to be forgotten reads as unknown from that moment on."""
+_SHOWN_PERSON = (
+    "user_id = %(user_id)s AND NOT EXISTS (SELECT FROM erasure_requests AS q WHERE q.user_id = %(user_id)s)"
+    " AND coalesce((SELECT c.personalise FROM consents AS c WHERE c.user_id = %(user_id)s), %(unless_said)s::boolean)"
+)
+"""Who asked to be forgotten, or does not agree to being personalised, reads as unknown from that moment on."""
 _SEARCH = {"hnsw.ef_search": "280", "hnsw.iterative_scan": "strict_order"}
 """An HNSW index stops at 40 rows by itself and filters only what it found: look wider, and go on until there are enough.
 Half of 500 candidates, and what a person had among them, fit into the first look: a second one costs more than a wider first."""
@@ -84,6 +87,8 @@ class PersonRow:
     """The one that won, for those who answer without a model."""
     model_version: str | None = None
     """The version whose item vectors the history has."""
+    personalise: bool = True
+    """False: the person has not agreed to it, and nothing of them was read."""
 
 
 @dataclass(slots=True)
@@ -163,16 +168,18 @@ class Store:
         audited: bool = False,
         model: str | None = None,
         features: bool = True,
+        unless_said: bool = True,
     ) -> PersonRow:
         """Champion, newest events with their item vectors, and the person's feature views, as of `at`.
 
         `live` says that `at` is the present: features then come packed, with all that happened until now. Without it
         they come from daily snapshots and single events, which know what was before any instant. `audited`: also which
         transactions a live read saw. `model` is the version whose item vectors are wanted, None: the champion's, whichever
-        it is in the very snapshot that names it. Without `features` the views are empty.
+        it is in the very snapshot that names it. Without `features` the views are empty. `unless_said`: whether who has
+        said nothing of it agrees to being personalised; of who does not, nothing is read.
         """
         today = utc_day(at)
-        parameters = {"user_id": user_id, "at": at, "limit": MAX_HISTORY, "model": model}
+        parameters = {"user_id": user_id, "at": at, "limit": MAX_HISTORY, "model": model, "unless_said": unless_said}
         parameters |= {"today": today} if live else {"head_since": at - HEAD_MOST}
         views = (*CONTEXT_VIEWS, *CROSS_VIEWS)
         entities = online_sql.entities(views)
@@ -191,7 +198,7 @@ class Store:
         with span("db read_person", kind="client", attributes=_db(2 + len(reads))):
             rows = self.ask(question, timeout_ms)
         champion, wish_template = _released(rows[0][0])
-        history = [row[5:] for row in rows[0][::-1] if row[5] is not None]
+        history = [row[6:] for row in rows[0][::-1] if row[6] is not None]
         vectors = iter(half_vectors([row[4] for row in history if row[4] is not None]))
         if not features:
             read = {view.name: NO_COLUMNS for view in views}
@@ -212,6 +219,7 @@ class Store:
             read,
             wish_template,
             rows[0][0][4],
+            rows[0][0][5],
         )
 
     def pick_candidates(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from infra.deployment import Deployment
+from schemas.consent import SETTING as CONSENT_DEFAULT
 from schemas.errors import SettingsError
 
 Target = Literal["aws", "cloud-run"]
@@ -27,6 +28,7 @@ _CHOICES: dict[str, tuple[str, tuple[str, ...]]] = {
     "door": ("LARDER_DOOR", ("function-url", "http-api", "none")),
     "url_auth": ("LARDER_URL_AUTH", ("AWS_IAM", "NONE")),
     "access": ("LARDER_FUNCTION_ACCESS", ("keys", "keys-over-http", "platform")),
+    "consent_default": (CONSENT_DEFAULT, ("yes", "no")),
     "events": ("LARDER_EVENTS_QUEUE", ("yes", "no")),
     "gpu": ("LARDER_FUNCTION_GPU", ("yes", "no")),
 }
@@ -74,6 +76,8 @@ class DeploySettings:
     url_auth: str = "AWS_IAM"
     access: str = "keys-over-http"
     """What the function gets as LARDER_ACCESS: who checks its requests."""
+    consent_default: str = "yes"
+    """What the function gets as LARDER_CONSENT_DEFAULT: Dagster's own, so that both go by the same."""
     events: str = "no"
     gpu: str = "no"
     memory_mb: float = 1_769

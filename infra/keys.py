@@ -1,4 +1,4 @@
-"""`make keys`: request keys of the current deployment, made (and shown once), listed, revoked; and links for one person.
+"""`make keys`: request keys of the current deployment, made (and shown once), listed, revoked; links for one person, and their pseudonyms.
 
 Only a hash of a key is kept. A running function takes note of a revocation within LARDER_KEY_CACHE_SECONDS.
 """
@@ -18,6 +18,7 @@ from urllib.parse import quote
 import psycopg
 
 from inference.links import PURPOSES, Links
+from inference.pseudonyms import VARIABLE, Pseudonyms
 from infra import deployment as deployments
 from infra import postgres
 from schemas.errors import LarderError, SettingsError
@@ -131,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     actions.add_parser("list", help="all keys, without what would let anybody in")
     revoking = actions.add_parser("revoke", help="take a key back")
     revoking.add_argument("key_id", help="the part of the key between the underscores")
+    naming = actions.add_parser("pseudonyms", help="what a person is called in the request log; needs LARDER_LOG_KEYS")
+    naming.add_argument("--user", required=True, metavar="ID", help="the person; - reads the id from standard input")
     linking = actions.add_parser("link", help="a signed link, for one person and one purpose; needs LARDER_LINK_KEYS")
     linking.add_argument("--user", required=True, metavar="ID", help="the person; - reads the id from standard input")
     linking.add_argument("--purpose", choices=PURPOSES, default="forget")
@@ -139,6 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.action == "link":
             print(_link(options.user, options.purpose, options.days))
+            return 0
+        if options.action == "pseudonyms":
+            print("\n".join(_pseudonyms(options.user)))
             return 0
         record = deployments.current()
         if deployments.load(record.name) is None:
@@ -174,11 +180,25 @@ def _link(user: str, purpose: str, days: float) -> str:
     secrets = os.environ.get("LARDER_LINK_KEYS")
     if not secrets:
         raise SettingsError("LARDER_LINK_KEYS is not set; give the value that the function has")
+    user_id = _user_id(user)
+    return f"/people/{quote(user_id, safe='')}/{purpose}?token={Links.read(secrets).make(user_id, purpose, days)}"
+
+
+def _pseudonyms(user: str) -> tuple[str, ...]:
+    """One for each key, the newest first."""
+    known = Pseudonyms.read(os.environ.get(VARIABLE, ""))
+    if known is None:
+        raise SettingsError(
+            f"{VARIABLE} is not set; give the value that the function has, with the keys that it had before"
+        )
+    return known.all_of(_user_id(user))
+
+
+def _user_id(given: str) -> str:
     try:
-        user_id = check_id("user_id", sys.stdin.readline().rstrip("\n") if user == "-" else user)
+        return check_id("user_id", sys.stdin.readline().rstrip("\n") if given == "-" else given)
     except InvalidRow as error:
         raise SettingsError(f"--user cannot be anybody's id: {error}") from error
-    return f"/people/{quote(user_id, safe='')}/{purpose}?token={Links.read(secrets).make(user_id, purpose, days)}"
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from orchestration.compute.bind import bind_views
 from orchestration.erasure import erase_who_asked, forget_person
 from orchestration.monitoring import MONITORING_SCHEDULE, monitoring_job, retrain_on_drift
 from orchestration.monitoring_checks import MONITORING_CHECKS
+from orchestration.people import RETENTION_SCHEDULE, export_person, export_who_asked, retention
 from orchestration.reconcile import settle_dead_runs
 from orchestration.resources import Larder
 from orchestration.upkeep import VACUUM_SCHEDULE, rebuild_stale_partitions, vacuum_lake
@@ -34,6 +35,7 @@ ASSETS: list[dg.AssetsDefinition] = [
     events.load_source,
     daily.daily_assets,
     prompts.prompt_evaluation,
+    embeddings.item_enrichment,
     embeddings.text_vectors,
     ranker.popular_items,
     ranker.co_visitation,
@@ -57,9 +59,16 @@ def build_definitions(larder: Larder | None = None) -> dg.Definitions:
     return dg.Definitions(
         assets=ASSETS,
         asset_checks=[*CHECKS, *MONITORING_CHECKS],
-        jobs=[*JOBS, monitoring_job, forget_person, vacuum_lake],
-        schedules=[*schedules(), MONITORING_SCHEDULE, VACUUM_SCHEDULE],
-        sensors=[FRESHNESS_SENSOR, settle_dead_runs, rebuild_stale_partitions, erase_who_asked, retrain_on_drift],
+        jobs=[*JOBS, monitoring_job, forget_person, vacuum_lake, export_person, retention],
+        schedules=[*schedules(), MONITORING_SCHEDULE, VACUUM_SCHEDULE, RETENTION_SCHEDULE],
+        sensors=[
+            FRESHNESS_SENSOR,
+            settle_dead_runs,
+            rebuild_stale_partitions,
+            erase_who_asked,
+            export_who_asked,
+            retrain_on_drift,
+        ],
         resources={"larder": larder or Larder()},
         # One process per run: the multiprocess executor would import everything again for every step.
         executor=dg.in_process_executor,

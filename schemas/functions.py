@@ -5,6 +5,10 @@
     log_served_requests   keep what was shown, and what shadows would have shown
     accept_survey         keep answers to the page's two questions
     request_erasure       ask for a person to be forgotten
+    set_consent           keep what a person said to being personalised
+    without_consent       who of a few people is not personalised
+    request_export        ask for all that is held of a person
+    read_export           read an export that was made
     api_key               look one request key up by its id
 
 Plain rights would not do: an INSERT with ON CONFLICT also needs to read, and who may read or write the tables could do
@@ -74,6 +78,12 @@ def fixed() -> tuple[Function, ...]:
             "accept_survey", "jsonb", "integer", _body("accept_survey").format(erasure_lock=online_sql.ERASURE_LOCK)
         ),
         Function("request_erasure", "text, text", "text", _body("request_erasure")),
+        Function("set_consent", "text, boolean", "timestamptz", _body("set_consent")),
+        Function("without_consent", "jsonb, boolean", "SETOF text", _body("without_consent"), "STABLE"),
+        Function("request_export", "text, text", "jsonb", _body("request_export")),
+        Function(
+            "read_export", "text, text", "TABLE (document jsonb, ready_at timestamptz)", _body("read_export"), "STABLE"
+        ),
         Function("api_key", "text", key, _body("api_key"), "STABLE"),
     )
 

@@ -4,6 +4,8 @@
     item     title, categories, description   the encoder of items: text vectors, and all that is made from them
     profile  categories, titles               a taste as its owner might say it: what training and measurement wish for
     wish     wish                             the encoder of wishes: what a person typed, or a profile
+    parse_wish   categories                  a language model, where there is one: the wish itself goes beside it, as data
+    enrich_item  limit                       a language model, where there is one: the item itself goes beside it, as data
 
 Which version of a kind is used is measured by the asset `prompt_evaluation` and recorded in Postgres (`prompt_winners`);
 `DEFAULTS` hold until then. A model's manifest names the versions that it was trained with, and they stay with it.
@@ -12,6 +14,7 @@ Which version of a kind is used is measured by the asset `prompt_evaluation` and
 from __future__ import annotations
 
 import hashlib
+import json
 import string
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -27,8 +30,13 @@ FIELDS: dict[str, frozenset[str]] = {
     "item": frozenset({"title", "categories", "description"}),
     "profile": frozenset({"categories", "titles"}),
     "wish": frozenset({"wish"}),
+    "parse_wish": frozenset({"categories"}),
+    "enrich_item": frozenset({"limit"}),
 }
-DEFAULTS: dict[str, str] = {kind: f"{kind}.v1" for kind in FIELDS}
+MEASURED = ("item", "profile", "wish")
+"""Kinds whose versions are compared by what they score with the encoder; of the others, code names the version."""
+PARSE_WISH = "parse_wish.v1"
+DEFAULTS: dict[str, str] = {kind: f"{kind}.v1" for kind in MEASURED}
 """The versions that hold while none is recorded as its kind's winner."""
 SUFFIX = ".toml"
 
@@ -57,18 +65,20 @@ def folder() -> Traversable:
 
 
 def versions(kind: str | None = None) -> tuple[str, ...]:
-    """The names of all templates, or of those of one kind, by kind and number."""
+    """The names of all templates that are measured, or of those of one kind, by kind and number."""
     names = [entry.name.removesuffix(SUFFIX) for entry in folder().iterdir() if entry.name.endswith(SUFFIX)]
-    chosen = [name for name in names if kind is None or name.split(".v")[0] == kind]
+    kinds = MEASURED if kind is None else (kind,)
+    chosen = [name for name in names if name.split(".v")[0] in kinds]
     return tuple(sorted(chosen, key=lambda name: (name.split(".v")[0], len(name), name)))
 
 
 @cache
 def load(version: str) -> PromptTemplate:
     """The template named `version`. Raises DefinitionError if it is missing or malformed."""
-    if version not in versions():
+    known = [name for kind in FIELDS for name in versions(kind)]
+    if version not in known:
         raise DefinitionError(
-            f"there is no prompt template {version!r}; known: {', '.join(versions())}; "
+            f"there is no prompt template {version!r}; known: {', '.join(known)}; "
             f"add schemas/prompt_templates/{version}{SUFFIX}, or name a known one"
         )
     return read_template(folder() / f"{version}{SUFFIX}")
@@ -154,6 +164,11 @@ def render_profile(template: PromptTemplate, categories: Sequence[str], titles: 
 def render_wish(template: PromptTemplate, wish: str) -> str:
     """A wish as the text that is encoded."""
     return template.render({"wish": wish})
+
+
+def render_parse_wish(template: PromptTemplate, categories: Sequence[str]) -> str:
+    """The instructions for a language model; `categories` are those of the catalogue that it may name."""
+    return template.render({"categories": json.dumps(list(categories), ensure_ascii=False)})
 
 
 def text_hash(encoder_version: str, text: str) -> str:

@@ -3,7 +3,7 @@
     larder_owner          owns the tables; migrations are made by its members
     larder_orchestrator   what Dagster's assets need: reads and writes data, makes the tables of views and partitions
     larder_function       reads what a request reads, and nothing else
-    larder_writer         calls four functions (schemas/functions.py), and nothing else
+    larder_writer         calls its functions of schemas/functions.py, and nothing else
 
 A table that is added later is the owner's and the orchestrator's alone until it is named here.
 """
@@ -53,7 +53,7 @@ READS: dict[str, tuple[str, ...]] = {
         "known_at",
         "request_id",
     ),
-    "public.items": ("item_id", "title", "categories", "available_at"),
+    "public.items": ("item_id", "title", "categories", "attributes", "available_at"),
     "public.text_vectors": ("item_id", "vector"),
     "public.item_vectors": ("model_version", "item_id", "vector"),
     "public.co_visitation": ALL,
@@ -65,6 +65,8 @@ READS: dict[str, tuple[str, ...]] = {
     "public.erasure_requests": ("request_id", "user_id"),
     # Who answered the survey this week is not asked again; what they answered no request reads.
     "public.survey_answers": ("user_id", "answered_at"),
+    # Who has not agreed to being personalised is answered without anything of theirs.
+    "public.consents": ("user_id", "personalise"),
     "public.erasure_receipts": ("receipt_id", "forgotten_at", "removed", "finished_at"),
 }
 """What a request reads, by table: its columns."""
@@ -75,6 +77,10 @@ EXECUTES: dict[str, str] = {
     "log_served_requests": WRITER,
     "request_erasure": WRITER,
     "accept_survey": WRITER,
+    "set_consent": WRITER,
+    "without_consent": WRITER,
+    "request_export": WRITER,
+    "read_export": FUNCTION,
     "api_key": FUNCTION,
 }
 """Who may call which function; nobody else may."""

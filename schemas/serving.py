@@ -227,7 +227,10 @@ class ExperimentArm(_Model):
 
 
 class RecommendationResponse(_Model):
-    """A slate and what made it. `degraded` names each rung of the ladder that had to be taken; empty is best."""
+    """A slate and what made it. `degraded` names each rung of the ladder that had to be taken; empty is best.
+
+    `personalised` is there, and false, exactly for a person who has not agreed to it: nothing of them was read.
+    """
 
     request_id: str
     items: tuple[RecommendedItem, ...]
@@ -235,6 +238,14 @@ class RecommendationResponse(_Model):
     prompt_version: str | None = None
     experiment: ExperimentArm | None = None
     degraded: tuple[str, ...] = ()
+    personalised: bool = True
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        if self.personalised:
+            fields.pop("personalised", None)
+        return fields
 
 
 def _anchored_by(name: str) -> JsonDict:
@@ -290,10 +301,11 @@ class EventsRequest(_Model):
 
 
 class EventOutcome(_Model):
-    """What became of one event; `reason` says why it was refused."""
+    """What became of one event; `reason` says why it was not stored: `refused` is for the sender to mend, `declined` is for
+    nobody to send again, as its person does not agree to being personalised."""
 
     event_id: str
-    outcome: Literal["stored", "duplicate", "refused"]
+    outcome: Literal["stored", "duplicate", "refused", "declined"]
     reason: str | None = None
 
 
@@ -393,6 +405,30 @@ class ErasureResponse(_Model):
     state: Literal["waiting", "erased", "finished"]
     forgotten_at: datetime | None = None
     removed: dict[str, int] | None = None
+
+
+class ConsentRequest(_Model):
+    """What a person says to being personalised."""
+
+    personalise: bool
+
+
+class ConsentResponse(_Model):
+    """What holds from now on, and since when."""
+
+    personalise: bool
+    decided_at: datetime
+
+
+class ExportResponse(_Model):
+    """What is held of a person, rows by place. `waiting`: what lies under their id in the database's own tables, at once;
+    `ready`: all of it, the lake and what was computed included. `not_included` names what is left out, and why."""
+
+    receipt_id: str
+    state: Literal["waiting", "ready"]
+    ready_at: datetime | None = None
+    held: dict[str, list[dict[str, Any]]]
+    not_included: tuple[str, ...] = ()
 
 
 RequestModel = TypeVar("RequestModel", bound=BaseModel)

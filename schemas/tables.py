@@ -229,6 +229,19 @@ def view_table(view: FeatureView) -> Table:
 
 # --- vectors and lists -------------------------------------------------------------------------------------------
 
+item_enrichments = Table(
+    "item_enrichments",
+    metadata,
+    Column("item_id", Text, ForeignKey("items.item_id", ondelete="CASCADE"), primary_key=True),
+    Column(
+        "source_hash", Text, nullable=False, comment="of the item's text as it was sent, the template and the model"
+    ),
+    Column("about", Text, nullable=False, comment="encoded after the item's own description"),
+    Column("written_by", Text, nullable=False, comment="template and model"),
+    _now("written_at"),
+    comment="A few words about items by a language model, where there is one.",
+)
+
 text_vectors = Table(
     "text_vectors",
     metadata,
@@ -554,6 +567,28 @@ erasure_receipts = Table(
     Column("pending_artifacts", ARRAY(Text), nullable=False, server_default="{}", comment="files to delete"),
     Column("finished_at", Instant, comment="NULL: files wait to be deleted"),
     comment="What each erasure removed, and where. Names nobody; rows are never deleted, their number orders erasures.",
+)
+
+# --- what people decide ------------------------------------------------------------------------------------------
+
+consents = Table(
+    "consents",
+    metadata,
+    Column("user_id", Text, primary_key=True),
+    Column("personalise", Boolean, nullable=False, comment="false: nothing of the person is read to answer them"),
+    _now("decided_at"),
+    comment="What people said to being personalised; who is not in it has said nothing, and the default holds.",
+)
+
+exports = Table(
+    "exports",
+    metadata,
+    Column("request_id", Text, primary_key=True),
+    Column("user_id", Text, nullable=False, unique=True),
+    _now("requested_at"),
+    Column("document", JSONB, comment="all that is held of the person; NULL: not made yet"),
+    Column("ready_at", Instant, comment="when it was made"),
+    comment="Exports that people asked for; a copy of what is held of them, so kept a few days only.",
 )
 
 # --- access ------------------------------------------------------------------------------------------------------

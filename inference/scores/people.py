@@ -18,6 +18,7 @@ from inference.live import Columns, live_columns, utc_day
 from inference.scores.catalogue import Catalogue
 from inference.sql_files import statement
 from schemas import online_sql
+from schemas.consent import consent_default
 from schemas.events import KINDS
 from schemas.features import FeatureView
 from schemas.ranker import MAX_HISTORY
@@ -64,9 +65,10 @@ class People:
 
 
 def next_people(connection: psycopg.Connection, after: str, most: int) -> tuple[list[str], str | None]:
-    """Those of the next `most` people after `after`, in order, who did not ask to be forgotten; and the last one looked at,
-    None if there is nobody more."""
-    rows = connection.execute(statement("next_people"), {"after": after, "most": most}).fetchall()
+    """Those of the next `most` people after `after`, in order, who did not ask to be forgotten and agree to be personalised;
+    and the last one looked at, None if there is nobody more."""
+    parameters = {"after": after, "most": most, "unless_said": consent_default()}
+    rows = connection.execute(statement("next_people"), parameters).fetchall()
     return [user_id for user_id, hidden in rows if not hidden], rows[-1][0] if rows else None
 
 

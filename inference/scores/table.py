@@ -19,6 +19,7 @@ import psycopg
 from numpy.typing import NDArray
 
 from inference.sql_files import statement
+from schemas.consent import consent_default
 from schemas.errors import ScoresError
 from schemas.online_sql import ERASURE_LOCK
 
@@ -98,7 +99,8 @@ def write(
                 f"model {run.version} no longer serves, {serving[0] if serving else 'none'} does; score again: what is "
                 "there stays until it is written anew"
             )
-        hidden = {row[0] for row in connection.execute(statement("hidden_people"), {"users": list(users), "at": at})}
+        asked = {"users": list(users), "at": at, "unless_said": consent_default()}
+        hidden = {row[0] for row in connection.execute(statement("hidden_people"), asked)}
         connection.execute("DELETE FROM user_scores WHERE user_id = ANY(%s::text[])", (list(users),))
         head = struct.pack(">h", 6)
         run_id, version = _field(struct.pack(">q", run.run_id)), _field(run.version.encode())

@@ -2,6 +2,8 @@
 -- One statement and so one snapshot: a release between the two would else give one version's vectors to another's model.
 SELECT m.version, m.revision, m.path, (SELECT version FROM prompt_winners WHERE kind = 'wish') AS wish_template,
     coalesce(%(model)s::text, m.version) AS vectors_of,
+    -- Only who agrees is personalised; of all others nothing is read here, nor by the statements beside this one.
+    coalesce((SELECT c.personalise FROM consents AS c WHERE c.user_id = %(user_id)s), %(unless_said)s::boolean) AS personalise,
     h.item_id, h.kind, h.value, EXTRACT(EPOCH FROM h.occurred_at)::float8 AS occurred_at, v.vector, i.title
 FROM (SELECT 1) AS one
 LEFT JOIN (
@@ -13,6 +15,7 @@ LEFT JOIN (
     WHERE user_id = %(user_id)s AND occurred_at < %(at)s
         -- Who asked to be forgotten reads as unknown from that moment on.
         AND NOT EXISTS (SELECT FROM erasure_requests AS r WHERE r.user_id = %(user_id)s)
+        AND coalesce((SELECT c.personalise FROM consents AS c WHERE c.user_id = %(user_id)s), %(unless_said)s::boolean)
     ORDER BY occurred_at DESC, event_id DESC LIMIT %(limit)s
 ) AS h ON true
 LEFT JOIN items AS i ON i.item_id = h.item_id

@@ -217,6 +217,7 @@ class Aws:
             "LinkKeysSecretArn": links[0],
             "LinkKeysSecretVersion": links[1],
             "Access": given.access,
+            "ConsentDefault": given.consent_default,
             "MemoryMb": f"{given.memory_mb:.0f}",
             "TimeoutSeconds": f"{given.timeout_seconds:.0f}",
             "Door": given.door,

@@ -141,6 +141,7 @@ class CloudRun:
             DATABASE_SECRET=given.database_secret,
             DATABASE_SECRET_VERSION=self.api.secret_version(given.database_secret),
             ACCESS=given.access,
+            CONSENT_DEFAULT=given.consent_default,
             OTLP_ENDPOINT=given.otlp_endpoint,
             BUCKET=given.bucket,
             LIKE_THIS="${LIKE_THIS}",

@@ -44,11 +44,52 @@ def item_encoder(larder: Larder) -> TextEncoder:
     return TextEncoder(folder, precision="fp32")
 
 
+class Enrich(dg.Config):
+    """How much to ask."""
+
+    limit: int | None = None
+    """So many items at most; the next run goes on."""
+    timeout_seconds: float = 20.0
+    """What one question may take."""
+
+
+@dg.asset(
+    group_name=GROUP,
+    owners=[OWNER],
+    kinds={"postgres"},
+    deps=["items"],
+    description="A few words about each new or changed item by the language model of LARDER_LLM_URL, encoded with the item's "
+    "own text; nothing without one. See docs/language-model.md.",
+    metadata=column_schema(tables.item_enrichments),
+    code_version="1",
+)
+def item_enrichment(context: dg.AssetExecutionContext, config: Enrich, larder: Larder) -> dg.MaterializeResult[Any]:
+    from inference.chat import open_chat
+    from orchestration.compute.enrichment import enrich
+
+    chat = open_chat()
+    if chat is None:
+        return dg.MaterializeResult(metadata={metadata.ROWS: 0, "skipped": "LARDER_LLM_URL is not set"})
+    with asset_span(context), larder.connect() as connection:
+        report = enrich(
+            connection, chat, timeout_seconds=config.timeout_seconds, limit=config.limit, progress=progress(context)
+        )
+    return dg.MaterializeResult(
+        metadata={
+            metadata.ROWS: report.written + report.kept,
+            "written": report.written,
+            "kept": report.kept,
+            "refused": report.refused,
+            "model": chat.model,
+        }
+    )
+
+
 @dg.asset(
     group_name=GROUP,
     owners=[OWNER],
     kinds={"onnx", "postgres"},
-    deps=["items", "prompt_evaluation"],
+    deps=["items", "item_enrichment", "prompt_evaluation"],
     description="Item texts, written by the item template that won, as 384-dimensional vectors with an HNSW index. "
     "Only texts that are new or changed are encoded.",
     metadata=column_schema(tables.text_vectors),

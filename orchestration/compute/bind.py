@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 import duckdb
 
-from orchestration.compute.recent import RECENT_DAYS
 from orchestration.compute.windows import tile_sql
 from schemas.declarations import STATE_COLUMNS, near
 from schemas.errors import DefinitionError
 from schemas.feature_sql import base_sql
 from schemas.features import FeatureView, Merge
+from schemas.personal_data import RECENT_DAYS
 
 _EMPTY = (
     "CREATE TEMP TABLE events (event_id TEXT, user_id TEXT, item_id TEXT, kind TEXT, value DOUBLE, "

@@ -53,7 +53,7 @@ class Receipt:
 
 def holdings(url: str, lake: Lake, user_id: str) -> dict[str, int]:
     """What is held of `user_id`, by place: rows by table, events in the lake. Places that hold nothing are left out."""
-    with _connect(url) as connection, duck() as db:
+    with connect(url) as connection, duck() as db:
         found = Counter(
             {
                 _name(table): _count(connection, table, user_id)
@@ -61,7 +61,7 @@ def holdings(url: str, lake: Lake, user_id: str) -> dict[str, int]:
                 if table != _REQUESTS
             }
         )
-        found["public.quarantine"] += len(_quarantined(connection, user_id))
+        found["public.quarantine"] += len(quarantined(connection, user_id))
         paths = lake.paths(connection).values()
         with lake.named(paths):
             db.register("lake_events", lake.dataset(paths))
@@ -77,9 +77,9 @@ def request_erasure(url: str, lake: Lake, user_id: str) -> str:
     Asking again gives the same id. Raises UnknownPerson, before anything is written, if nothing is held of them.
     """
     if not holdings(url, lake, user_id):
-        with _connect(url) as connection:
+        with connect(url) as connection:
             raise _unknown(connection, user_id)
-    with _connect(url) as connection:
+    with connect(url) as connection:
         (request_id,) = connection.execute(
             "INSERT INTO erasure_requests (request_id, user_id) VALUES (%s, %s) "
             "ON CONFLICT (user_id) DO UPDATE SET user_id = excluded.user_id RETURNING request_id",
@@ -97,7 +97,7 @@ def fulfil(request_id: str, *, url: str, lake: Lake, artifacts_url: str) -> Rece
     done = read_receipt(url, request_id)
     if done is not None:
         return done
-    with _connect(url) as connection:
+    with connect(url) as connection:
         row = connection.execute("SELECT user_id FROM erasure_requests WHERE request_id = %s", (request_id,)).fetchone()
     if row is None:
         raise LarderError(
@@ -107,7 +107,7 @@ def fulfil(request_id: str, *, url: str, lake: Lake, artifacts_url: str) -> Rece
         return forget(row[0], url=url, lake=lake, artifacts_url=artifacts_url, receipt_id=request_id)
     except UnknownPerson:
         # The id must not stay in the table because there is nothing else of it.
-        with _connect(url) as connection:
+        with connect(url) as connection:
             connection.execute("DELETE FROM erasure_requests WHERE request_id = %s", (request_id,))
         raise LarderError(
             f"erasure request {request_id} names somebody of whom nothing is held; it was removed, nothing else was"
@@ -116,7 +116,7 @@ def fulfil(request_id: str, *, url: str, lake: Lake, artifacts_url: str) -> Rece
 
 def open_requests(url: str) -> list[str]:
     """Ids of the requests that wait, the oldest first."""
-    with _connect(url) as connection:
+    with connect(url) as connection:
         rows = connection.execute("SELECT request_id FROM erasure_requests ORDER BY requested_at").fetchall()
     return [request_id for (request_id,) in rows]
 
@@ -138,12 +138,12 @@ def erase(user_id: str, *, url: str, lake: Lake, artifacts_url: str, receipt_id:
     """The transaction of `forget`: when it is committed no read, online or offline, finds the person. Gives the receipt's id."""
     receipt_id = receipt_id or secrets.token_hex(16)
     removed: Counter[str] = Counter()
-    with duck() as db, _connect(url) as connection:
+    with duck() as db, connect(url) as connection:
         erase_alone(connection)
         with lake.named(lake.paths(connection).values()):
             erased = lake.erase(connection, user_id, db)
         removed[EVENTS_REMOVED] = sum(erased.events.values())
-        artifacts = _training_files(artifacts_url, user_id)
+        artifacts = training_files(artifacts_url, user_id)
         tables = tables_with(connection, "user_id")
         for table in tables:
             if table[0] == "features":
@@ -152,7 +152,7 @@ def erase(user_id: str, *, url: str, lake: Lake, artifacts_url: str, receipt_id:
         own = [name for schema, name in tables if schema == "features"]
         stale = mark_stale(connection, erased.events, except_views=own)
         _settle_ledger(connection, erased.events, own)
-        bad = _quarantined(connection, user_id)
+        bad = quarantined(connection, user_id)
         removed["public.quarantine"] = connection.execute(
             "DELETE FROM quarantine WHERE quarantine_id = ANY(%s)", (bad,)
         ).rowcount
@@ -200,7 +200,7 @@ def finish(*, url: str, lake: Lake, artifacts_url: str) -> int:
 
     Repeating it is safe: a receipt is finished when its files are gone, so a crash in between leaves it to the next.
     """
-    with _connect(url) as connection:
+    with connect(url) as connection:
         waiting = connection.execute(
             "SELECT receipt_id, pending_days, pending_artifacts FROM erasure_receipts WHERE finished_at IS NULL "
             "ORDER BY forgotten_at FOR UPDATE"
@@ -224,7 +224,7 @@ def finish(*, url: str, lake: Lake, artifacts_url: str) -> int:
 
 def read_receipt(url: str, receipt_id: str) -> Receipt | None:
     """The receipt of that id, or None."""
-    with _connect(url) as connection:
+    with connect(url) as connection:
         row = connection.execute(
             "SELECT receipt_id, forgotten_at, removed, stale, finished_at IS NOT NULL FROM erasure_receipts "
             "WHERE receipt_id = %s",
@@ -248,7 +248,7 @@ def tables_with(connection: psycopg.Connection[Any], column: str, *, without: st
     ).fetchall()
 
 
-def _connect(url: str) -> psycopg.Connection[Any]:
+def connect(url: str) -> psycopg.Connection[Any]:
     return psycopg.connect(url, options="-c TimeZone=UTC", application_name="larder-forget")
 
 
@@ -317,7 +317,7 @@ def _collect_event_ids(connection: psycopg.Connection[Any], db: duckdb.DuckDBPyC
     connection.execute("ANALYZE erased_ids")
 
 
-def _quarantined(connection: psycopg.Connection[Any], user_id: str) -> list[int]:
+def quarantined(connection: psycopg.Connection[Any], user_id: str) -> list[int]:
     """Rows of the quarantine that may name the person. What is kept there is only cut text: in doubt it goes."""
     rows = connection.execute(
         "SELECT quarantine_id, file, reason, row FROM quarantine WHERE strpos(file || ' ' || reason || ' ' || row, %s) > 0 "
@@ -327,7 +327,7 @@ def _quarantined(connection: psycopg.Connection[Any], user_id: str) -> list[int]
     return [number for number, *texts in rows if any(names(text, user_id) for text in texts)]
 
 
-def _training_files(artifacts_url: str, user_id: str) -> list[str]:
+def training_files(artifacts_url: str, user_id: str) -> list[str]:
     """Training sets that name the person, below ARTIFACTS_URL: told by what is in them, not by what they are called."""
     root, files = open_root(artifacts_url.rstrip("/"))
     found: list[str] = []

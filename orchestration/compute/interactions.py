@@ -10,6 +10,7 @@ import numpy as np
 import psycopg
 from numpy.typing import NDArray
 
+from orchestration.compute.consents import agreed
 from orchestration.compute.lake import Lake, duck
 from schemas.events import KINDS
 
@@ -67,7 +68,8 @@ def newest_known(lake: Lake, connection: psycopg.Connection) -> datetime | None:
 def load_interactions(
     lake: Lake, connection: psycopg.Connection, known_until: datetime | None = None, *, as_served: bool = False
 ) -> Interactions:
-    """All events of the lake with items that are in the catalogue (others cannot be scored), as arrays.
+    """All events of the lake with items that are in the catalogue (others cannot be scored), as arrays, but those of
+    people who have not agreed to being personalised.
 
     `known_until` leaves out what the store learned of later. `as_served` leaves out late events (learned of on a later
     day) that came after the person's next one: no request saw them where they stand in that history.
@@ -84,7 +86,7 @@ def load_interactions(
             "SELECT user_id, item_id, epoch_us(occurred_at) AS occurred_at, kind, value FROM (SELECT *, "
             "CAST(known_at AS DATE) > CAST(occurred_at AS DATE) "
             "AND known_at > lead(occurred_at) OVER (PARTITION BY user_id ORDER BY occurred_at, event_id) AS overtaken "
-            "FROM lake_events WHERE known_at <= COALESCE(CAST(? AS TIMESTAMPTZ), 'infinity')) "
+            f"FROM lake_events WHERE known_at <= COALESCE(CAST(? AS TIMESTAMPTZ), 'infinity') AND {agreed(connection, db)}) "
             "WHERE NOT (? AND COALESCE(overtaken, false)) ORDER BY user_id, occurred_at, event_id",
             [known_until, as_served],
         ).fetchnumpy()

@@ -33,6 +33,7 @@ from orchestration.compute.event_keys import take_keys
 from orchestration.compute.stale import mark_stale
 from orchestration.compute.tombstones import leave_out_forgotten, read_tombstones
 from schemas.errors import LakeError, LarderError, SettingsError
+from schemas.personal_data import DAMAGED_SOURCE
 from schemas.urls import local_folder
 
 EVENT_SCHEMA = pa.schema(
@@ -56,7 +57,7 @@ _MEMORY_LIMIT = "2GB"
 _WRITE_LOCK = 7_205_392
 _UNREADABLE = (duckdb.Error, pa.ArrowException, OSError)
 """What a damaged file makes its readers raise: for one that is spoiled within, DuckDB has no type of its own."""
-DAMAGED = "lake"
+DAMAGED = DAMAGED_SOURCE
 """The source of quarantined rows that stand for a damaged file of the lake."""
 _FILE_NAME = re.compile(r"/day=(?P<day>\d{4}-\d{2}-\d{2})/(?P<generation>\d{6})(-[0-9a-f]{8})?\.parquet$")
 

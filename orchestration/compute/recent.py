@@ -10,10 +10,9 @@ import psycopg
 from orchestration.compute import online
 from orchestration.compute.lake import Lake
 from schemas import online_sql
+from schemas.personal_data import RECENT_DAYS
 from schemas.ranker import MAX_HISTORY
 
-RECENT_DAYS = 14
-"""Days of events kept in `recent_events`: enough for heads when a few partitions are late."""
 _LOCK_SECONDS = 1
 """How long events that are posted may have to wait for a partition to be made or dropped."""
 

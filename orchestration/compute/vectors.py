@@ -30,6 +30,11 @@ from schemas.views import fingerprint
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 """Takes n texts, gives `(n, 384) float32`."""
 ENCODE_BATCH = 256
+_ITEMS = (
+    "(SELECT i.item_id, i.title, i.categories, concat_ws(' ', nullif(i.description, ''), nullif(e.about, '')) AS description "
+    "FROM items AS i LEFT JOIN item_enrichments AS e USING (item_id))"
+)
+"""The catalogue as it is encoded: where a language model has said something of an item, that follows its description."""
 KEPT_VERSIONS = 3
 """So many of the last versions that passed their gate learn of new items, beside what serves: a rollback goes to one."""
 EXACT_LIMIT = 20_000
@@ -70,7 +75,7 @@ def refresh_text_vectors(
     register_vector(connection)
     wording, writer = prompts.load(template), written_by(template, encoder.version)
     rows = connection.execute(
-        "SELECT i.item_id, i.title, i.description, i.categories, v.text_hash FROM items AS i "
+        f"SELECT i.item_id, i.title, i.description, i.categories, v.text_hash FROM {_ITEMS} AS i "
         "LEFT JOIN text_vectors AS v USING (item_id) ORDER BY i.item_id"
     ).fetchall()
     connection.commit()
@@ -181,7 +186,7 @@ def text_vectors_as(
 ) -> NDArray[np.float32]:
     """`(items, 384)` in the order of `item_ids`, as `template` writes them, whichever template is in use now."""
     wording = prompts.load(template)
-    rows = connection.execute("SELECT item_id, title, description, categories FROM items").fetchall()
+    rows = connection.execute(f"SELECT item_id, title, description, categories FROM {_ITEMS} AS i").fetchall()
     items = {row[0]: Item(row[0], row[1], row[2], tuple(row[3])) for row in rows}
     return unless_known(connection, encoder)(
         [prompts.render_item(wording, items[item_id]) for item_id in item_ids.tolist()]
@@ -305,7 +310,7 @@ def _outdated(
     ).fetchall()
     found = [(item_id, np.asarray(_plain(vector), np.float32), digest) for item_id, vector, digest in rows]
     others = connection.execute(
-        "SELECT i.item_id, i.title, i.description, i.categories, v.text_hash FROM items AS i JOIN text_vectors AS t "
+        f"SELECT i.item_id, i.title, i.description, i.categories, v.text_hash FROM {_ITEMS} AS i JOIN text_vectors AS t "
         "USING (item_id) LEFT JOIN item_vectors AS v ON v.item_id = i.item_id AND v.model_version = %s "
         "WHERE t.written_by IS DISTINCT FROM %s ORDER BY i.item_id",
         (version, writer),

@@ -1,14 +1,18 @@
 -- Store events once each: key, recent event, history and tiles. Gives the ids that were new. $1: a JSON array of events.
 -- An event from before its person was forgotten counts as a repeat, so that the sender learns nothing of it.
+-- Nothing is kept of what people do who are not personalised (without_consent tells whose events those were).
 BEGIN
     -- An erasure that is under way ends first, and its tombstone is seen by the next statement.
     LOCK TABLE event_keys IN ROW EXCLUSIVE MODE;
     RETURN QUERY WITH incoming AS (
         SELECT e.* FROM jsonb_to_recordset($1) AS e (
-            event_id text, user_id text, item_id text, kind text, value float8, occurred_at timestamptz, request_id text
+            event_id text, user_id text, item_id text, kind text, value float8, occurred_at timestamptz, request_id text,
+            unless_said boolean
         )
         LEFT JOIN tombstones AS t ON t.user_hash = user_hash(e.user_id) AND e.occurred_at <= t.forgotten_at
-        WHERE t.user_hash IS NULL
+        LEFT JOIN consents AS c ON c.user_id = e.user_id
+        -- `unless_said` is what holds for who has said nothing of being personalised; a sender of before knows only yes.
+        WHERE t.user_hash IS NULL AND coalesce(c.personalise, e.unless_said, true)
     ), fresh AS (
         -- In order of the key, so that two writers of the same events cannot block each other.
         INSERT INTO event_keys (event_id, occurred_at)

@@ -1,5 +1,5 @@
 -- Keep feature vectors as they were served, one row per read and view (see inference/served.py), of nobody who is
--- forgotten; drop old ones. Gives how many were new. $1: a JSON array of rows.
+-- forgotten or has refused to be personalised; drop old ones. Gives how many were new. $1: a JSON array of rows.
 DECLARE
     written integer;
 BEGIN
@@ -16,6 +16,7 @@ BEGIN
     LEFT JOIN feature_ledger AS l ON l.view = s.view AND l.partition_date = s.partition_date
     LEFT JOIN tombstones AS t ON t.user_hash = user_hash(s.user_id) AND s.read_at <= t.forgotten_at
     WHERE t.user_hash IS NULL AND NOT EXISTS (SELECT FROM erasure_requests AS q WHERE q.user_id = s.user_id)
+        AND NOT EXISTS (SELECT FROM consents AS c WHERE c.user_id = s.user_id AND NOT c.personalise)
     ON CONFLICT DO NOTHING;
     GET DIAGNOSTICS written = ROW_COUNT;
     DELETE FROM served_features WHERE read_at < now() - INTERVAL '{kept_days} days';

@@ -1,5 +1,5 @@
 -- Keep what was shown, one row per answered request, and what shadows would have shown (inference/served_request.py), of
--- nobody who is forgotten; drop old rows. What is there already stays as it is. Gives how many rows were new.
+-- nobody who is forgotten or does not agree to be personalised; drop old rows. What is there already stays as it is. Gives how many rows were new.
 -- $1: a JSON array of rows; one with a `shadow` is a shadow's.
 DECLARE
     written integer;
@@ -15,6 +15,7 @@ BEGIN
         )
         LEFT JOIN tombstones AS t ON t.user_hash = user_hash(s.user_id) AND s.served_at <= t.forgotten_at
         WHERE t.user_hash IS NULL AND NOT EXISTS (SELECT FROM erasure_requests AS q WHERE q.user_id = s.user_id)
+            AND NOT EXISTS (SELECT FROM consents AS c WHERE c.user_id = s.user_id AND NOT c.personalise)
     ), served AS (
         INSERT INTO served_requests (request_id, user_id, served_at, wish_hash, experiment, arm, arm_share, model_version,
             prompt_version, item_ids, scores, propensities, candidate_ids, candidate_scores, candidates, sources, degraded)

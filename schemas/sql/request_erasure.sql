@@ -10,6 +10,7 @@ BEGIN
         AND NOT EXISTS (SELECT FROM served_requests WHERE user_id = $1)
         AND NOT EXISTS (SELECT FROM shadow_requests WHERE user_id = $1)
         AND NOT EXISTS (SELECT FROM survey_answers WHERE user_id = $1)
+        AND NOT EXISTS (SELECT FROM consents WHERE user_id = $1) AND NOT EXISTS (SELECT FROM exports WHERE user_id = $1)
         AND NOT EXISTS (SELECT FROM quarantine WHERE strpos(file || ' ' || reason || ' ' || row, $1) > 0)
     THEN
         RETURN NULL;

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 
 from inference.access import Access, Platform
 from schemas.errors import Unavailable
 from schemas.serving import (
+    ConsentRequest,
+    ConsentResponse,
     ErasureResponse,
     EventOutcome,
     EventsRequest,
     EventsResponse,
+    ExportResponse,
     HealthResponse,
     HistoryResponse,
     PeopleResponse,
@@ -86,6 +90,13 @@ class SmallApplication:
 
     def answer_survey(self, request: SurveyRequest, deadline: float | None) -> SurveyOutcome:
         return SurveyOutcome(stored=len(request.answers))
+
+    def consent(self, user_id: str, request: ConsentRequest, deadline: float | None) -> ConsentResponse:
+        return ConsentResponse(personalise=request.personalise, decided_at=datetime(2030, 1, 1, tzinfo=UTC))
+
+    def export(self, user_id: str, receipt_id: str | None, deadline: float | None) -> ExportResponse:
+        held = {"public.people": [{"user_id": user_id}]}
+        return ExportResponse(receipt_id=receipt_id or f"of {user_id}", state="waiting", held=held)
 
     def health(self) -> HealthResponse:
         return HealthResponse(status="ok", version="1")

@@ -124,6 +124,15 @@ def test_an_event_from_the_future_is_handed_back_until_its_time_has_come(app: La
     assert failed(answer_batch(app, whole, soon())) == ["m2"]
 
 
+def test_an_event_of_who_does_not_agree_to_it_is_done_with_and_not_handed_back(
+    app: LarderApplication, connection: psycopg.Connection[Any]
+) -> None:
+    connection.execute("INSERT INTO consents (user_id, personalise) VALUES ('no', false)")
+    connection.commit()
+    assert failed(answer_batch(app, batch(message("m", event(1, user_id="no")), message("n", event(2))), soon())) == []
+    assert list(stored(connection)) == ["e2"]
+
+
 def test_more_events_than_one_request_holds_are_stored_in_several(
     app: LarderApplication, connection: psycopg.Connection[Any]
 ) -> None:

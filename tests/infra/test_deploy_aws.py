@@ -77,6 +77,7 @@ def test_the_first_deployment_creates_all_and_a_repeat_changes_nothing(shop: Sho
     made = client.get_function(FunctionName=FUNCTION)["Configuration"]
     assert made["Role"].endswith(f":role/{FUNCTION}-function")
     assert made["Environment"]["Variables"]["ARTIFACTS_URL"] == "s3://larder-shop/shop"
+    assert made["Environment"]["Variables"]["LARDER_CONSENT_DEFAULT"] == "yes"
     role = shop.aws.client("iam").get_role(RoleName=f"{FUNCTION}-function")["Role"]
     assert role["AssumeRolePolicyDocument"]["Statement"][0]["Principal"] == {"Service": "lambda.amazonaws.com"}
     keys = {one["Key"] for one in shop.aws.client("s3").list_objects_v2(Bucket=shop.bucket)["Contents"]}

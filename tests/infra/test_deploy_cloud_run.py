@@ -200,6 +200,16 @@ def test_the_smoke_request_carries_the_deployments_trace(shop: Shop) -> None:
     assert all(carrier.split("-")[1] == parent.split("-")[1] for carrier in shop.cloud.carriers)
 
 
+def test_the_function_is_told_what_holds_without_a_word_of_consent(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.release(1)
+    for said in ("yes", "no"):
+        monkeypatch.setenv("LARDER_CONSENT_DEFAULT", said)
+        shop.deploy()
+        container = shop.cloud.services[SERVICE]["spec"]["template"]["spec"]["containers"][0]
+        told = {one["name"]: one.get("value") for one in container["env"]}
+        assert told["LARDER_CONSENT_DEFAULT"] == said
+
+
 def test_a_gpu_is_asked_for_as_google_describes_it(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LARDER_FUNCTION_GPU", "yes")
     shop.release(1)

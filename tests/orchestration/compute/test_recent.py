@@ -14,8 +14,9 @@ from worlds import ListSource, post
 from orchestration.compute import ingest as module
 from orchestration.compute.ingest import drain, ingest
 from orchestration.compute.lake import Lake
-from orchestration.compute.recent import RECENT_DAYS, roll_partitions
+from orchestration.compute.recent import roll_partitions
 from schemas.events import Event
+from schemas.personal_data import RECENT_DAYS
 
 NOW = TODAY + timedelta(hours=12)
 

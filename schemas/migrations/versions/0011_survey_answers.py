@@ -3,7 +3,7 @@
 
 from alembic import op
 import sqlalchemy as sa
-revision = '0013'
+revision = '0011'
 down_revision = '0010'
 branch_labels = None
 depends_on = None
