@@ -114,9 +114,13 @@ class LoadedModels:
             raise Unavailable(f"model {champion.version} is still being loaded")
         return release.ranker
 
-    def run(self, ranker: Ranker, inputs: Inputs, left_ms: float) -> Answer:
-        """`ranker.run(inputs)`. Raises ModelFailed if it fails, failed lately, or takes longer than `left_ms`."""
-        if not self._rank_pace.fits(left_ms):
+    def run(self, ranker: Ranker, inputs: Inputs, left_ms: float, pace: Pace | None = None) -> Answer:
+        """`ranker.run(inputs)`. Raises ModelFailed if it fails, failed lately, or takes longer than `left_ms`.
+
+        `pace` is that of runs of another size than a request's.
+        """
+        pace = pace or self._rank_pace
+        if not pace.fits(left_ms):
             raise ModelFailed(f"the ranker lately took longer than the {left_ms:.0f} ms that are left")
         started = time.perf_counter()
         try:
@@ -127,7 +131,7 @@ class LoadedModels:
         except Exception as error:  # onnxruntime raises its own unrelated types
             logger.error("model %s failed: %s", ranker.version, type(error).__name__)
             raise ModelFailed("the ranker failed") from error
-        self._rank_pace.took((time.perf_counter() - started) * 1_000)
+        pace.took((time.perf_counter() - started) * 1_000)
         return answer
 
     def _loading(self, champion: Champion) -> Loading[Release] | None:

@@ -26,7 +26,9 @@ from inference import explain, metrics, rerank
 from inference.breaker import Resting
 from inference.candidates import Candidates, Filters
 from inference.connections import Lost, StatementFailed
-from inference.deadline import CANDIDATES_SHARE, FLOOR_SHARE, MODEL_SHARE, READ_SHARE, Deadline
+from inference.deadline import CANDIDATES_SHARE, FLOOR_SHARE, MODEL_SHARE, READ_SHARE, Deadline, Pace
+from inference.explain import Explained
+from inference.explainer import Explainer, Ranking
 from inference.models import PopularItem
 from inference.ranker import Answer, Inputs, Ranker
 from inference.ranker_inputs import candidate_inputs, no_candidates, person_inputs
@@ -35,8 +37,8 @@ from inference.store import Champion, History, PersonRow, Store
 from inference.telemetry import span
 from schemas import prompts
 from schemas.errors import ArtifactError, DefinitionError, Unavailable
-from schemas.events import LIKED_VALUE, NEGATIVE_KINDS
-from schemas.serving import RecommendationRequest, RecommendationResponse, RecommendedItem
+from schemas.events import NEGATIVE_KINDS
+from schemas.serving import Because, RecommendationRequest, RecommendationResponse, RecommendedItem
 from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS
 
 logger = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class Models(Protocol):
 
     def first(self, champion: Champion, wait_ms: float) -> Ranker: ...
 
-    def run(self, ranker: Ranker, inputs: Inputs, left_ms: float) -> Answer: ...
+    def run(self, ranker: Ranker, inputs: Inputs, left_ms: float, pace: Pace | None = None) -> Answer: ...
 
     def encode(self, text: str, left_ms: float, space: str | None = None) -> NDArray[np.float32]: ...
 
@@ -87,6 +89,10 @@ class Recommender:
     timeout_ms: int = 2_000
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     served: ServedLog | None = None
+    explainer: Explainer = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "explainer", Explainer(self.store, self.models))
 
     def recommend(
         self, request: RecommendationRequest, deadline: float | None = None, steps: Steps | None = None
@@ -131,7 +137,7 @@ class Recommender:
         template = ranker.manifest.wish_template if ranker else person.wish_template
         wish_text = self._encode_wish(request.prompt, template, ranker, ends, degraded, steps)
         asked = _Asked(request, at, person, wish_text, audited and features, features)
-        ranked: tuple[Candidates, NDArray[np.float32]] | None = None
+        ranked: tuple[Candidates, NDArray[np.float32], Inputs] | None = None
         if ranker is not None:
             try:
                 ranked = self._by_ranker(ranker, asked, ends, steps, degraded)
@@ -141,14 +147,19 @@ class Recommender:
                 logger.warning("no ranking by model %s: %s", ranker.version, error)
                 ranker = None
                 _note(degraded, "ranker")
-        candidates, scores = ranked or self._by_floor(asked, ends, steps, degraded)
+        candidates, scores, inputs = ranked or (*self._by_floor(asked, ends, steps, degraded), None)
         with steps.step("re-rank"), span("re-rank", attributes={"recsys.rank.rows": len(candidates)}):
             if request.diversity and candidates.vectors.shape[1]:
                 order = rerank.maximal_marginal_relevance(scores, candidates.vectors, request.k, request.diversity)
             else:
                 order = rerank.best(scores, request.k)
         with steps.step("explain"):
-            items = self._items(order, candidates, scores, person.history, request.explain)
+            why: list[Explained] | None = None
+            if request.explain:
+                wish = request.prompt if wish_text is not None else None
+                ranking = ranker and inputs and Ranking(ranker, inputs, candidates, scores, person.history, at, wish)
+                why = self._explain(order, candidates, person.history, ranking or None, wish, ends, degraded)
+            items = _items(order, candidates, scores, why)
         if asked.audited and candidates.features_read and self.served is not None:
             self.served.offer(_served(asked, request_id, candidates, order))
         return RecommendationResponse(
@@ -225,7 +236,7 @@ class Recommender:
 
     def _by_ranker(
         self, ranker: Ranker, asked: _Asked, ends: Deadline, steps: Steps, degraded: list[str]
-    ) -> tuple[Candidates, NDArray[np.float32]]:
+    ) -> tuple[Candidates, NDArray[np.float32], Inputs]:
         wish = ranker.project(asked.wish_text[None]) if asked.wish_text is not None else None
         with steps.step("user vector"):
             inputs = person_inputs(asked.person, asked.at, wish, ranker.dim)
@@ -238,12 +249,12 @@ class Recommender:
         with steps.step("candidates"):
             candidates = self._pick(asked, ends, CANDIDATES_SHARE, degraded, ranker, user_vector[0])
         if not len(candidates):
-            return candidates, np.zeros(0, np.float32)
+            return candidates, np.zeros(0, np.float32), inputs
         with steps.step("rank"):
             rows = candidate_inputs(candidates, asked.person.views, asked.at)
             _, scores = self.models.run(ranker, inputs | rows, ends.left_ms())
         likeness = candidates.wish if asked.wish_text is not None else None
-        return candidates, rerank.follow_wish(scores[0], likeness, ranker.manifest.wish_weight)
+        return candidates, rerank.follow_wish(scores[0], likeness, ranker.manifest.wish_weight), inputs | rows
 
     def _pick(
         self,
@@ -284,42 +295,24 @@ class Recommender:
             metrics.features_read({view.name: picked.features.settled_at for view in CANDIDATE_VIEWS})
         return picked
 
-    def _items(
+    def _explain(
         self,
         order: NDArray[np.int64],
         candidates: Candidates,
-        scores: NDArray[np.float32],
         history: History,
-        with_reasons: bool,
-    ) -> tuple[RecommendedItem, ...]:
-        past_rows = [
-            row
-            for row, vector in enumerate(history.vectors)
-            if vector is not None and history.titles[row] and _speaks_for(history.kinds[row], history.values[row])
-        ]
-        past = (
-            np.stack([_row(history, row) for row in past_rows])
-            if past_rows and with_reasons
-            else np.zeros((0, 1), np.float32)
-        )
-        return tuple(
-            RecommendedItem(
-                item_id=candidates.item_ids[index],
-                score=float(scores[index]),
-                title=candidates.titles[index],
-                reasons=explain.reasons(
-                    candidates.vectors[index],
-                    int(candidates.sources[index]),
-                    history,
-                    float(candidates.wish[index]),
-                    past=past,
-                    past_rows=past_rows,
-                )
-                if with_reasons
-                else None,
-            )
-            for index in order.tolist()
-        )
+        ranking: Ranking | None,
+        wish: str | None,
+        ends: Deadline,
+        degraded: list[str],
+    ) -> list[Explained]:
+        """Why each shown item is: what was tried of it by the ranker; plain reasons on the floor, or without the time."""
+        if ranking is not None:
+            try:
+                return self.explainer.explain(ranking, order, ends)
+            except (ArtifactError, Unavailable) as error:
+                logger.warning("a slate is explained by likeness alone: %s", error)
+                _note(degraded, "explanations")
+        return explain.plain_slate(candidates, order, history, wish)
 
     def _shipped(
         self, request: RecommendationRequest, request_id: str, ends: Deadline, seen: Sequence[str]
@@ -335,6 +328,7 @@ class Recommender:
                 score=item.score,
                 title=item.title,
                 reasons=("popular",) if request.explain else None,
+                because=(Because(kind="popular"),) if request.explain else None,
             )
             for item in self.models.popular(ends.left_ms())
             if item.item_id not in left_out
@@ -372,9 +366,19 @@ class _Asked:
         return list(dict.fromkeys(reversed(liked)))[:RECENT_ITEMS]
 
 
-def _speaks_for(kind: str, value: float | None) -> bool:
-    """Whether an event is a reason to be shown something alike: nothing hidden, nothing rated low."""
-    return kind not in NEGATIVE_KINDS and (kind != "rating" or value is None or value >= LIKED_VALUE)
+def _items(
+    order: NDArray[np.int64], candidates: Candidates, scores: NDArray[np.float32], why: list[Explained] | None
+) -> tuple[RecommendedItem, ...]:
+    return tuple(
+        RecommendedItem(
+            item_id=candidates.item_ids[index],
+            score=float(scores[index]),
+            title=candidates.titles[index],
+            reasons=why[place].reasons if why else None,
+            because=why[place].because if why else None,
+        )
+        for place, index in enumerate(order.tolist())
+    )
 
 
 def _served(asked: _Asked, request_id: str, candidates: Candidates, order: NDArray[np.int64]) -> ServedRead:
@@ -388,12 +392,6 @@ def _served(asked: _Asked, request_id: str, candidates: Candidates, order: NDArr
         [candidates.item_ids[index] for index in shown],
         [candidates.categories[index] for index in shown],
     )
-
-
-def _row(history: History, row: int) -> NDArray[np.float32]:
-    vector = history.vectors[row]
-    assert vector is not None
-    return vector
 
 
 def _note(degraded: list[str], rung: str) -> None:

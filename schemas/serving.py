@@ -200,19 +200,54 @@ class RecommendationRequest(_Model):
     request_id: Key | None = None
 
 
+class Because(_Model):
+    """One thing that moved an item's score, and by how much; fields that do not apply to its kind are absent.
+
+    kind            what was left out                             fields beside the score's
+    event           all that the person did with one item         item_id, title, people_both
+    wish            a clause of the wish, or all of it            words
+    features        one feature view                              view
+    co_visitation   nothing: people who had the last items        people_both
+                    went on to this one
+    trending, new, popular   nothing: the list it comes from
+
+    `score_without` is the score that the model gives the item when that is left out and nothing else; `effect` is the score
+    less that, in the same units (logits): above 0 it speaks for the item, below 0 against it. Both are absent where nothing
+    was tried. `people_both` is how many people had both items.
+    """
+
+    kind: Literal["event", "wish", "features", "co_visitation", "trending", "new", "popular"]
+    item_id: str | None = None
+    title: str | None = None
+    words: str | None = None
+    view: str | None = None
+    score_without: float | None = None
+    effect: float | None = None
+    people_both: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        return {name: value for name, value in fields.items() if value is not None}
+
+
 class RecommendedItem(_Model):
-    """One place in a slate. `reasons` is there exactly when the request said `explain`."""
+    """One place in a slate. `reasons` and `because` are there exactly when the request said `explain`: the first in words, the
+    second with figures, what moved the score most first. `explanations` in `degraded` says that nothing could be tried in
+    time: then both say what is alike and where the item comes from, without figures."""
 
     item_id: str
     score: float
     title: str
     reasons: tuple[str, ...] | None = None
+    because: tuple[Because, ...] | None = None
 
     @model_serializer(mode="wrap")
     def _without_absent_reasons(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialise(self)
-        if self.reasons is None:
-            fields.pop("reasons", None)
+        for name in ("reasons", "because"):
+            if fields[name] is None:
+                fields.pop(name)
         return fields
 
 
