@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.live import HEAD_MOST, Columns, live_columns, snapshot_columns, utc_day
+from inference.predicates import Condition, all_sql
 from inference.sql_files import half_vectors, statement, vector_literal
 from schemas import online_sql
 from schemas.feature_sql import read_sql
@@ -22,11 +23,13 @@ SOURCES: dict[str, int] = {"user_vector": 1, "wish": 2, "co_visitation": 4, "tre
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Conditions on candidates; `categories` None means any."""
+    """Conditions on candidates; `categories` None means any. Of each of `groups` is told who belongs to it."""
 
     exclude: Sequence[str] = ()
     categories: Sequence[str] | None = None
     exclude_categories: Sequence[str] = ()
+    where: Sequence[Condition] = ()
+    groups: Sequence[Condition] = ()
 
     def not_excluded(self, item_id: str) -> str:
         """The condition that the column `item_id` is none of those left out."""
@@ -42,15 +45,33 @@ class Filters:
             conditions.append(f"{item}.categories && %(categories)s::text[]")
         if self.exclude_categories:
             conditions.append(f"NOT {item}.categories && %(exclude_categories)s::text[]")
+        if self.where:
+            conditions.append(all_sql(self.where, item, "where")[0])
         return " AND ".join(conditions)
+
+    @property
+    def looks_at_items(self) -> bool:
+        """Whether more than an item's id decides."""
+        return self.categories is not None or bool(self.exclude_categories or self.where)
+
+    def group_bits(self, item: str) -> str:
+        """An integer with a bit for each group that the row `item` of `items` belongs to, the first the lowest."""
+        bits = [
+            f"CASE WHEN {condition.sql(item, f'group_{number}')[0]} THEN {1 << number} ELSE 0 END::bigint"
+            for number, condition in enumerate(self.groups)
+        ]
+        return " | ".join(bits) or "0::bigint"
 
     def parameters(self) -> dict[str, object]:
         """The values that the conditions name."""
-        return {
+        found: dict[str, object] = {
             "exclude": list(self.exclude),
             "categories": None if self.categories is None else list(self.categories),
             "exclude_categories": list(self.exclude_categories),
         }
+        for number, condition in enumerate(self.groups):
+            found |= condition.sql("i", f"group_{number}")[1]
+        return found | all_sql(self.where, "i", "where")[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +90,8 @@ class Candidates:
     features: Columns
     features_read: bool = True
     """False where they could not be, and `features` says nothing."""
+    groups: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """`(n,)`: a bit for each of the filters' groups that the item belongs to, see `Filters.group_bits`."""
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -126,6 +149,7 @@ def candidates_sql(
         vector_join=vector_join,
         wish=wish,
         wish_join=wish_join,
+        groups=filters.group_bits("i"),
         columns=columns,
     )
     return sql, parameters | {"at": at, **filters.parameters()}
@@ -141,7 +165,7 @@ def candidates_of(
     vectors = np.zeros((len(rows), dim), np.float32)
     if has_vector.any():
         vectors[has_vector] = half_vectors([value for value in raw if value is not None])
-    read = [(row[0], *row[7:]) for row in rows]
+    read = [(row[0], *row[8:]) for row in rows]
     if not features:
         columns = _unknown(view, [row[0] for row in rows])
     elif today is None:
@@ -159,6 +183,7 @@ def candidates_of(
         np.array([row[6] or 0.0 for row in rows], np.float32),
         columns,
         features,
+        np.array([row[7] for row in rows], np.int64),
     )
 
 
@@ -195,10 +220,9 @@ def _sources(
     parameters: dict[str, Any] = {"champion": champion, "recent": recent}
     # Written into the statement: a plan made for any limit expects far fewer rows than these.
     share, part, few = limit // 2, limit // 3, limit // 10
-    # The lists hold items that were there when they were made, so only a filter by category has to look at the items
+    # The lists hold items that were there when they were made, so only a filter by what an item is has to look at them
     # first. A read at an earlier instant drops those that came later afterwards, and may get fewer than asked for.
-    by_category = filters.categories is not None or bool(filters.exclude_categories)
-    listed = "{0} IN (SELECT item_id FROM allowed)" if by_category else filters.not_excluded("{0}")
+    listed = "{0} IN (SELECT item_id FROM allowed)" if filters.looks_at_items else filters.not_excluded("{0}")
     typed = f"v.vector::halfvec({dim})"
     ann = (
         "(SELECT item_id, {bit} AS source, row_number() OVER (ORDER BY distance, item_id) AS place, 0::float8 AS evidence "

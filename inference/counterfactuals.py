@@ -138,7 +138,7 @@ def batch(
     inputs: Inputs, places: Sequence[int], changes: Changes, history: History, at: datetime
 ) -> dict[str, NDArray[np.generic]]:
     """The ranker's inputs for every change and the candidates at `places` of `inputs`, which are those of one request."""
-    b, n = len(changes), len(places)
+    b = len(changes)
     made: dict[str, NDArray[np.generic]] = {}
     for name, value in inputs.items():
         if name.startswith("candidate_"):

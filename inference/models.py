@@ -7,7 +7,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,12 +43,13 @@ class Superseded(Unavailable):
 
 @dataclass(frozen=True, slots=True)
 class PopularItem:
-    """One place of the shipped list; `categories` None where the list is from before it had them."""
+    """One place of the shipped list; `categories` and `attributes` None where the list is from before it had them."""
 
     item_id: str
     title: str
     score: float
     categories: frozenset[str] | None
+    attributes: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +299,7 @@ def read_popular(folder: Path) -> Sequence[PopularItem]:
                 row["title"],
                 float(row["score"]),
                 frozenset(row["categories"]) if "categories" in row else None,
+                dict(row["attributes"]) if "attributes" in row else None,
             )
             for row in rows
         )

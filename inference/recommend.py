@@ -17,12 +17,13 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from inference import explain, metrics, rerank
+from inference import explain, metrics, rerank, shipped
 from inference.breaker import Resting
 from inference.candidates import Candidates, Filters
 from inference.connections import Lost, StatementFailed
@@ -32,13 +33,15 @@ from inference.explainer import Explainer, Ranking
 from inference.models import PopularItem
 from inference.ranker import Answer, Inputs, Ranker
 from inference.ranker_inputs import candidate_inputs, no_candidates, person_inputs
+from inference.rules import NO_RULES, Rules
 from inference.served import ServedLog, ServedRead
+from inference.shipped import Known
 from inference.store import Champion, History, PersonRow, Store
 from inference.telemetry import span
 from schemas import prompts
 from schemas.errors import ArtifactError, DefinitionError, Unavailable
 from schemas.events import NEGATIVE_KINDS
-from schemas.serving import Because, RecommendationRequest, RecommendationResponse, RecommendedItem
+from schemas.serving import RecommendationRequest, RecommendationResponse, RecommendedItem
 from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS
 
 logger = logging.getLogger(__name__)
@@ -89,6 +92,7 @@ class Recommender:
     timeout_ms: int = 2_000
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     served: ServedLog | None = None
+    rules: Rules = NO_RULES
     explainer: Explainer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,17 +111,16 @@ class Recommender:
             limits.append((deadline - time.monotonic()) * 1_000)
         ends = Deadline.after(max(min(limits), 1))
         request_id = request.request_id or uuid.uuid4().hex
-        # What is known of the person by then holds on the last rung too.
-        seen: list[str] = []
+        known = Known()
         try:
-            answer = self._personal(request, request_id, ends, steps, seen)
+            answer = self._personal(request, request_id, ends, steps, known)
         except Unavailable:
-            answer = self._shipped(request, request_id, ends, seen)
+            answer = self._shipped(request, request_id, ends, known)
         metrics.answered(answer.model_version, answer.degraded, steps.ms)
         return answer
 
     def _personal(
-        self, request: RecommendationRequest, request_id: str, ends: Deadline, steps: Steps, seen: list[str]
+        self, request: RecommendationRequest, request_id: str, ends: Deadline, steps: Steps, known: Known
     ) -> RecommendationResponse:
         at = request.at or self.now()
         degraded: list[str] = []
@@ -126,17 +129,17 @@ class Recommender:
         # A read at an instant that the caller names knows of later events what training does not: it is not audited.
         audited = request.at is None and self.served is not None and self.served.samples(request.user_id)
         with steps.step("read"):
-            person, features = self._read(request, at, audited, current, ends)
+            person, features = self._read(request, request_id, at, audited, current, ends)
         if not features:
             _note(degraded, "features")
         elif request.at is None:
             metrics.features_read({name: columns.settled_at for name, columns in person.views.items()})
-        seen += person.history.item_ids
+        known.had, known.held_back = person.history.item_ids, person.held_back
         ranker = self._ranker(current, person, ends, degraded)
         # A model has learned wishes as its own template writes them, whichever has won since.
         template = ranker.manifest.wish_template if ranker else person.wish_template
         wish_text = self._encode_wish(request.prompt, template, ranker, ends, degraded, steps)
-        asked = _Asked(request, at, person, wish_text, audited and features, features)
+        asked = _Asked(request, at, person, self.rules, wish_text, audited and features, features)
         ranked: tuple[Candidates, NDArray[np.float32], Inputs] | None = None
         if ranker is not None:
             try:
@@ -149,10 +152,14 @@ class Recommender:
                 _note(degraded, "ranker")
         candidates, scores, inputs = ranked or (*self._by_floor(asked, ends, steps, degraded), None)
         with steps.step("re-rank"), span("re-rank", attributes={"recsys.rank.rows": len(candidates)}):
-            if request.diversity and candidates.vectors.shape[1]:
-                order = rerank.maximal_marginal_relevance(scores, candidates.vectors, request.k, request.diversity)
-            else:
-                order = rerank.best(scores, request.k)
+            chosen = rerank.choose(
+                scores,
+                request.k,
+                vectors=candidates.vectors if candidates.vectors.shape[1] else None,
+                diversity=request.diversity or 0.0,
+                limits=self.rules.limits(candidates.groups, request.k),
+            )
+            order = chosen.order
         with steps.step("explain"):
             why: list[Explained] | None = None
             if request.explain:
@@ -168,21 +175,32 @@ class Recommender:
             model_version=ranker.version if ranker else FLOOR_VERSION,
             prompt_version=template if wish_text is not None else None,
             degraded=tuple(degraded),
+            rules=self.rules.notes(chosen, shipped.wanted(request), held_back=len(person.held_back)),
         )
 
     def _read(
-        self, request: RecommendationRequest, at: datetime, audited: bool, current: Ranker | None, ends: Deadline
+        self,
+        request: RecommendationRequest,
+        request_id: str,
+        at: datetime,
+        audited: bool,
+        current: Ranker | None,
+        ends: Deadline,
     ) -> tuple[PersonRow, bool]:
         """What is known of the person, and whether with features: where those cannot be read, the history alone is."""
-        model = current.version if current else None
-        live = request.at is None
+        read = partial(
+            self.store.read_person,
+            request.user_id,
+            at,
+            live=request.at is None,
+            model=current.version if current else None,
+            held_days=self.rules.not_again_days,
+            request_id=request_id,
+        )
         try:
-            row = self.store.read_person(
-                request.user_id, at, ends.share_ms(READ_SHARE), live=live, audited=audited, model=model
-            )
+            row = read(ends.share_ms(READ_SHARE), audited=audited)
         except StatementFailed:
-            limit = ends.share_ms(READ_SHARE)
-            return self.store.read_person(request.user_id, at, limit, live=live, model=model, features=False), False
+            return read(ends.share_ms(READ_SHARE), features=False), False
         return row, True
 
     def _ranker(self, current: Ranker | None, person: PersonRow, ends: Deadline, degraded: list[str]) -> Ranker | None:
@@ -315,29 +333,10 @@ class Recommender:
         return explain.plain_slate(candidates, order, history, wish)
 
     def _shipped(
-        self, request: RecommendationRequest, request_id: str, ends: Deadline, seen: Sequence[str]
+        self, request: RecommendationRequest, request_id: str, ends: Deadline, known: Known
     ) -> RecommendationResponse:
-        """The list that ships with the artefact, when the database cannot be asked. What the request demands holds here
-        too; of what the person had, only what was read before it failed."""
-        left_out = {*request.exclude, *(seen if request.candidates is None else ())}
-        given = None if request.candidates is None else set(request.candidates)
-        only, never = set(request.filters.categories), set(request.filters.exclude_categories)
-        items = [
-            RecommendedItem(
-                item_id=item.item_id,
-                score=item.score,
-                title=item.title,
-                reasons=("popular",) if request.explain else None,
-                because=(Because(kind="popular"),) if request.explain else None,
-            )
-            for item in self.models.popular(ends.left_ms())
-            if item.item_id not in left_out
-            and (given is None or item.item_id in given)
-            and _allowed(item.categories, only, never)
-        ]
-        return RecommendationResponse(
-            request_id=request_id, items=tuple(items[: request.k]), model_version="popular", degraded=("database",)
-        )
+        """The list that ships with the artefact, when the database cannot be asked."""
+        return shipped.answer(request, request_id, self.models.popular(ends.left_ms()), self.rules, known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +346,7 @@ class _Asked:
     request: RecommendationRequest
     at: datetime
     person: PersonRow
+    rules: Rules
     wish_text: NDArray[np.float32] | None
     audited: bool = False
     features: bool = True
@@ -355,9 +355,11 @@ class _Asked:
         # Candidates that the caller names are ranked even if the person had them.
         seen = [] if self.request.candidates is not None else self.person.history.item_ids
         return Filters(
-            exclude=list(dict.fromkeys([*self.request.exclude, *seen])),
+            exclude=list(dict.fromkeys([*self.request.exclude, *seen, *self.person.held_back])),
             categories=self.request.filters.categories or None,
             exclude_categories=self.request.filters.exclude_categories,
+            where=self.rules.where(self.request.filters.where),
+            groups=self.rules.conditions,
         )
 
     def recent(self) -> list[str]:
@@ -397,10 +399,3 @@ def _served(asked: _Asked, request_id: str, candidates: Candidates, order: NDArr
 def _note(degraded: list[str], rung: str) -> None:
     if rung not in degraded:
         degraded.append(rung)
-
-
-def _allowed(categories: frozenset[str] | None, only: set[str], never: set[str]) -> bool:
-    """Whether a filter by category lets an item through; where its categories are not known, none does."""
-    if not only and not never:
-        return True
-    return categories is not None and not categories & never and (not only or bool(categories & only))

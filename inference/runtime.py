@@ -18,6 +18,7 @@ from inference.candidates import Filters
 from inference.deadline import Deadline
 from inference.models import LoadedModels
 from inference.recommend import FLOOR_VERSION, Recommender
+from inference.rules import read_rules
 from inference.served import ServedLog
 from inference.settings import Settings, read_settings
 from inference.store import Champion, Store
@@ -62,6 +63,7 @@ class LarderApplication:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> LarderApplication:
+        rules = read_rules(settings.rules)
         store = Store(settings.database_read_url or settings.database_url, settings.concurrency)
         writer_url = settings.writer_url or settings.database_url
         writer = Store(writer_url, settings.concurrency, "the database (writes)")
@@ -69,7 +71,7 @@ class LarderApplication:
         # Its own connection: what is written after an answer must not keep the next request waiting.
         served = ServedLog(Store(writer_url, 1, "the database (log)"), settings.audit_per_mille)
         unwatch = readings.watch(models, served)
-        recommender = Recommender(store, models, settings.candidates, settings.timeout_ms, served=served)
+        recommender = Recommender(store, models, settings.candidates, settings.timeout_ms, served=served, rules=rules)
         return cls(settings, store, writer, models, recommender, served, access_of(settings, store), unwatch)
 
     def warm(self) -> None:
@@ -148,7 +150,9 @@ class LarderApplication:
             at=datetime.now(UTC),
             k=request.k,
             filters=Filters(
-                categories=request.filters.categories or None, exclude_categories=request.filters.exclude_categories
+                categories=request.filters.categories or None,
+                exclude_categories=request.filters.exclude_categories,
+                where=self.recommender.rules.where(request.filters.where),
             ),
             item_id=request.item_id,
             text=text,

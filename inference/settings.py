@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from inference.links import Links
 from inference.request_log import STREAMS, Stream
@@ -42,6 +43,8 @@ class Settings:
     """Who checks requests; one of ACCESS_MODES."""
     key_cache_seconds: int = 60
     """How long a key is trusted before it is looked up again: a revocation counts by then."""
+    rules: Path | None = None
+    """The file with the deployment's rules, see inference/rules.py; None: there are none."""
     link_keys: str = field(default="", repr=False)
     """Secrets of signed links, see inference/links.py; empty: none are taken."""
 
@@ -98,6 +101,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         writer_url=with_tls(environ.get("LARDER_WRITER_URL", ""), environ),
         access=access,
         link_keys=link_keys,
+        rules=Path(environ["LARDER_RULES"]) if environ.get("LARDER_RULES") else None,
         database_read_url=with_tls(environ.get("DATABASE_READ_URL", ""), environ) or None,
         request_log=stream or "stderr",
         **values,

@@ -51,7 +51,7 @@ READS: dict[str, tuple[str, ...]] = {
         "known_at",
         "request_id",
     ),
-    "public.items": ("item_id", "title", "categories", "available_at"),
+    "public.items": ("item_id", "title", "categories", "attributes", "available_at"),
     "public.text_vectors": ("item_id", "vector"),
     "public.item_vectors": ("model_version", "item_id", "vector"),
     "public.co_visitation": ALL,

@@ -39,6 +39,8 @@ MAX_EVENTS = 500
 MAX_TIMEOUT_MS = 30_000
 MAX_CONTEXT_ENTRIES = 64
 MAX_CATEGORIES = 100
+MAX_WHERE = 20
+MAX_VALUES = 100
 MAX_SHOWN_CHARS = 80
 """So much of an offending value is quoted back, never more."""
 
@@ -154,6 +156,8 @@ Instant = Annotated[
 ]
 ItemIds = Annotated[tuple[Key, ...], Field(max_length=MAX_CANDIDATES), AfterValidator(_unique)]
 Categories = Annotated[tuple[Key, ...], Field(max_length=MAX_CATEGORIES), AfterValidator(_unique)]
+Bound = Annotated[float, Field(gt=-1e15, lt=1e15)]
+Values = Annotated[tuple[Key | Bound, ...], Field(max_length=MAX_VALUES)]
 ContextValue = Annotated[Scalar, PlainValidator(_check_scalar), WithJsonSchema(_SCALAR_SCHEMA)]
 Context = Annotated[
     dict[Key, ContextValue],
@@ -173,11 +177,27 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class AttributeFilter(_Model):
+    """What one attribute of an item must be: within the bounds, which it may equal, one of `one_of` and none of `none_of`.
+
+    Numbers are compared as numbers, also where the catalogue holds them as text; texts as they are. An item without the
+    attribute may not appear; without any bound it must merely have it.
+    """
+
+    attribute: Key
+    at_least: Bound | None = None
+    at_most: Bound | None = None
+    one_of: Values = ()
+    none_of: Values = ()
+
+
 class Filters(_Model):
-    """Which items may appear: in one of `categories` (none given: any) and in none of `exclude_categories`."""
+    """Which items may appear: in one of `categories` (none given: any), in none of `exclude_categories`, and holding all of
+    `where`. Filters only tighten what the deployment's own rules allow."""
 
     categories: Categories = ()
     exclude_categories: Categories = ()
+    where: Annotated[tuple[AttributeFilter, ...], Field(max_length=MAX_WHERE)] = ()
 
 
 class RecommendationRequest(_Model):
@@ -251,6 +271,19 @@ class RecommendedItem(_Model):
         return fields
 
 
+class RuleNote(_Model):
+    """A rule of the deployment that shaped a slate, by its name in `rules.toml`, and how many slots that concerns.
+
+    fewer      it leaves items out, and the slate is that much shorter than what was asked for
+    missed     a floor or an `at_least` that the candidates could not meet: so many slots are lacking
+    unchecked  the database could not be asked what was shown before: `not_again_days` is not looked at
+    """
+
+    rule: str
+    outcome: Literal["fewer", "missed", "unchecked"]
+    slots: int
+
+
 class ExperimentArm(_Model):
     """The experiment a person is in, and the arm they were given."""
 
@@ -259,7 +292,10 @@ class ExperimentArm(_Model):
 
 
 class RecommendationResponse(_Model):
-    """A slate and what made it. `degraded` names each rung of the ladder that had to be taken; empty is best."""
+    """A slate and what made it. `degraded` names each rung of the ladder that had to be taken; empty is best.
+
+    `rules` is there only where a rule of the deployment left the slate short of what was asked for, or was not met.
+    """
 
     request_id: str
     items: tuple[RecommendedItem, ...]
@@ -267,6 +303,14 @@ class RecommendationResponse(_Model):
     prompt_version: str | None = None
     experiment: ExperimentArm | None = None
     degraded: tuple[str, ...] = ()
+    rules: tuple[RuleNote, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_absent_rules(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        if not self.rules:
+            fields.pop("rules")
+        return fields
 
 
 def _anchored_by(name: str) -> JsonDict:

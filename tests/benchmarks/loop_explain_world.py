@@ -131,6 +131,7 @@ def _build(url: str, folder: Path, size: Size, today: str) -> Trained:
             load_text_vectors(connection, split.train.item_ids, written_by(versions.item, encoder.version)),
             TrainConfig(size=size.size, epochs=size.epochs, slate_rows=size.slate_rows, validation_labels=300),
             features=slates,
+            checkpoint=folder / "ranker.ckpt",
             wishes=wishes_for(connection, split.train, TextEncoder(home / ENCODER_PATH, precision="int8"), versions),
             on_progress=lambda entry: note(
                 f"stage {entry.stage}, epoch {entry.epoch}: loss {entry.loss:.3f}, NDCG@10 {entry.ndcg_at_10}, "
