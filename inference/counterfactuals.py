@@ -162,6 +162,27 @@ def batch(
     return made
 
 
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """What each change did to each of the k shown items, `(changes, k)`; the request as it was is none of the changes.
+
+    `effect`: the score as it was less the score under the change. `places`: how many places lower the item then stands among
+    all that were scored. `lead`: its effect less the mean effect on all of these.
+    """
+
+    effect: NDArray[np.float32]
+    places: NDArray[np.int64]
+    lead: NDArray[np.float32]
+
+
+def effects(scores: NDArray[np.float32], k: int) -> Effects:
+    """Effects from the scores `(1 + changes, n)` of a batch, whose first k items are shown."""
+    moved = scores[:1] - scores[1:]
+    # (changes, n, k): who stands above a shown item
+    above = (scores[:, :, None] > scores[:, None, :k]).sum(axis=1)
+    return Effects(moved[:, :k], above[1:] - above[:1], moved[:, :k] - moved.mean(axis=1, keepdims=True))
+
+
 def _kept(inputs: Inputs, history: History) -> NDArray[np.int64]:
     """The rows of the history that stand in `inputs`, as `ranker_inputs.person_inputs` chose them."""
     dim = inputs["history_vectors"].shape[2]

@@ -18,14 +18,14 @@ _PEOPLE = (
     "SELECT item_id, neighbour_id, people FROM co_visitation "
     "WHERE item_id = ANY(%(shown)s::text[]) AND neighbour_id = ANY(%(had)s::text[])"
 )
-_FITS = "SELECT item_id, {columns} FROM text_vectors WHERE item_id = ANY(%(shown)s::text[])"
+_FITS = "SELECT item_id, {columns} FROM text_vectors WHERE item_id = ANY(%(placed)s::text[])"
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """`people (m, n)`: how many people had both item m of the history and shown item n, 0 where it is not known.
 
-    `fits (w, n)`: cosine of each shown item's text and wish w; 0 without a text.
+    `fits (w, n + r)`: cosine of wish w and the text of each shown item, then of each rival; 0 without a text.
     """
 
     people: NDArray[np.int64]
@@ -33,12 +33,21 @@ class Evidence:
 
 
 def read_evidence(
-    store: Store, shown: Sequence[str], had: Sequence[str], wishes: Sequence[NDArray[np.float32]], timeout_ms: float
+    store: Store,
+    shown: Sequence[str],
+    rivals: Sequence[str],
+    had: Sequence[str],
+    wishes: Sequence[NDArray[np.float32]],
+    timeout_ms: float,
 ) -> Evidence:
-    """Evidence about `shown` items, items `had` and `wishes (384,)` each. Raises as every question to a Store does."""
-    place = {item: number for number, item in enumerate(shown)}
+    """Evidence about n `shown` items, r `rivals`, m items `had` and `wishes (384,)` each. Raises as any question to a Store."""
+    place = {item: number for number, item in enumerate((*shown, *rivals))}
     row = {item: number for number, item in enumerate(had)}
-    parameters: dict[str, object] = {"shown": text_array(shown), "had": text_array(had)}
+    parameters: dict[str, object] = {
+        "shown": text_array(shown),
+        "had": text_array(had),
+        "placed": text_array(list(place)),
+    }
     parameters |= {f"wish_{number}": vector_literal(wish) for number, wish in enumerate(wishes)}
     columns = ", ".join(f"1 - (vector <=> %(wish_{number})s::vector)" for number in range(len(wishes)))
 
@@ -57,7 +66,7 @@ def read_evidence(
     people = np.zeros((len(had), len(shown)), np.int64)
     for item, neighbour, count in both:
         people[row[neighbour], place[item]] = count
-    fits = np.zeros((len(wishes), len(shown)), np.float32)
+    fits = np.zeros((len(wishes), len(place)), np.float32)
     for item_id, *cosines in fitting:
         fits[:, place[str(item_id)]] = np.array(cosines, np.float32)
     return Evidence(people, fits)

@@ -22,8 +22,8 @@ LIKE_ENOUGH = 0.3
 """Below this cosine in item space two items have nothing to do with each other."""
 TOLD_RATE = 0.1
 """What moved the score by less than this share of the greatest effect on it is not put in words."""
-LEAST_EFFECT = 1e-3
-"""Logits below which a difference is rounding."""
+LEAST_EFFECT = 0.05
+"""Logits below which a difference is not put in words either."""
 
 _LISTS = {"trending": "trending this week", "new": "new", "popular": "popular"}
 
@@ -39,11 +39,18 @@ class Explained:
 def tried(because: Sequence[Because], sources: int, history: History, wish: str | None = None) -> Explained:
     """The explanation of an item of which everything in `because` was tried; the lists it comes from are added.
 
-    `wish` are the words of the whole wish.
+    `wish` are the words of the whole wish. An event is put in words only if the item would stand lower without it: of 68
+    trained people, such an event cost the item more places than another in 94 % of comparisons when the request was made
+    again without it; the event of the greatest effect alone did so in 66 %.
     """
-    ordered = sorted(because, key=lambda one: -(one.effect or 0.0))
+    ordered = sorted(because, key=lambda one: (-(one.places or 0), -(one.effect or 0.0)))
     most = max((one.effect or 0.0 for one in ordered), default=0.0)
-    told = [one for one in ordered if (one.effect or 0.0) > max(TOLD_RATE * most, LEAST_EFFECT)]
+    least = max(TOLD_RATE * most, LEAST_EFFECT)
+    told = [
+        one
+        for one in ordered
+        if (one.effect or 0.0) > 0 and ((one.places or 0) > 0 or (one.kind != "event" and (one.effect or 0.0) > least))
+    ]
     # The whole wish says nothing more where a clause of it is named.
     if any(one.kind == "wish" and one.words != wish for one in told):
         told = [one for one in told if one.kind != "wish" or one.words != wish]

@@ -11,14 +11,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from inference import counterfactuals, explain
 from inference.candidates import Candidates
-from inference.counterfactuals import Changes, Past
+from inference.counterfactuals import Changes, Effects, Past
 from inference.deadline import Deadline, Pace
 from inference.evidence import Evidence, read_evidence
 from inference.explain import Explained
@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 EXPLAIN_SHARE = 0.5
 """Of the time left when the slate is there, what its explanation may take."""
 RIVALS = 24
-"""Items just below the slate that are scored beside it: a removal that moves all alike moves nobody's place."""
+"""Items just below the slate that are scored beside it: an item's place is one among others, and what moves all alike moves
+nobody's."""
 
 
 class Models(Protocol):
@@ -85,8 +86,11 @@ class Explainer:
         candidates, history = ranking.candidates, ranking.history
         past = counterfactuals.past_of(history, ranking.ranker.dim)
         parts, texts = self._clauses(ranking, within)
-        shown_ids = [candidates.item_ids[place] for place in order.tolist()]
-        evidence = read_evidence(self.store, shown_ids, past.item_ids, texts, within.share_ms(1.0))
+        rivals = _rivals(ranking.scores, order)
+        placed = np.concatenate([order, rivals])
+        ids = [candidates.item_ids[place] for place in placed.tolist()]
+        k = len(order)
+        evidence = read_evidence(self.store, ids[:k], ids[k:], past.item_ids, texts, within.share_ms(1.0))
         chosen = counterfactuals.preselect(past, candidates.vectors[order], evidence.people)
         changes = Changes(
             [past.rows[place] for place in chosen.tolist()],
@@ -94,23 +98,16 @@ class Explainer:
             ranking.wish is not None,
             counterfactuals.known_views(ranking.inputs),
         )
-        rivals = _rivals(ranking.scores, order)
-        places = [*order.tolist(), *rivals.tolist()]
-        inputs = counterfactuals.batch(ranking.inputs, places, changes, history, ranking.at)
+        inputs = counterfactuals.batch(ranking.inputs, placed.tolist(), changes, history, ranking.at)
         _, logits = self.models.run(ranking.ranker, inputs, within.left_ms(), self.pace)
-        k = len(order)
-        fits = np.zeros((len(changes), k), np.float32)
-        if changes.has_wish:
-            weight = np.float32(ranking.ranker.manifest.wish_weight)
-            fits[:] = weight * candidates.wish[order]
-            fits[changes.first_wish] = 0.0
-            fits[changes.first_wish + 1 : changes.first_view] = weight * evidence.fits
-        scores = logits[:, :k] + fits
-        effects = scores[:1] - scores[1:]  # (changes, k)
-        common = (logits[:1, k:] - logits[1:, k:]).mean(axis=1) if len(rivals) else np.zeros(len(effects))
+        scores = logits + _wish_part(ranking, placed, changes, evidence)
+        tried = [_Tried("event", past=past_place) for past_place in chosen.tolist()]
+        tried += [_Tried("wish", words=words) for words in ([ranking.wish, *parts] if ranking.wish else [])]
+        tried += [_Tried("features", view=view.name) for view in changes.views]
+        moved = counterfactuals.effects(scores, k)
         return [
             explain.tried(
-                _because(ranking, past, chosen, evidence, changes, parts, effects[:, place], common, place, index),
+                _because(ranking, past, tried, evidence, moved, place, float(ranking.scores[index])),
                 int(candidates.sources[index]),
                 history,
                 ranking.wish,
@@ -136,54 +133,60 @@ class Explainer:
         return names, vectors
 
 
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """What was left out in one row of the batch."""
+
+    kind: Literal["event", "wish", "features"]
+    past: int = 0
+    words: str | None = None
+    view: str | None = None
+
+
+def _wish_part(
+    ranking: Ranking, placed: NDArray[np.int64], changes: Changes, evidence: Evidence
+) -> NDArray[np.float32]:
+    """`(changes, n)`: what the wish adds to each score beside the ranker's own, see `rerank.follow_wish`."""
+    part = np.zeros((len(changes), len(placed)), np.float32)
+    if changes.has_wish:
+        part[:] = ranking.candidates.wish[placed]
+        part[changes.first_wish] = 0.0
+        part[changes.first_wish + 1 : changes.first_view] = evidence.fits
+    return np.asarray(part * np.float32(ranking.ranker.manifest.wish_weight), np.float32)
+
+
 def _because(
     ranking: Ranking,
     past: Past,
-    chosen: NDArray[np.int64],
+    tried: list[_Tried],
     evidence: Evidence,
-    changes: Changes,
-    parts: list[str],
-    effects: NDArray[np.float32],
-    common: NDArray[np.float32],
+    moved: Effects,
     place: int,
-    index: int,
+    score: float,
 ) -> list[Because]:
-    """What was tried, with its effect on the shown item at `place`; events only where they moved it more than its rivals."""
-    score = float(ranking.scores[index])
-    history = ranking.history
-
-    def moved(effect: float) -> dict[str, float]:
-        return {"score_without": score - effect, "effect": effect}
-
+    """What was tried, with its effect on the shown item at `place`; of events those that moved it most, and for it."""
     found = []
-    for number, event in enumerate(chosen.tolist()):
-        row = past.rows[event][0]
-        both = int(evidence.people[event, place])
-        found.append(
-            (
-                float(effects[number] - common[number]),
-                Because(
-                    kind="event",
-                    item_id=past.item_ids[event],
-                    title=history.titles[row],
-                    people_both=both or None,
-                    **moved(float(effects[number])),
-                ),
-            )
+    for number, one in enumerate(tried):
+        effect, places = float(moved.effect[number, place]), int(moved.places[number, place])
+        is_event = one.kind == "event"
+        if is_event and effect <= 0:
+            continue
+        both = int(evidence.people[one.past, place]) if is_event else 0
+        because = Because(
+            kind=one.kind,
+            item_id=past.item_ids[one.past] if is_event else None,
+            title=ranking.history.titles[past.rows[one.past][0]] if is_event else None,
+            words=one.words,
+            view=one.view,
+            score_without=score - effect,
+            effect=effect,
+            places=places,
+            people_both=both or None,
         )
-    named = [one for lead, one in sorted(found, key=lambda entry: -entry[0]) if lead > 0 and (one.effect or 0) > 0]
-    because = named[: explain.MOST_REASONS]
-    if changes.has_wish:
-        words = [ranking.wish or "", *parts]
-        because += [
-            Because(kind="wish", words=said, **moved(float(effects[changes.first_wish - 1 + number])))
-            for number, said in enumerate(words)
-        ]
-    because += [
-        Because(kind="features", view=view.name, **moved(float(effects[changes.first_view - 1 + number])))
-        for number, view in enumerate(changes.views)
-    ]
-    return because
+        found.append((places, float(moved.lead[number, place]), because))
+    found.sort(key=lambda entry: (-entry[0], -entry[1]))
+    events = [one for _, _, one in found if one.kind == "event"][: explain.MOST_REASONS]
+    return [*events, *(one for _, _, one in found if one.kind != "event")]
 
 
 def _rivals(scores: NDArray[np.float32], order: NDArray[np.int64]) -> NDArray[np.int64]:

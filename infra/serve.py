@@ -12,7 +12,6 @@ import sys
 
 import psycopg
 
-from inference.rules import FILE as RULES_FILE
 from infra import deployment as deployments
 from infra import feature_tables, keys, postgres, roles
 from infra.deployment import Deployment
@@ -38,8 +37,8 @@ def main() -> int:
             os.environ["LARDER_WRITER_URL"] = writer_url
         _tell_of_keys(record, url, options.host)
         os.environ.setdefault("ARTIFACTS_URL", record.artifacts_url)
-        if (record.folder / RULES_FILE).exists():
-            os.environ.setdefault("LARDER_RULES", str(record.folder / RULES_FILE))
+        if record.rules_file is not None:
+            os.environ["LARDER_RULES"] = str(record.rules_file)
     except LarderError as error:
         print(f"error ({error.type}): {error}", file=sys.stderr)
         return 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dagster as dg
 
-from orchestration.assets import daily, embeddings, events, prompts, ranker, release, skew
+from orchestration.assets import daily, embeddings, events, prompts, ranker, release, rules, skew
 from orchestration.automation import JOBS, schedules
 from orchestration.checks import CHECKS, FRESHNESS_SENSOR
 from orchestration.compute.bind import bind_views
@@ -27,6 +27,7 @@ ASSETS: list[dg.AssetsDefinition] = [
     ranker.training_set,
     ranker.ranker,
     ranker.ranker_evaluation,
+    rules.rule_prices,
     ranker.ranker_onnx,
     embeddings.item_vectors,
     skew.skew_audit,

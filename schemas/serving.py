@@ -232,8 +232,9 @@ class Because(_Model):
     trending, new, popular   nothing: the list it comes from
 
     `score_without` is the score that the model gives the item when that is left out and nothing else; `effect` is the score
-    less that, in the same units (logits): above 0 it speaks for the item, below 0 against it. Both are absent where nothing
-    was tried. `people_both` is how many people had both items.
+    less that, in the same units (logits): above 0 it speaks for the item, below 0 against it. `places` is how many places lower
+    the item would stand among the items shown and the best that are not. All three are absent where nothing was tried.
+    `people_both` is how many people had both items.
     """
 
     kind: Literal["event", "wish", "features", "co_visitation", "trending", "new", "popular"]
@@ -243,6 +244,7 @@ class Because(_Model):
     view: str | None = None
     score_without: float | None = None
     effect: float | None = None
+    places: int | None = None
     people_both: int | None = None
 
     @model_serializer(mode="wrap")
