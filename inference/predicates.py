@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeGuard
 
 MAX_VALUES = 100
 MAX_NAME_BYTES = 128
@@ -152,7 +152,7 @@ def is_name(value: object) -> bool:
     return isinstance(value, str) and 1 <= len(value.encode("utf-8", "replace")) <= MAX_NAME_BYTES and "\0" not in value
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 1e15
 
 

@@ -139,7 +139,7 @@ def _build(url: str, folder: Path, size: Size, today: str) -> Trained:
             ),
         )
         popular = connection.execute(
-            "SELECT p.item_id, i.title, p.score, i.categories FROM popular_items AS p JOIN items AS i USING (item_id) "
+            "SELECT p.item_id, i.title, p.score, i.categories, i.attributes FROM popular_items AS p JOIN items AS i USING (item_id) "
             "WHERE p.list = 'trending' ORDER BY p.rank"
         ).fetchall()
         unfinished = home / "models" / "ranker" / "unfinished"
@@ -159,8 +159,8 @@ def _build(url: str, folder: Path, size: Size, today: str) -> Trained:
             ),
             item_ids=interactions.item_ids,
             popular_items=[
-                {"item_id": item, "title": title, "score": score, "categories": categories}
-                for item, title, score, categories in popular
+                {"item_id": item, "title": title, "score": score, "categories": categories, "attributes": attributes}
+                for item, title, score, categories, attributes in popular
             ],
             requests=split.queries.take(slice(0, 500)),
             slates=Slates(ask, split.queries.interactions, load_categories(connection, split.queries.interactions)),
