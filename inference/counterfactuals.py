@@ -30,6 +30,9 @@ from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS, CROSS_VIEWS
 
 MOST_REMOVALS = 16
 """Items of the history that are tried at most, for all shown items together."""
+LEAST_REMOVALS = 8
+MOST_TOKENS = 3_000
+"""What a batch may hold: with a history of 200 events, sixteen removals would take twice as long as with one of 100."""
 NEWEST = 4
 """So many of the newest are always tried: the ranker looks at the end of a history most."""
 MOST_CLAUSES = 4
@@ -62,6 +65,12 @@ def past_of(history: History, dim: int) -> Past:
             rows.setdefault(history.item_ids[row], []).append(row)
     vectors = [history.vectors[of[0]] for of in rows.values()]
     return Past(list(rows), list(rows.values()), np.stack(vectors) if vectors else np.zeros((0, dim), np.float32))  # type: ignore[arg-type]
+
+
+def most_removals(inputs: Inputs, n: int, others: int) -> int:
+    """How many items of the history may be tried beside `others` rows of a batch with n candidates, LEAST to MOST_REMOVALS."""
+    tokens = inputs["history_vectors"].shape[1] + n + 2
+    return int(np.clip(MOST_TOKENS // tokens - others, LEAST_REMOVALS, MOST_REMOVALS))
 
 
 def preselect(

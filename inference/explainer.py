@@ -9,7 +9,10 @@ model fails, whoever asks is told so and gives plain reasons instead.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Literal, Protocol
 
@@ -36,6 +39,9 @@ EXPLAIN_SHARE = 0.5
 RIVALS = 24
 """Items just below the slate that are scored beside it: an item's place is one among others, and what moves all alike moves
 nobody's."""
+PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORTH_SHARING = 500
+"""Tokens of a batch below which a second thread takes longer to start than it saves."""
 
 
 class Models(Protocol):
@@ -91,16 +97,16 @@ class Explainer:
         ids = [candidates.item_ids[place] for place in placed.tolist()]
         k = len(order)
         evidence = read_evidence(self.store, ids[:k], ids[k:], past.item_ids, texts, within.share_ms(1.0))
-        chosen = counterfactuals.preselect(past, candidates.vectors[order], evidence.people)
         changes = Changes(
-            [past.rows[place] for place in chosen.tolist()],
-            ranking.ranker.project(np.stack(texts)) if texts else None,
-            ranking.wish is not None,
-            counterfactuals.known_views(ranking.inputs),
+            wishes=ranking.ranker.project(np.stack(texts)) if texts else None,
+            has_wish=ranking.wish is not None,
+            views=counterfactuals.known_views(ranking.inputs),
         )
+        most = counterfactuals.most_removals(ranking.inputs, len(placed), len(changes))
+        chosen = counterfactuals.preselect(past, candidates.vectors[order], evidence.people, most)
+        changes = replace(changes, removed=[past.rows[place] for place in chosen.tolist()])
         inputs = counterfactuals.batch(ranking.inputs, placed.tolist(), changes, history, ranking.at)
-        _, logits = self.models.run(ranking.ranker, inputs, within.left_ms(), self.pace)
-        scores = logits + _wish_part(ranking, placed, changes, evidence)
+        scores = self._run(ranking.ranker, inputs, within) + _wish_part(ranking, placed, changes, evidence)
         tried = [_Tried("event", past=past_place) for past_place in chosen.tolist()]
         tried += [_Tried("wish", words=words) for words in ([ranking.wish, *parts] if ranking.wish else [])]
         tried += [_Tried("features", view=view.name) for view in changes.views]
@@ -114,6 +120,23 @@ class Explainer:
             )
             for place, index in enumerate(order.tolist())
         ]
+
+    def _run(self, ranker: Ranker, inputs: Inputs, within: Deadline) -> NDArray[np.float32]:
+        """Scores `(b, n)` of the batch; a large one is shared by two processors where there are as many."""
+        rows, history, _ = inputs["history_vectors"].shape
+        tokens = rows * (history + inputs["candidate_vectors"].shape[1])
+        if PROCESSORS < 2 or tokens < WORTH_SHARING or rows < 2:
+            return self.models.run(ranker, inputs, within.left_ms(), self.pace)[1]
+        half = (rows + 1) // 2
+        first, second = (
+            {name: value[part] for name, value in inputs.items()} for part in (slice(half), slice(half, rows))
+        )
+        # Within a run threads wait for each other at every product; two runs wait once.
+        with ThreadPoolExecutor(1, "larder-explain") as other:
+            run = copy_context().run
+            rest = other.submit(run, self.models.run, ranker, second, within.left_ms(), self.pace)
+            scores = self.models.run(ranker, first, within.left_ms(), self.pace)[1]
+            return np.concatenate([scores, rest.result()[1]])
 
     def _clauses(self, ranking: Ranking, within: Deadline) -> tuple[list[str], list[NDArray[np.float32]]]:
         """Each clause of the wish, and the vector `(384,)` of the wish without it."""
