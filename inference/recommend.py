@@ -4,8 +4,8 @@
 
 The ladder, each rung named in `degraded`: `features` (read without them), `wish` (the encoder failed), `release` (the
 model before goes on, because the champion cannot be loaded), `explanations` (plain reasons, nothing was tried), `ranker` (no
-model: co-visitation and trending), `database` (the list that ships with the artefact), then Unavailable. Each step gets a share of the time that is left, so that the
-rungs below it have some.
+model: co-visitation and trending), `database` (the list that ships with the artefact), then Unavailable. Each step gets a
+share of the time that is left, so that the rungs below it have some. The rules of what may be shown hold on every rung.
 """
 
 from __future__ import annotations
