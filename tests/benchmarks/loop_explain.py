@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -46,6 +46,7 @@ from tests.rule_cases import PROMPTS, Catalogue, serve_before, try_many
 from tests.worlds import ListSource
 
 assert orchestration is not None
+SECTIONS = ("added", "diversity", "rules", "fidelity")
 POOL = 500
 PER_PERSON = 4
 """Cases of one person at most: items of one slate hang together."""
@@ -66,17 +67,23 @@ class Case:
         return (self.user_id, self.named), (self.user_id, self.other)
 
 
-def measure(quick: bool = False, folder: Path | None = None) -> dict[str, Any]:
-    """All figures; the trained world is kept in `folder`, by default built for this run alone."""
+def measure(quick: bool = False, folder: Path | None = None, only: Iterable[str] = SECTIONS) -> dict[str, Any]:
+    """All figures, or those of the sections `only`; the trained world is kept in `folder`, by default built for this run."""
+    size = QUICK if quick else Size()
     with tempfile.TemporaryDirectory(prefix="larder-loop-explain-") as scratch:
-        world = trained(folder or Path(scratch), QUICK if quick else Size())
-        found: dict[str, Any] = {"explain_world": (QUICK if quick else Size()).source, "explain_model": world.version}
+        world = trained(folder or Path(scratch), size)
+        found: dict[str, Any] = {"explain_world": size.source, "explain_model": world.version}
         found["explain_validation_ndcg_at_10"] = round(world.validation_ndcg_at_10, 4)
-        found |= added_ms(world, people=20 if quick else 200)
-        found |= diversity(world, people=20 if quick else 300)
-        with copied(world, folder or Path(scratch)) as copy:
-            found |= rules(copy, requests=200 if quick else 10_000)
-            found |= fidelity(copy, cases=40 if quick else 1_000)
+        if "added" in only:
+            found |= added_ms(world, people=20 if quick else 200)
+        if "diversity" in only:
+            found |= diversity(world, people=20 if quick else 300)
+        if {"rules", "fidelity"} & set(only):
+            with copied(world) as copy:
+                if "rules" in only:
+                    found |= rules(copy, requests=200 if quick else 10_000)
+                if "fidelity" in only:
+                    found |= fidelity(copy, cases=40 if quick else 1_000)
     return found
 
 
@@ -274,7 +281,7 @@ def intra_list(vectors: NDArray[np.float64]) -> float:
 
 
 @contextmanager
-def copied(world: Trained, folder: Path) -> Any:
+def copied(world: Trained) -> Iterator[Trained]:
     """The world with a database and a lake that may be changed; both go afterwards."""
     base, _, options = world.url.partition("?")
     server, name = base.rsplit("/", 1)
@@ -300,8 +307,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny world: proves the bench, measures nothing")
     parser.add_argument("--work", type=Path, help="keep the trained world here, and go on from it")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="comma-separated sections (default: %(default)s)")
     options = parser.parse_args()
-    print(json.dumps(measure(options.quick, options.work)))
+    only = tuple(options.only.split(","))
+    if unknown := set(only) - set(SECTIONS):
+        parser.error(f"there is no section {min(unknown)!r}; known: {', '.join(SECTIONS)}")
+    print(json.dumps(measure(options.quick, options.work, only)))
     return 0
 
 
