@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from inference.ahead import LISTED, SOURCE, Ahead
 from inference.live import HEAD_MOST, Columns, live_columns, snapshot_columns, utc_day
+from inference.predicates import Condition, all_sql
 from inference.sql_files import half_vectors, statement, text_array, vector_literal
 from schemas import online_sql
 from schemas.feature_sql import read_sql
@@ -31,13 +32,15 @@ SOURCES: dict[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Conditions on candidates; `categories` None means any."""
+    """Conditions on candidates; `categories` None means any. Of each of `groups` is told who belongs to it."""
 
     exclude: Sequence[str] = ()
     categories: Sequence[str] | None = None
     exclude_categories: Sequence[str] = ()
     years: tuple[int | None, int | None] | None = None
     """First and last, either None for open; an item of which no year is known is let through."""
+    where: Sequence[Condition] = ()
+    groups: Sequence[Condition] = ()
 
     def not_excluded(self, item_id: str) -> str:
         """The condition that the column `item_id` is none of those left out."""
@@ -59,17 +62,35 @@ class Filters:
                 f"coalesce(CASE WHEN {year} ~ '^[0-9]{{4}}$' THEN ({year})::int END "
                 "BETWEEN %(first_year)s::int AND %(last_year)s::int, true)"
             )
+        if self.where:
+            conditions.append(all_sql(self.where, item, "where")[0])
         return " AND ".join(conditions)
+
+    @property
+    def looks_at_items(self) -> bool:
+        """Whether more than an item's id decides."""
+        return self.categories is not None or self.years is not None or bool(self.exclude_categories or self.where)
+
+    def group_bits(self, item: str) -> str:
+        """An integer with a bit for each group that the row `item` of `items` belongs to, the first the lowest."""
+        bits = [
+            f"CASE WHEN {condition.sql(item, f'group_{number}')[0]} THEN {1 << number} ELSE 0 END::bigint"
+            for number, condition in enumerate(self.groups)
+        ]
+        return " | ".join(bits) or "0::bigint"
 
     def parameters(self) -> dict[str, object]:
         """The values that the conditions name."""
-        return {
+        found: dict[str, object] = {
             "exclude": text_array(self.exclude),
             "categories": None if self.categories is None else list(self.categories),
             "exclude_categories": list(self.exclude_categories),
             "first_year": self.years[0] or 0 if self.years else 0,
             "last_year": self.years[1] or 9999 if self.years else 9999,
         }
+        for number, condition in enumerate(self.groups):
+            found |= condition.sql("i", f"group_{number}")[1]
+        return found | all_sql(self.where, "i", "where")[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +113,8 @@ class Candidates:
     """`(n,)`: scores of the list that was scored ahead, NaN for what is not in it; None where it was not asked for."""
     ahead_version: str | None = None
     """The model that made that list."""
+    groups: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """`(n,)`: a bit for each of the filters' groups that the item belongs to, see `Filters.group_bits`."""
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -152,6 +175,7 @@ def candidates_sql(
         vector_join=vector_join,
         wish=wish,
         wish_join=wish_join,
+        groups=filters.group_bits("i"),
         columns=columns,
     )
     return sql, parameters | {"at": at, **filters.parameters()}
@@ -175,7 +199,7 @@ def candidates_of(
     vectors = np.zeros((len(rows), dim), np.float32)
     if has_vector.any():
         vectors[has_vector] = half_vectors([value for value in raw if value is not None])
-    read = [(row[0], *row[7:]) for row in rows]
+    read = [(row[0], *row[8:]) for row in rows]
     if not features:
         columns = _unknown(view, [row[0] for row in rows])
     elif today is None:
@@ -195,6 +219,7 @@ def candidates_of(
         features,
         listed,
         listed_by,
+        np.array([row[7] for row in rows], np.int64),
     )
 
 
@@ -233,17 +258,18 @@ def _sources(
     parameters: dict[str, Any] = {"champion": champion, "recent": text_array(recent)}
     # Written into the statement: a plan made for any limit expects far fewer rows than these.
     share, part, few = limit // 2, limit // 3, limit // 10
-    # The lists hold items that were there when they were made, so only a filter by category has to look at the items
+    # The lists hold items that were there when they were made, so only a filter by what an item is has to look at them
     # first. A read at an earlier instant drops those that came later afterwards, and may get fewer than asked for.
-    by_category = filters.categories is not None or bool(filters.exclude_categories) or filters.years is not None
-    listed = "{0} IN (SELECT item_id FROM allowed)" if by_category else filters.not_excluded("{0}")
+    listed = "{0} IN (SELECT item_id FROM allowed)" if filters.looks_at_items else filters.not_excluded("{0}")
     if ahead is not None:
         picked.append(ahead.source(listed))
         parameters |= ahead.parameters()
     # At the present few items are still to come, and to look each up that is near takes a tenth of the statement: those are
     # dropped with the others that came later. At an earlier instant they may be most of the catalogue.
     near = (
-        filters.not_excluded("v.item_id") if live and not by_category else "v.item_id IN (SELECT item_id FROM allowed)"
+        filters.not_excluded("v.item_id")
+        if live and not filters.looks_at_items
+        else "v.item_id IN (SELECT item_id FROM allowed)"
     )
     typed = f"v.vector::halfvec({dim})"
     ann = (

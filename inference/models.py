@@ -7,7 +7,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,12 +44,13 @@ class Superseded(Unavailable):
 
 @dataclass(frozen=True, slots=True)
 class PopularItem:
-    """One place of the shipped list; `categories` None where the list is from before it had them."""
+    """One place of the shipped list; `categories` and `attributes` None where the list is from before it had them."""
 
     item_id: str
     title: str
     score: float
     categories: frozenset[str] | None
+    attributes: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +119,14 @@ class LoadedModels:
             raise Unavailable(f"model {champion.version} is still being loaded")
         return release.ranker
 
-    def run(self, ranker: Ranker, inputs: Inputs, left_ms: float) -> Answer:
-        """`ranker.run(inputs)`. Raises ModelFailed if it fails, failed lately, or takes longer than `left_ms`."""
+    def run(self, ranker: Ranker, inputs: Inputs, left_ms: float, pace: Pace | None = None) -> Answer:
+        """`ranker.run(inputs)`. Raises ModelFailed if it fails, failed lately, or takes longer than `left_ms`.
+
+        `pace` is that of runs of another size than a request's.
+        """
         # What an experiment's model does must not keep the champion from answering.
-        breaker, pace = self.beside.guard(ranker) or (self.ranker_breaker, self._rank_pace)
+        breaker, own_pace = self.beside.guard(ranker) or (self.ranker_breaker, self._rank_pace)
+        pace = pace or own_pace
         if not pace.fits(left_ms):
             raise ModelFailed(f"the ranker lately took longer than the {left_ms:.0f} ms that are left")
         started = time.perf_counter()
@@ -305,6 +310,7 @@ def read_popular(folder: Path) -> Sequence[PopularItem]:
                 row["title"],
                 float(row["score"]),
                 frozenset(row["categories"]) if "categories" in row else None,
+                dict(row["attributes"]) if "attributes" in row else None,
             )
             for row in rows
         )

@@ -4,10 +4,11 @@
 
 The ladder, each rung named in `degraded`: `features` (read without them), `wish-parser` (no language model in time: the
 wish as it was said), `wish` (the encoder failed), `release` (the model before goes on, because the champion cannot be
-loaded), `arm` (not what the person's arm of an experiment declares), `ranker` (no model), `database` (the list that ships
-with the artefact), then Unavailable. Beside `ranker`, `scores` says that the person's list was scored ahead by a model
-(inference/ahead.py); without it co-visitation and what is trending answer. Each step gets a share of the time that is left,
-so that the rungs below it have some.
+loaded), `arm` (not what the person's arm of an experiment declares), `explanations` (plain reasons, nothing was tried),
+`ranker` (no model), `database` (the list that ships with the artefact), then Unavailable. Beside `ranker`, `scores` says
+that the person's list was scored ahead by a model (inference/ahead.py); without it co-visitation and what is trending
+answer. Each step gets a share of the time that is left, so that the rungs below it have some. The rules of what may be shown
+hold on every rung.
 """
 
 from __future__ import annotations
@@ -25,24 +26,29 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from inference import explain, metrics, rerank, timing, wishes
+from inference import explain, metrics, rerank, shipped, timing, wishes
 from inference.ahead import Ahead, ranked
 from inference.arms import NO_PLAN, Plan
 from inference.breaker import Resting
 from inference.candidates import Candidates, Filters
 from inference.connections import Lost, StatementFailed
-from inference.deadline import CANDIDATES_SHARE, FLOOR_SHARE, MODEL_SHARE, READ_SHARE, Deadline
+from inference.deadline import CANDIDATES_SHARE, FLOOR_SHARE, MODEL_SHARE, READ_SHARE, Deadline, Pace
+from inference.explain import Explained
+from inference.explainer import Explainer, Ranking
 from inference.models import PopularItem
 from inference.ranker import Answer, Inputs, Ranker
 from inference.ranker_inputs import candidate_inputs, no_candidates, person_inputs
+from inference.rerank import Chosen
+from inference.rules import NO_RULES, Rules
 from inference.served import ServedLog, ServedRead
 from inference.served_request import ARM, Slate, slate_of
+from inference.shipped import POPULAR_VERSION, Known
 from inference.store import Champion, History, PersonRow, Store
 from inference.telemetry import span
 from inference.trials import Trials
 from schemas import prompts
 from schemas.errors import ArtifactError, DefinitionError, Unavailable
-from schemas.events import LIKED_VALUE, NEGATIVE_KINDS
+from schemas.events import NEGATIVE_KINDS
 from schemas.serving import RecommendationRequest, RecommendationResponse, RecommendedItem
 from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS
 
@@ -51,7 +57,6 @@ logger = logging.getLogger(__name__)
 RECENT_ITEMS = 20
 """So many of the newest items look up their co-visitation neighbours."""
 FLOOR_VERSION = "co-visitation"
-POPULAR_VERSION = "popular"
 
 
 class Models(Protocol):
@@ -63,7 +68,7 @@ class Models(Protocol):
 
     def first(self, champion: Champion, wait_ms: float) -> Ranker: ...
 
-    def run(self, ranker: Ranker, inputs: Inputs, left_ms: float) -> Answer: ...
+    def run(self, ranker: Ranker, inputs: Inputs, left_ms: float, pace: Pace | None = None) -> Answer: ...
 
     def encode(self, text: str, left_ms: float, space: str | None = None) -> NDArray[np.float32]: ...
 
@@ -102,6 +107,11 @@ class Recommender:
     """Whether who has said nothing of it agrees to being personalised."""
     wish_parser: wishes.Parser | None = None
     """What reads wishes, where there is a language model; who has not agreed is not told of to it."""
+    rules: Rules = NO_RULES
+    explainer: Explainer = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "explainer", Explainer(self.store, self.models))
 
     def recommend(
         self, request: RecommendationRequest, deadline: float | None = None, steps: Steps | None = None
@@ -116,14 +126,13 @@ class Recommender:
             limits.append((deadline - time.monotonic()) * 1_000)
         ends = Deadline.after(max(min(limits), 1))
         request_id = request.request_id or uuid.uuid4().hex
-        # What is known of the person by then holds on the last rung too.
-        seen: list[str] = []
+        known = Known()
         at = request.at or self.now()
         plan = self.trials.plan(request, at) if self.trials else NO_PLAN
         try:
-            answer, slate = self._personal(request, at, plan, request_id, ends, steps, seen)
+            answer, slate = self._personal(request, at, plan, request_id, ends, steps, known)
         except Unavailable:
-            answer = self._shipped(request, plan, request_id, ends, seen)
+            answer = self._shipped(request, plan, request_id, ends, known)
             slate = Slate(None, len(answer.items))
         if not answer.personalised:
             plan = NO_PLAN
@@ -151,7 +160,7 @@ class Recommender:
         request_id: str,
         ends: Deadline,
         steps: Steps,
-        seen: list[str],
+        known: Known,
     ) -> tuple[RecommendationResponse, Slate]:
         degraded: list[str] = []
         # One reference for the whole request, taken before anything is read: model and vectors are of one version.
@@ -159,12 +168,12 @@ class Recommender:
         # A read at an instant that the caller names knows of later events what training does not: it is not audited.
         audited = request.at is None and self.served is not None and self.served.samples(request.user_id)
         with steps.step("read"):
-            person, features = self._read(request, at, audited, current, ends)
+            person, features = self._read(request, request_id, at, audited, current, ends)
         if not features:
             _note(degraded, "features")
         elif request.at is None:
             metrics.features_read({name: columns.settled_at for name, columns in person.views.items()})
-        seen += person.history.item_ids
+        known.had, known.held_back = person.history.item_ids, person.held_back
         if not person.personalise:
             # Who has not agreed gets what everybody gets: nothing of theirs was read, and nothing of this is kept.
             plan = NO_PLAN
@@ -176,11 +185,10 @@ class Recommender:
         parser = self.wish_parser if person.personalise else None
         wish = wishes.understood(parser, request.prompt, ends.left_ms(), degraded, steps.step)
         wish_text = self._encode_wish(wish, template, ranker, ends, degraded, steps)
+        audited = audited and features and person.personalise
         limit = plan.candidates or self.candidates
-        asked = _Asked(
-            request, at, person, wish_text, audited and features and person.personalise, features, limit, wish
-        )
-        by_ranker: tuple[Candidates, NDArray[np.float32]] | None = None
+        asked = _Asked(request, at, person, self.rules, wish_text, audited, features, limit, wish)
+        by_ranker: tuple[Candidates, NDArray[np.float32], Inputs] | None = None
         if ranker is not None:
             try:
                 by_ranker = self._by_ranker(ranker, asked, ends, steps, degraded)
@@ -190,21 +198,34 @@ class Recommender:
                 logger.warning("no ranking by model %s: %s", ranker.version, error)
                 ranker = None
                 _note(degraded, "ranker")
-        candidates, scores = by_ranker or self._by_floor(asked, ends, steps, degraded)
+        candidates, scores, inputs = by_ranker or (*self._by_floor(asked, ends, steps, degraded), None)
         with steps.step("re-rank"), span("re-rank", attributes={"recsys.rank.rows": len(candidates)}):
             diversity = plan.diversity(request) if candidates.vectors.shape[1] else None
-            # Only a model's scores are logits, by which there is something to draw.
-            drawn = plan.explore(request_id, scores, candidates.vectors, request.k, diversity) if ranker else None
-            if drawn is not None:
-                order = drawn.order
-            elif diversity:
-                order = rerank.maximal_marginal_relevance(scores, candidates.vectors, request.k, diversity)
-            else:
-                order = rerank.best(scores, request.k)
+            limits = self.rules.limits(candidates.groups, request.k)
+            # Only a model's scores are logits, by which there is something to draw; and what is drawn knows no rules.
+            drawable = ranker is not None and limits is None
+            drawn = plan.explore(request_id, scores, candidates.vectors, request.k, diversity) if drawable else None
+            chosen = (
+                Chosen(drawn.order)
+                if drawn is not None
+                else rerank.choose(
+                    scores,
+                    request.k,
+                    vectors=candidates.vectors if candidates.vectors.shape[1] else None,
+                    diversity=diversity or 0.0,
+                    limits=limits,
+                )
+            )
+            order = chosen.order
         if plan.missed(ranker.version if ranker else None):
             _note(degraded, ARM)
         with steps.step("explain"):
-            items = self._items(order, candidates, scores, person.history, request.explain)
+            why: list[Explained] | None = None
+            if request.explain:
+                words = wish.look_for if wish is not None and wish_text is not None else None
+                ranking = ranker and inputs and Ranking(ranker, inputs, candidates, scores, person.history, at, words)
+                why = self._explain(order, candidates, person.history, ranking or None, words, ends, degraded)
+            items = _items(order, candidates, scores, why)
         if asked.audited and candidates.features_read and self.served is not None:
             self.served.offer(_served(asked, request_id, candidates, order))
         answer = RecommendationResponse(
@@ -217,32 +238,35 @@ class Recommender:
             experiment=plan.answer,
             degraded=tuple(degraded),
             personalised=person.personalise,
+            rules=self.rules.notes(chosen, shipped.wanted(request), held_back=len(person.held_back)),
         )
         return answer, slate_of(candidates, scores, drawn, asked.audited)
 
     def _read(
-        self, request: RecommendationRequest, at: datetime, audited: bool, current: Ranker | None, ends: Deadline
+        self,
+        request: RecommendationRequest,
+        request_id: str,
+        at: datetime,
+        audited: bool,
+        current: Ranker | None,
+        ends: Deadline,
     ) -> tuple[PersonRow, bool]:
         """What is known of the person, and whether with features: where those cannot be read, the history alone is."""
-        model = current.version if current else None
-        live = request.at is None
-
-        def read(audited: bool, features: bool) -> PersonRow:
-            return self.store.read_person(
-                request.user_id,
-                at,
-                ends.share_ms(READ_SHARE),
-                live=live,
-                audited=audited,
-                model=model,
-                features=features,
-                unless_said=self.consent_default,
-            )
-
+        read = partial(
+            self.store.read_person,
+            request.user_id,
+            at,
+            live=request.at is None,
+            model=current.version if current else None,
+            unless_said=self.consent_default,
+            held_days=self.rules.not_again_days,
+            request_id=request_id,
+        )
         try:
-            return read(audited, True), True
+            row = read(ends.share_ms(READ_SHARE), audited=audited)
         except StatementFailed:
-            return read(False, False), False
+            return read(ends.share_ms(READ_SHARE), features=False), False
+        return row, True
 
     def _ranker(self, current: Ranker | None, person: PersonRow, ends: Deadline, degraded: list[str]) -> Ranker | None:
         """The model to rank with: the one in memory until the champion is; the champion, waited for, if there is none."""
@@ -319,7 +343,7 @@ class Recommender:
 
     def _by_ranker(
         self, ranker: Ranker, asked: _Asked, ends: Deadline, steps: Steps, degraded: list[str]
-    ) -> tuple[Candidates, NDArray[np.float32]]:
+    ) -> tuple[Candidates, NDArray[np.float32], Inputs]:
         wish = ranker.project(asked.wish_text[None]) if asked.wish_text is not None else None
         with steps.step("user vector"):
             inputs = person_inputs(asked.person, asked.at, wish, ranker.dim)
@@ -332,12 +356,12 @@ class Recommender:
         with steps.step("candidates"):
             candidates = self._pick(asked, ends, CANDIDATES_SHARE, degraded, ranker, user_vector[0])
         if not len(candidates):
-            return candidates, np.zeros(0, np.float32)
+            return candidates, np.zeros(0, np.float32), inputs
         with steps.step("rank"):
             rows = candidate_inputs(candidates, asked.person.views, asked.at)
             _, scores = self.models.run(ranker, inputs | rows, ends.left_ms())
         likeness = candidates.wish if asked.wish_text is not None else None
-        return candidates, rerank.follow_wish(scores[0], likeness, ranker.manifest.wish_weight)
+        return candidates, rerank.follow_wish(scores[0], likeness, ranker.manifest.wish_weight), inputs | rows
 
     def _pick(
         self,
@@ -380,70 +404,33 @@ class Recommender:
             metrics.features_read({view.name: picked.features.settled_at for view in CANDIDATE_VIEWS})
         return picked
 
-    def _items(
+    def _explain(
         self,
         order: NDArray[np.int64],
         candidates: Candidates,
-        scores: NDArray[np.float32],
         history: History,
-        with_reasons: bool,
-    ) -> tuple[RecommendedItem, ...]:
-        past_rows = [
-            row
-            for row, vector in enumerate(history.vectors)
-            if vector is not None and history.titles[row] and _speaks_for(history.kinds[row], history.values[row])
-        ]
-        past = (
-            np.stack([_row(history, row) for row in past_rows])
-            if past_rows and with_reasons
-            else np.zeros((0, 1), np.float32)
-        )
-        return tuple(
-            RecommendedItem(
-                item_id=candidates.item_ids[index],
-                score=float(scores[index]),
-                title=candidates.titles[index],
-                reasons=explain.reasons(
-                    candidates.vectors[index],
-                    int(candidates.sources[index]),
-                    history,
-                    float(candidates.wish[index]),
-                    past=past,
-                    past_rows=past_rows,
-                )
-                if with_reasons
-                else None,
-            )
-            for index in order.tolist()
-        )
+        ranking: Ranking | None,
+        wish: str | None,
+        ends: Deadline,
+        degraded: list[str],
+    ) -> list[Explained]:
+        """Why each shown item is: what was tried of it by the ranker; plain reasons on the floor, or without the time."""
+        if ranking is not None:
+            try:
+                return self.explainer.explain(ranking, order, ends)
+            except (ArtifactError, Unavailable) as error:
+                logger.warning("a slate is explained by likeness alone: %s", error)
+                _note(degraded, "explanations")
+        return explain.plain_slate(candidates, order, history, wish)
 
     def _shipped(
-        self, request: RecommendationRequest, plan: Plan, request_id: str, ends: Deadline, seen: Sequence[str]
+        self, request: RecommendationRequest, plan: Plan, request_id: str, ends: Deadline, known: Known
     ) -> RecommendationResponse:
-        """The list that ships with the artefact, when the database cannot be asked. What the request demands holds here
-        too; of what the person had, only what was read before it failed."""
-        left_out = {*request.exclude, *(seen if request.candidates is None else ())}
-        given = None if request.candidates is None else set(request.candidates)
-        only, never = set(request.filters.categories), set(request.filters.exclude_categories)
-        items = [
-            RecommendedItem(
-                item_id=item.item_id,
-                score=item.score,
-                title=item.title,
-                reasons=("popular",) if request.explain else None,
-            )
-            for item in self.models.popular(ends.left_ms())
-            if item.item_id not in left_out
-            and (given is None or item.item_id in given)
-            and _allowed(item.categories, only, never)
-        ]
-        return RecommendationResponse(
-            request_id=request_id,
-            items=tuple(items[: request.k]),
-            model_version=POPULAR_VERSION,
-            experiment=plan.answer,
-            degraded=("database", ARM) if plan.assignment else ("database",),
-        )
+        """The list that ships with the artefact, when the database cannot be asked."""
+        answer = shipped.answer(request, request_id, self.models.popular(ends.left_ms()), self.rules, known)
+        if plan.assignment is None:
+            return answer
+        return answer.model_copy(update={"experiment": plan.answer, "degraded": (*answer.degraded, ARM)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,6 +440,7 @@ class _Asked:
     request: RecommendationRequest
     at: datetime
     person: PersonRow
+    rules: Rules
     wish_text: NDArray[np.float32] | None
     audited: bool = False
     features: bool = True
@@ -463,9 +451,11 @@ class _Asked:
         # Candidates that the caller names are ranked even if the person had them.
         seen = [] if self.request.candidates is not None else self.person.history.item_ids
         filters = Filters(
-            exclude=list(dict.fromkeys([*self.request.exclude, *seen])),
+            exclude=list(dict.fromkeys([*self.request.exclude, *seen, *self.person.held_back])),
             categories=self.request.filters.categories or None,
             exclude_categories=self.request.filters.exclude_categories,
+            where=self.rules.where(self.request.filters.where),
+            groups=self.rules.conditions,
         )
         return wishes.narrowed(filters, self.wish)
 
@@ -475,9 +465,19 @@ class _Asked:
         return list(dict.fromkeys(reversed(liked)))[:RECENT_ITEMS]
 
 
-def _speaks_for(kind: str, value: float | None) -> bool:
-    """Whether an event is a reason to be shown something alike: nothing hidden, nothing rated low."""
-    return kind not in NEGATIVE_KINDS and (kind != "rating" or value is None or value >= LIKED_VALUE)
+def _items(
+    order: NDArray[np.int64], candidates: Candidates, scores: NDArray[np.float32], why: list[Explained] | None
+) -> tuple[RecommendedItem, ...]:
+    return tuple(
+        RecommendedItem(
+            item_id=candidates.item_ids[index],
+            score=float(scores[index]),
+            title=candidates.titles[index],
+            reasons=why[place].reasons if why else None,
+            because=why[place].because if why else None,
+        )
+        for place, index in enumerate(order.tolist())
+    )
 
 
 def _served(asked: _Asked, request_id: str, candidates: Candidates, order: NDArray[np.int64]) -> ServedRead:
@@ -493,19 +493,6 @@ def _served(asked: _Asked, request_id: str, candidates: Candidates, order: NDArr
     )
 
 
-def _row(history: History, row: int) -> NDArray[np.float32]:
-    vector = history.vectors[row]
-    assert vector is not None
-    return vector
-
-
 def _note(degraded: list[str], rung: str) -> None:
     if rung not in degraded:
         degraded.append(rung)
-
-
-def _allowed(categories: frozenset[str] | None, only: set[str], never: set[str]) -> bool:
-    """Whether a filter by category lets an item through; where its categories are not known, none does."""
-    if not only and not never:
-        return True
-    return categories is not None and not categories & never and (not only or bool(categories & only))

@@ -19,6 +19,7 @@ from inference.deadline import Deadline
 from inference.models import LoadedModels
 from inference.pseudonyms import Pseudonyms
 from inference.recommend import FLOOR_VERSION, Recommender
+from inference.rules import read_rules
 from inference.served import ServedLog
 from inference.settings import Settings, read_settings
 from inference.store import Champion, Store
@@ -73,6 +74,7 @@ class LarderApplication:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> LarderApplication:
+        rules = read_rules(settings.rules)
         store = Store(settings.database_read_url or settings.database_url, settings.concurrency)
         writer_url = settings.writer_url or settings.database_url
         writer = Store(writer_url, settings.concurrency, "the database (writes)")
@@ -91,6 +93,7 @@ class LarderApplication:
             scores_hours=settings.scores_hours,
             consent_default=settings.consent_default,
             wish_parser=_parser(settings, store),
+            rules=rules,
         )
         return cls(settings, store, writer, models, recommender, served, trials, access_of(settings, store), unwatch)
 
@@ -173,7 +176,9 @@ class LarderApplication:
             at=datetime.now(UTC),
             k=request.k,
             filters=Filters(
-                categories=request.filters.categories or None, exclude_categories=request.filters.exclude_categories
+                categories=request.filters.categories or None,
+                exclude_categories=request.filters.exclude_categories,
+                where=self.recommender.rules.where(request.filters.where),
             ),
             item_id=request.item_id,
             text=text,

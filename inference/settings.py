@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from inference.links import Links
 from inference.pseudonyms import Pseudonyms
@@ -48,6 +49,8 @@ class Settings:
     """How long a key is trusted before it is looked up again: a revocation counts by then."""
     survey_per_mille: int = 0
     """Of how many people in a thousand the page asks its two questions in a week."""
+    rules: Path | None = None
+    """The file with the deployment's rules, see inference/rules.py; None: there are none."""
     link_keys: str = field(default="", repr=False)
     """Secrets of signed links, see inference/links.py; empty: none are taken."""
     experiments: str = ""
@@ -139,6 +142,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         access=access,
         link_keys=link_keys,
         log_keys=log_keys,
+        rules=Path(environ["LARDER_RULES"]) if environ.get("LARDER_RULES") else None,
         database_read_url=with_tls(environ.get("DATABASE_READ_URL", ""), environ) or None,
         request_log=stream or "stderr",
         experiments=environ.get("LARDER_EXPERIMENTS", ""),

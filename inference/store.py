@@ -89,6 +89,8 @@ class PersonRow:
     """The version whose item vectors the history has."""
     personalise: bool = True
     """False: the person has not agreed to it, and nothing of them was read."""
+    held_back: list[str] = field(default_factory=list)
+    """Items shown lately without a reaction, where that was asked for."""
 
 
 @dataclass(slots=True)
@@ -169,6 +171,8 @@ class Store:
         model: str | None = None,
         features: bool = True,
         unless_said: bool = True,
+        held_days: int = 0,
+        request_id: str | None = None,
     ) -> PersonRow:
         """Champion, newest events with their item vectors, and the person's feature views, as of `at`.
 
@@ -176,7 +180,8 @@ class Store:
         they come from daily snapshots and single events, which know what was before any instant. `audited`: also which
         transactions a live read saw. `model` is the version whose item vectors are wanted, None: the champion's, whichever
         it is in the very snapshot that names it. Without `features` the views are empty. `unless_said`: whether who has
-        said nothing of it agrees to being personalised; of who does not, nothing is read.
+        said nothing of it agrees to being personalised; of who does not, nothing is read. With `held_days`, also the items
+        that were shown within so many days before `at`, by other requests than `request_id`, and that nothing came of.
         """
         today = utc_day(at)
         parameters = {"user_id": user_id, "at": at, "limit": MAX_HISTORY, "model": model, "unless_said": unless_said}
@@ -186,17 +191,21 @@ class Store:
         reads = [_entity_sql(entity, audited) for entity in entities] if live else [_person_sql(view) for view in views]
         if not features:
             reads = []
+        also = [statement("read_held_back")] if held_days else []
+        parameters |= {"held_since": at - timedelta(days=held_days), "request_id": request_id} if held_days else {}
 
         def question(connection: StoreConnection) -> list[list[tuple[Any, ...]]]:
             with connection.pipeline():
                 set_locally(connection, connection.server_ms(), PLAN_ONCE)
                 cursors = [
-                    _execute(connection, sql, parameters, prepare=True) for sql in (statement("read_history"), *reads)
+                    _execute(connection, sql, parameters, prepare=True)
+                    for sql in (statement("read_history"), *reads, *also)
                 ]
             return [cursor.fetchall() for cursor in cursors]
 
-        with span("db read_person", kind="client", attributes=_db(2 + len(reads))):
+        with span("db read_person", kind="client", attributes=_db(2 + len(reads) + len(also))):
             rows = self.ask(question, timeout_ms)
+        held_back = [item_id for (item_id,) in rows.pop()] if also else []
         champion, wish_template = _released(rows[0][0])
         history = [row[6:] for row in rows[0][::-1] if row[6] is not None]
         vectors = iter(half_vectors([row[4] for row in history if row[4] is not None]))
@@ -220,6 +229,7 @@ class Store:
             wish_template,
             rows[0][0][4],
             rows[0][0][5],
+            held_back,
         )
 
     def pick_candidates(

@@ -20,6 +20,7 @@ from schemas.errors import SettingsError
 DEFAULT_NAME = "simulated"
 DEFAULT_DAYS = 120
 RECORD = "deployment.json"
+RULES = "rules.toml"
 
 
 def home() -> Path:
@@ -51,6 +52,14 @@ class Deployment:
     @property
     def artifacts_url(self) -> str:
         return os.environ.get("ARTIFACTS_URL") or (self.folder / "artifacts").as_uri()
+
+    @property
+    def rules_file(self) -> Path | None:
+        """Where the rules of what may be shown are: what LARDER_RULES names, else `rules.toml` in the folder, if it is there."""
+        if named := os.environ.get("LARDER_RULES"):
+            return Path(named)
+        file = self.folder / RULES
+        return file if file.exists() else None
 
     @property
     def dagster_home(self) -> Path:

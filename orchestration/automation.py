@@ -29,6 +29,7 @@ training_job = dg.define_asset_job(
         "training_set",
         "ranker",
         "ranker_evaluation",
+        "rule_prices",
         "ranker_onnx",
         "item_vectors",
         "skew_audit",

@@ -13,6 +13,7 @@ from orchestration.assets import (
     prompts,
     ranker,
     release,
+    rules,
     scores,
     skew,
 )
@@ -42,6 +43,7 @@ ASSETS: list[dg.AssetsDefinition] = [
     ranker.training_set,
     ranker.ranker,
     ranker.ranker_evaluation,
+    rules.rule_prices,
     ranker.ranker_onnx,
     embeddings.item_vectors,
     skew.skew_audit,

@@ -28,7 +28,7 @@ ENCODER_PATH = "encoders/text"
 CHAMPION_POINTER = "models/champion.json"
 """`{"version", "path"}` of the last release: what a function falls back on while the database cannot be asked."""
 POPULAR_ITEMS = "popular_items.json"
-"""The list that answers when the database cannot: `[{"item_id", "title", "score", "categories"}, …]`."""
+"""The list that answers when the database cannot: `[{"item_id", "title", "score", "categories", "attributes"}, …]`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,8 @@ QUESTIONS = ("satisfied", "trust")
 """What the page may ask about a list."""
 MAX_CONTEXT_ENTRIES = 64
 MAX_CATEGORIES = 100
+MAX_WHERE = 20
+MAX_VALUES = 100
 MAX_SHOWN_CHARS = 80
 """So much of an offending value is quoted back, never more."""
 
@@ -157,6 +159,8 @@ Instant = Annotated[
 ]
 ItemIds = Annotated[tuple[Key, ...], Field(max_length=MAX_CANDIDATES), AfterValidator(_unique)]
 Categories = Annotated[tuple[Key, ...], Field(max_length=MAX_CATEGORIES), AfterValidator(_unique)]
+Bound = Annotated[float, Field(gt=-1e15, lt=1e15)]
+Values = Annotated[tuple[Key | Bound, ...], Field(max_length=MAX_VALUES)]
 ContextValue = Annotated[Scalar, PlainValidator(_check_scalar), WithJsonSchema(_SCALAR_SCHEMA)]
 Context = Annotated[
     dict[Key, ContextValue],
@@ -176,11 +180,27 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class AttributeFilter(_Model):
+    """What one attribute of an item must be: within the bounds, which it may equal, one of `one_of` and none of `none_of`.
+
+    Numbers are compared as numbers, also where the catalogue holds them as text; texts as they are. An item without the
+    attribute may not appear; without any bound it must merely have it.
+    """
+
+    attribute: Key
+    at_least: Bound | None = None
+    at_most: Bound | None = None
+    one_of: Values = ()
+    none_of: Values = ()
+
+
 class Filters(_Model):
-    """Which items may appear: in one of `categories` (none given: any) and in none of `exclude_categories`."""
+    """Which items may appear: in one of `categories` (none given: any), in none of `exclude_categories`, and holding all of
+    `where`. Filters only tighten what the deployment's own rules allow."""
 
     categories: Categories = ()
     exclude_categories: Categories = ()
+    where: Annotated[tuple[AttributeFilter, ...], Field(max_length=MAX_WHERE)] = ()
 
 
 class RecommendationRequest(_Model):
@@ -203,20 +223,71 @@ class RecommendationRequest(_Model):
     request_id: Key | None = None
 
 
+class Because(_Model):
+    """One thing that moved an item's score, and by how much; fields that do not apply to its kind are absent.
+
+    kind            what was left out                             fields beside the score's
+    event           all that the person did with one item         item_id, title, people_both
+    wish            a clause of the wish, or all of it            words
+    features        one feature view                              view
+    co_visitation   nothing: people who had the last items        people_both
+                    went on to this one
+    trending, new, popular,   nothing: the list it comes from (ahead: what was scored for
+    ahead                     the person some time before)
+
+    `score_without` is the score that the model gives the item when that is left out and nothing else; `effect` is the score
+    less that, in the same units (logits): above 0 it speaks for the item, below 0 against it. `places` is how many places lower
+    the item would stand among the items shown and the best that are not. All three are absent where nothing was tried.
+    `people_both` is how many people had both items.
+    """
+
+    kind: Literal["event", "wish", "features", "co_visitation", "trending", "new", "popular", "ahead"]
+    item_id: str | None = None
+    title: str | None = None
+    words: str | None = None
+    view: str | None = None
+    score_without: float | None = None
+    effect: float | None = None
+    places: int | None = None
+    people_both: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialise(self)
+        return {name: value for name, value in fields.items() if value is not None}
+
+
 class RecommendedItem(_Model):
-    """One place in a slate. `reasons` is there exactly when the request said `explain`."""
+    """One place in a slate. `reasons` and `because` are there exactly when the request said `explain`: the first in words, the
+    second with figures, what moved the score most first. `explanations` in `degraded` says that nothing could be tried in
+    time: then both say what is alike and where the item comes from, without figures."""
 
     item_id: str
     score: float
     title: str
     reasons: tuple[str, ...] | None = None
+    because: tuple[Because, ...] | None = None
 
     @model_serializer(mode="wrap")
     def _without_absent_reasons(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialise(self)
-        if self.reasons is None:
-            fields.pop("reasons", None)
+        for name in ("reasons", "because"):
+            if fields[name] is None:
+                fields.pop(name)
         return fields
+
+
+class RuleNote(_Model):
+    """A rule of the deployment that shaped a slate, by its name in `rules.toml`, and how many slots that concerns.
+
+    fewer      it leaves items out, and the slate is that much shorter than what was asked for
+    missed     a floor or an `at_least` that the candidates could not meet: so many slots are lacking
+    unchecked  the database could not be asked what was shown before: `not_again_days` is not looked at
+    """
+
+    rule: str
+    outcome: Literal["fewer", "missed", "unchecked"]
+    slots: int
 
 
 class ExperimentArm(_Model):
@@ -230,6 +301,7 @@ class RecommendationResponse(_Model):
     """A slate and what made it. `degraded` names each rung of the ladder that had to be taken; empty is best.
 
     `personalised` is there, and false, exactly for a person who has not agreed to it: nothing of them was read.
+    `rules` is there only where a rule of the deployment left the slate short of what was asked for, or was not met.
     """
 
     request_id: str
@@ -239,12 +311,15 @@ class RecommendationResponse(_Model):
     experiment: ExperimentArm | None = None
     degraded: tuple[str, ...] = ()
     personalised: bool = True
+    rules: tuple[RuleNote, ...] = ()
 
     @model_serializer(mode="wrap")
     def _without_the_usual(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialise(self)
         if self.personalised:
             fields.pop("personalised", None)
+        if not self.rules:
+            fields.pop("rules", None)
         return fields
 
 

@@ -119,10 +119,13 @@ def random_artifact(
     np.savez(place / TEXT_PROJECTION, weight=weight, bias=np.zeros(d, np.float32))
     np.savez(place / ITEM_RESIDUALS, item_ids=np.array([], np.str_), residuals=np.zeros((0, d), np.float32))
     popular = connection.execute(
-        "SELECT p.item_id, i.title, p.score FROM popular_items AS p JOIN items AS i USING (item_id) "
+        "SELECT p.item_id, i.title, p.score, i.categories, i.attributes FROM popular_items AS p JOIN items AS i USING (item_id) "
         "WHERE p.list = 'trending' ORDER BY p.rank"
     )
-    rows = [{"item_id": item_id, "title": title, "score": score} for item_id, title, score in popular]
+    rows = [
+        {"item_id": item_id, "title": title, "score": score, "categories": categories, "attributes": attributes}
+        for item_id, title, score, categories, attributes in popular
+    ]
     (place / POPULAR_ITEMS).write_text(json.dumps(rows))
     manifest = Manifest(
         name="ranker",

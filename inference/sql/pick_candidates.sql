@@ -11,7 +11,7 @@ WITH allowed AS NOT MATERIALIZED (
     FROM picked GROUP BY item_id ORDER BY min(place), item_id LIMIT {limit}
 ), {features}
 SELECT m.item_id, m.sources, m.evidence, i.title, i.categories, {vector} AS vector, {wish} AS wish,
-    {columns}
+    {groups} AS groups, {columns}
 FROM merged AS m
 JOIN items AS i ON i.item_id = m.item_id AND (i.available_at IS NULL OR i.available_at <= %(at)s)
 {vector_join}

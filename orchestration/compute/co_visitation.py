@@ -27,12 +27,12 @@ def positive(kind: NDArray[np.int64]) -> NDArray[np.bool_]:
 class Neighbours:
     """The k items that follow each item most, best first; rows with fewer are filled with item −1, score 0.
 
-    `item (items, k) int32`, `score (items, k) float32`, `count (items, k) int32` (pairs seen, for reasons in words).
+    `item (items, k) int32`, `score (items, k) float32`, `people (items, k) int32` (how many had both, for reasons in words).
     """
 
     item: NDArray[np.int32]
     score: NDArray[np.float32]
-    count: NDArray[np.int32]
+    people: NDArray[np.int32]
 
     def score_histories(
         self, histories: list[NDArray[np.int32]], *, last: int = 20, decay: float = 0.7
@@ -66,29 +66,34 @@ def co_visitation(
 ) -> Neighbours:
     """Count pairs at most `window` events apart; a pair δ apart is worth decay^(δ−1), seen backwards `backward` of it.
 
-    The sum is divided by count(next)^popularity_power: an item that follows everything says little about its leader.
+    The sum is divided by count(next)^popularity_power: an item that follows everything says little about its leader. People
+    are counted once, however often they had the two within the window.
     """
     events = interactions.take(positive(interactions.kind))
     items = len(interactions.item_ids)
     keys: list[NDArray[np.int64]] = []
+    users: list[NDArray[np.int64]] = []
     weights: list[NDArray[np.float64]] = []
     for distance in range(1, window + 1):
         same = events.user[distance:] == events.user[:-distance]
+        user = events.user[distance:][same].astype(np.int64)
         earlier = events.item[:-distance][same].astype(np.int64)
         later = events.item[distance:][same].astype(np.int64)
         for source, target, direction in ((earlier, later, 1.0), (later, earlier, backward)):
             other = source != target
             keys.append(source[other] * items + target[other])
+            users.append(user[other])
             weights.append(np.full(int(other.sum()), direction * decay ** (distance - 1)))
-    pair, inverse, count = np.unique(
-        np.concatenate(keys) if keys else np.empty(0, np.int64), return_inverse=True, return_counts=True
+    pair, summed, people = _by_pair(
+        *(np.concatenate([*parts, np.empty(0, kind)]) for parts, kind in ((keys, np.int64), (users, np.int64))),
+        np.concatenate([*weights, np.empty(0)]),
+        len(interactions.user_ids),
     )
-    summed = np.bincount(inverse, np.concatenate(weights) if weights else np.empty(0), minlength=len(pair))
     source, target = pair // max(items, 1), pair % max(items, 1)
     frequency = np.maximum(np.bincount(events.item, minlength=items), 1)
     score = summed / frequency[target] ** popularity_power
     order = np.lexsort((target, -score, source))  # ties by catalogue order: the same counts give the same table
-    source, target, score, count = source[order], target[order], score[order], count[order]
+    source, target, score, people = source[order], target[order], score[order], people[order]
     rank = np.arange(len(source)) - np.searchsorted(source, source)
     kept = rank < k
     table = Neighbours(
@@ -96,8 +101,26 @@ def co_visitation(
     )
     table.item[source[kept], rank[kept]] = target[kept]
     table.score[source[kept], rank[kept]] = score[kept]
-    table.count[source[kept], rank[kept]] = count[kept]
+    table.people[source[kept], rank[kept]] = people[kept]
     return table
+
+
+def _by_pair(
+    pair: NDArray[np.int64], user: NDArray[np.int64], weight: NDArray[np.float64], users: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+    """The distinct ones of `pair (n,)`, the sum of `weight (n,)` of each, and how many of `user (n,)` it has."""
+    if not len(pair):
+        return pair, weight, pair
+    names: NDArray[np.int64] | None = None
+    if int(pair.max()) >= np.iinfo(np.int64).max // max(users, 1):
+        names, pair = np.unique(pair, return_inverse=True)  # else a pair and a person would not fit one integer
+    # Sorted once: those of a pair lie together, and within them those of a person.
+    both, inverse = np.unique(pair * users + user, return_inverse=True)
+    each = np.bincount(inverse, weight)
+    of = both // users
+    first = np.flatnonzero(np.concatenate([[True], of[1:] != of[:-1]]))
+    people = np.diff(np.append(first, len(of)))
+    return of[first] if names is None else names[of[first]], np.add.reduceat(each, first), people
 
 
 def popularity(interactions: Interactions) -> NDArray[np.float32]:

@@ -270,9 +270,9 @@ def export_ranker(lake: Lake, connection: psycopg.Connection[Any], artifacts_url
     following = evaluation["prompt_following"]
     passed, words = verdict(evaluation)
     popular = [
-        {"item_id": item_id, "title": title, "score": score, "categories": categories}
-        for item_id, title, score, categories in connection.execute(
-            "SELECT p.item_id, i.title, p.score, i.categories FROM popular_items AS p JOIN items AS i USING (item_id) "
+        {"item_id": item_id, "title": title, "score": score, "categories": categories, "attributes": attributes}
+        for item_id, title, score, categories, attributes in connection.execute(
+            "SELECT p.item_id, i.title, p.score, i.categories, i.attributes FROM popular_items AS p JOIN items AS i USING (item_id) "
             "WHERE p.list = 'trending' ORDER BY p.rank"
         )
     ]

@@ -37,7 +37,7 @@ def refresh_co_visitation(connection: psycopg.Connection[Any], interactions: Int
             "COPY co_visitation (item_id, rank, neighbour_id, score, people) FROM STDIN"
         ) as copy:
             for item, (others, scores, counts) in enumerate(
-                zip(neighbours.item.tolist(), neighbours.score.tolist(), neighbours.count.tolist(), strict=True)
+                zip(neighbours.item.tolist(), neighbours.score.tolist(), neighbours.people.tolist(), strict=True)
             ):
                 for rank, (other, score, count) in enumerate(zip(others, scores, counts, strict=True), start=1):
                     if other >= 0 and score > 0:

@@ -21,7 +21,7 @@ def specs() -> dict[str, dg.AssetSpec]:
 def test_the_road_has_these_assets_and_no_others(specs: dict[str, dg.AssetSpec]) -> None:
     assert set(specs) == DAILY | {
         "items", "source_events", "prompt_evaluation", "item_enrichment", "text_vectors", "popular_items", "co_visitation", "training_set", "ranker",
-        "ranker_evaluation", "ranker_onnx", "item_vectors", "skew_audit", "ranker_release", "recommend_function",
+        "ranker_evaluation", "rule_prices", "ranker_onnx", "item_vectors", "skew_audit", "ranker_release", "recommend_function",
         "experiment_report",
         "drift_report", "fairness_report",
         "user_scores",

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orchestration.compute.co_visitation import DAY_MICROSECONDS, WindowedPopularity, co_visitation, popularity
+from orchestration.compute.co_visitation import (
+    DAY_MICROSECONDS,
+    WindowedPopularity,
+    _by_pair,
+    co_visitation,
+    popularity,
+)
 from orchestration.compute.interactions import Interactions
 from schemas.events import KINDS
 
@@ -29,9 +35,25 @@ def test_pairs_are_counted_by_distance_and_direction() -> None:
     table = co_visitation(events, window=2, decay=0.5, backward=0.25, popularity_power=0.0)
     assert table.item[0].tolist()[:3] == [1, 2, -1]
     assert table.score[0, :2].tolist() == [2.0, 0.5]
-    assert table.count[0, :2].tolist() == [2, 1]
+    assert table.people[0, :2].tolist() == [2, 1]
     assert table.item[1].tolist()[:2] == [2, 0]
     assert table.score[1, :2].tolist() == [1.0, 0.5]
+
+
+def test_a_person_counts_once_however_often_they_had_both() -> None:
+    again = [(0, 0, 0), (0, 1, 1), (0, 0, 2), (0, 1, 3), (1, 1, 0), (1, 0, 1)]
+    table = co_visitation(world(again, items=2), popularity_power=0.0)
+    assert table.people[:, 0].tolist() == [2, 2]
+    assert table.score[0, 0] > 2
+
+
+def test_pairs_of_a_catalogue_too_large_for_one_number_are_counted_all_the_same() -> None:
+    pair, user = np.array([5, 2, 5, 5, 2]), np.array([0, 1, 0, 1, 1])
+    weight = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    usual = _by_pair(pair, user, weight, 2)
+    large = _by_pair(pair + 2**62, user, weight, 2)
+    assert [part.tolist() for part in usual] == [[2, 5], [7.0, 8.0], [1, 2]]
+    assert [part.tolist() for part in large] == [[2 + 2**62, 5 + 2**62], [7.0, 8.0], [1, 2]]
 
 
 def test_no_pair_crosses_two_people() -> None:
