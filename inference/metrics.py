@@ -1,8 +1,8 @@
 """What is counted and measured: every instrument and its attributes. Off (no endpoint) a call costs a comparison.
 
 Names follow OpenTelemetry's semantic conventions where there are any, and are ours under `recsys.*`. Attributes hold
-names of steps, rungs, views and versions, never an id, a text or a value that a caller chose: routes are those we have,
-methods those that HTTP has, and of model versions a process tells the first few apart.
+names of steps, rungs, views, versions and declared arms, never an id, a text or a value that a caller chose: routes are
+those we have, methods those that HTTP has, and of model versions and arms a process tells the first few apart.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS
 OTHER_METHOD = "_OTHER"
 MAX_VERSIONS = 16
 """So many model versions are told apart by one process; what comes after them is `other`."""
+MAX_ARMS = 64
+"""So many arms of experiments are told apart by one process; what comes after them is `other`."""
 READING_SECONDS = 3_600
 """What a request read longer ago says nothing of how fresh features are now: an idle process reports no age."""
 SECONDS_BOUNDARIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -38,9 +40,12 @@ _OBSERVED = {
     "recsys.model.loaded": ("{model}", "Models in memory, by version, precision and the provider that answers"),
     "recsys.requests.in_flight": ("{request}", "Requests in this process, those that wait included"),
     "recsys.served_log.queue.size": ("{read}", "Reads that wait to be written for the skew audit"),
+    "recsys.served_log.requests.waiting": ("{answer}", "Answers that wait to be logged"),
 }
 _OBSERVED_COUNTS = {
     "recsys.served_log.reads": ("{read}", "Reads for the skew audit, by what became of them"),
+    "recsys.served_log.requests": ("{answer}", "Answers to be logged, by what became of them"),
+    "recsys.shadows": ("{shadow}", "Shadows of experiments, by what became of them"),
 }
 
 
@@ -64,6 +69,9 @@ class _Instruments:
         self.cold_starts = meter.create_counter("faas.coldstarts", "{coldstart}", "First requests of a process")
         self.answers = meter.create_counter("recsys.answers", "{answer}", "Recommendations, by model version")
         self.rungs = meter.create_counter("recsys.degraded", "{answer}", "Degraded recommendations, by rung")
+        self.experiments = meter.create_counter(
+            "recsys.experiment.answers", "{answer}", "Recommendations to people in an experiment, by arm"
+        )
         self.rows = meter.create_histogram(
             "recsys.rank.batch.size", "{item}", "Candidates that the ranker scored at once"
         )
@@ -79,6 +87,7 @@ _lock = threading.Lock()
 _made: _Instruments | None = None
 _cold = True
 _versions: set[str] = set()
+_arms: set[tuple[str, str]] = set()
 _features: dict[str, tuple[float, float]] = {}
 """Of each view when its partition ended and when a request last read it."""
 _readers: list[Callable[[], Iterable[Reading]]] = []
@@ -107,6 +116,15 @@ def version_label(version: str | None) -> str:
             return "other"
         _versions.add(version)
     return version
+
+
+def _arm_label(experiment: tuple[str, str]) -> tuple[str, str]:
+    """Experiment and arm as attributes: themselves while there are few, then `other`; files may be changed for ever."""
+    if experiment not in _arms:
+        if len(_arms) >= MAX_ARMS:
+            return "other", "other"
+        _arms.add(experiment)
+    return experiment
 
 
 def request_ended(
@@ -146,8 +164,14 @@ def batch_processed(seconds: float, error: str = "") -> None:
     otel.measure(made.messages.record, seconds, attributes | {"error.type": error} if error else attributes)
 
 
-def answered(model_version: str | None, degraded: Iterable[str], steps_ms: Mapping[str, float]) -> None:
-    """A recommendation was made: by which model, on which rungs of the ladder, and where its time went."""
+def answered(
+    model_version: str | None,
+    degraded: Iterable[str],
+    steps_ms: Mapping[str, float],
+    experiment: tuple[str, str] | None = None,
+) -> None:
+    """A recommendation was made: by which model, on which rungs of the ladder, where its time went, in which experiment
+    and arm."""
     made = _instruments()
     if made is None:
         return
@@ -157,6 +181,10 @@ def answered(model_version: str | None, degraded: Iterable[str], steps_ms: Mappi
     )
     for rung in rungs:
         otel.measure(made.rungs.add, 1, {"recsys.rung": rung})
+    if experiment is not None:
+        name, arm = _arm_label(experiment)
+        missed = {"recsys.experiment.missed": "arm" in rungs}
+        otel.measure(made.experiments.add, 1, {"recsys.experiment": name, "recsys.experiment.arm": arm} | missed)
     for step, took_ms in steps_ms.items():
         otel.measure(made.steps.record, took_ms / 1000, {"recsys.step": step})
 

@@ -22,6 +22,7 @@ from inference.deadline import Pace
 from inference.encoder import TextEncoder
 from inference.ranker import Answer, Inputs, Ranker
 from inference.store import Champion
+from inference.versions import Versions
 from schemas.errors import ArtifactError, StoreUnavailable, Unavailable
 from schemas.manifest import CHAMPION_POINTER, ENCODER_PATH, POPULAR_ITEMS
 
@@ -70,6 +71,8 @@ class LoadedModels:
     store_breaker: Breaker = field(default_factory=lambda: Breaker("the artefact store", _judge_store))
     ranker_breaker: Breaker = field(default_factory=lambda: Breaker("the ranker"))
     encoder_breaker: Breaker = field(default_factory=lambda: Breaker("the encoder"))
+    beside: Versions = field(init=False)
+    """What experiments name."""
     _release: Release | None = None
     _wanted: tuple[Champion, Loading[Release]] | None = None
     _wanted_at: float = 0.0
@@ -81,6 +84,7 @@ class LoadedModels:
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
+        self.beside = Versions(self.open_ranker)
         self._encoder = Loading("the text encoder", self._load_encoder)
         self._shipped = Loading("the shipped list", self._load_shipped)
 
@@ -116,18 +120,20 @@ class LoadedModels:
 
     def run(self, ranker: Ranker, inputs: Inputs, left_ms: float) -> Answer:
         """`ranker.run(inputs)`. Raises ModelFailed if it fails, failed lately, or takes longer than `left_ms`."""
-        if not self._rank_pace.fits(left_ms):
+        # What an experiment's model does must not keep the champion from answering.
+        breaker, pace = self.beside.guard(ranker) or (self.ranker_breaker, self._rank_pace)
+        if not pace.fits(left_ms):
             raise ModelFailed(f"the ranker lately took longer than the {left_ms:.0f} ms that are left")
         started = time.perf_counter()
         try:
-            with self.ranker_breaker.call():
+            with breaker.call():
                 answer = ranker.run(inputs)
         except Unavailable as resting:
             raise ModelFailed(str(resting)) from resting
         except Exception as error:  # onnxruntime raises its own unrelated types
             logger.error("model %s failed: %s", ranker.version, type(error).__name__)
             raise ModelFailed("the ranker failed") from error
-        self._rank_pace.took((time.perf_counter() - started) * 1_000)
+        pace.took((time.perf_counter() - started) * 1_000)
         return answer
 
     def _loading(self, champion: Champion) -> Loading[Release] | None:
@@ -157,15 +163,20 @@ class LoadedModels:
             if not self._is_wanted(champion):
                 raise Superseded(f"model {champion.version} is not the champion any more")
 
-            def open_ranker(folder: Path) -> Ranker:
-                return Ranker(folder, version=champion.version, threads=self.threads)
-
-            ranker = self._opened(champion.path, open_ranker)
+            ranker = self.open_ranker(champion.version, champion.path)
             release = Release(champion, ranker, read_popular(ranker.folder))
             with self._lock:
                 if self._is_wanted(champion):
                     self._release, self._wanted, self._wanted_at = release, None, time.monotonic()
             return release
+
+    def open_ranker(self, version: str, path: str) -> Ranker:
+        """The ranker of `version` at `path`, verified. Raises ArtifactError if its files cannot be trusted."""
+
+        def open_folder(folder: Path) -> Ranker:
+            return Ranker(folder, version=version, threads=self.threads)
+
+        return self._opened(path, open_folder)
 
     def _is_wanted(self, champion: Champion) -> bool:
         return self._wanted is not None and self._wanted[0].version == champion.version
@@ -269,7 +280,7 @@ class LoadedModels:
 
     def breakers(self) -> tuple[Breaker, ...]:
         """What guards them, for metrics."""
-        return self.store_breaker, self.ranker_breaker, self.encoder_breaker
+        return self.store_breaker, self.ranker_breaker, self.encoder_breaker, *self.beside.breakers()
 
 
 def read_pointer(content: bytes) -> tuple[str, str]:

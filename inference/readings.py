@@ -12,14 +12,15 @@ from inference import metrics
 if TYPE_CHECKING:
     from inference.models import LoadedModels
     from inference.served import ServedLog
+    from inference.shadows import Shadows
 
 
-def watch(models: LoadedModels, served: ServedLog) -> Callable[[], None]:
-    """Observe both until what this returns is called."""
+def watch(models: LoadedModels, served: ServedLog, shadows: Shadows) -> Callable[[], None]:
+    """Observe them until what this returns is called."""
 
     def read() -> Iterator[metrics.Reading]:
-        ranker = models.current()
-        if ranker is not None:
+        current = models.current()
+        for ranker in (*([current] if current else []), *models.beside.loaded()):
             version = metrics.version_label(ranker.version)
             which = {"recsys.model.version": version}
             says = {"recsys.model.provider": ranker.provider, "recsys.precision": ranker.precision}
@@ -29,5 +30,11 @@ def watch(models: LoadedModels, served: ServedLog) -> Callable[[], None]:
         yield "recsys.served_log.queue.size", served.waiting, {}
         for outcome, count in (("written", served.written), ("dropped", served.dropped), ("failed", served.failed)):
             yield "recsys.served_log.reads", count, {"recsys.outcome": outcome}
+        requests = served.requests
+        yield "recsys.served_log.requests.waiting", requests.waiting, {}
+        for outcome in ("written", "dropped", "failed"):
+            yield "recsys.served_log.requests", getattr(requests, outcome), {"recsys.outcome": outcome}
+        for outcome in ("done", "dropped", "failed"):
+            yield "recsys.shadows", getattr(shadows, outcome), {"recsys.outcome": outcome}
 
     return metrics.watch(read)

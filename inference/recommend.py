@@ -3,8 +3,8 @@
     read_person ─▶ user vector ─▶ pick_candidates ─▶ rank ─▶ re-rank ─▶ explain        two database round trips
 
 The ladder, each rung named in `degraded`: `features` (read without them), `wish` (the encoder failed), `release` (the
-model before goes on, because the champion cannot be loaded), `ranker` (no model: co-visitation and trending), `database`
-(the list that ships with the artefact), then Unavailable. Each step gets a share of the time that is left, so that the
+model before goes on, because the champion cannot be loaded), `arm` (not what the person's arm of an experiment declares),
+`ranker` (no model: co-visitation and trending), `database` (the list that ships with the artefact), then Unavailable. Each step gets a share of the time that is left, so that the
 rungs below it have some.
 """
 
@@ -15,14 +15,16 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from inference import explain, metrics, rerank
+from inference.arms import NO_PLAN, Plan
 from inference.breaker import Resting
 from inference.candidates import Candidates, Filters
 from inference.connections import Lost, StatementFailed
@@ -31,8 +33,10 @@ from inference.models import PopularItem
 from inference.ranker import Answer, Inputs, Ranker
 from inference.ranker_inputs import candidate_inputs, no_candidates, person_inputs
 from inference.served import ServedLog, ServedRead
+from inference.served_request import ARM, Slate, slate_of
 from inference.store import Champion, History, PersonRow, Store
 from inference.telemetry import span
+from inference.trials import Trials
 from schemas import prompts
 from schemas.errors import ArtifactError, DefinitionError, Unavailable
 from schemas.events import LIKED_VALUE, NEGATIVE_KINDS
@@ -87,6 +91,7 @@ class Recommender:
     timeout_ms: int = 2_000
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     served: ServedLog | None = None
+    trials: Trials | None = None
 
     def recommend(
         self, request: RecommendationRequest, deadline: float | None = None, steps: Steps | None = None
@@ -103,20 +108,39 @@ class Recommender:
         request_id = request.request_id or uuid.uuid4().hex
         # What is known of the person by then holds on the last rung too.
         seen: list[str] = []
+        at = request.at or self.now()
+        plan = self.trials.plan(request, at) if self.trials else NO_PLAN
         try:
-            answer = self._personal(request, request_id, ends, steps, seen)
+            answer, slate = self._personal(request, at, plan, request_id, ends, steps, seen)
         except Unavailable:
-            answer = self._shipped(request, request_id, ends, seen)
-        metrics.answered(answer.model_version, answer.degraded, steps.ms)
+            answer = self._shipped(request, plan, request_id, ends, seen)
+            slate = Slate(None, len(answer.items))
+        metrics.answered(answer.model_version, answer.degraded, steps.ms, plan.label)
+        if self.trials:
+            self.trials.after(request, at, plan, (answer, slate), partial(self._beside, at))
         return answer
 
+    def _beside(self, at: datetime, request: RecommendationRequest, plan: Plan) -> tuple[RecommendationResponse, Slate]:
+        """What a shadow would have answered, by connections that no request needs."""
+        assert self.trials is not None
+        assert request.request_id is not None
+        beside = replace(self, store=self.trials.beside, served=None, trials=None)
+        ends = Deadline.after(self.timeout_ms)
+        return beside._personal(request, at, plan, request.request_id, ends, Steps(), [])
+
     def _personal(
-        self, request: RecommendationRequest, request_id: str, ends: Deadline, steps: Steps, seen: list[str]
-    ) -> RecommendationResponse:
-        at = request.at or self.now()
+        self,
+        request: RecommendationRequest,
+        at: datetime,
+        plan: Plan,
+        request_id: str,
+        ends: Deadline,
+        steps: Steps,
+        seen: list[str],
+    ) -> tuple[RecommendationResponse, Slate]:
         degraded: list[str] = []
         # One reference for the whole request, taken before anything is read: model and vectors are of one version.
-        current = self.models.current()
+        current = plan.ranker or self.models.current()
         # A read at an instant that the caller names knows of later events what training does not: it is not audited.
         audited = request.at is None and self.served is not None and self.served.samples(request.user_id)
         with steps.step("read"):
@@ -126,11 +150,14 @@ class Recommender:
         elif request.at is None:
             metrics.features_read({name: columns.settled_at for name, columns in person.views.items()})
         seen += person.history.item_ids
-        ranker = self._ranker(current, person, ends, degraded)
+        ranker = plan.ranker or self._ranker(current, person, ends, degraded)
+        if plan.ranker is not None and person.champion is not None:
+            self.models.follow(person.champion)  # for the others
         # A model has learned wishes as its own template writes them, whichever has won since.
-        template = ranker.manifest.wish_template if ranker else person.wish_template
+        template = plan.wish_template or (ranker.manifest.wish_template if ranker else person.wish_template)
         wish_text = self._encode_wish(request.prompt, template, ranker, ends, degraded, steps)
-        asked = _Asked(request, at, person, wish_text, audited and features, features)
+        limit = plan.candidates or self.candidates
+        asked = _Asked(request, at, person, wish_text, audited and features, features, limit)
         ranked: tuple[Candidates, NDArray[np.float32]] | None = None
         if ranker is not None:
             try:
@@ -143,21 +170,30 @@ class Recommender:
                 _note(degraded, "ranker")
         candidates, scores = ranked or self._by_floor(asked, ends, steps, degraded)
         with steps.step("re-rank"), span("re-rank", attributes={"recsys.rank.rows": len(candidates)}):
-            if request.diversity and candidates.vectors.shape[1]:
-                order = rerank.maximal_marginal_relevance(scores, candidates.vectors, request.k, request.diversity)
+            diversity = plan.diversity(request) if candidates.vectors.shape[1] else None
+            # Only a model's scores are logits, by which there is something to draw.
+            drawn = plan.explore(request_id, scores, candidates.vectors, request.k, diversity) if ranker else None
+            if drawn is not None:
+                order = drawn.order
+            elif diversity:
+                order = rerank.maximal_marginal_relevance(scores, candidates.vectors, request.k, diversity)
             else:
                 order = rerank.best(scores, request.k)
+        if plan.missed(ranker.version if ranker else None):
+            _note(degraded, ARM)
         with steps.step("explain"):
             items = self._items(order, candidates, scores, person.history, request.explain)
         if asked.audited and candidates.features_read and self.served is not None:
             self.served.offer(_served(asked, request_id, candidates, order))
-        return RecommendationResponse(
+        answer = RecommendationResponse(
             request_id=request_id,
             items=items,
             model_version=ranker.version if ranker else FLOOR_VERSION,
             prompt_version=template if wish_text is not None else None,
+            experiment=plan.answer,
             degraded=tuple(degraded),
         )
+        return answer, slate_of(candidates, scores, drawn, asked.audited)
 
     def _read(
         self, request: RecommendationRequest, at: datetime, audited: bool, current: Ranker | None, ends: Deadline
@@ -260,7 +296,7 @@ class Recommender:
             return self.store.pick_candidates(
                 at=asked.at,
                 filters=asked.filters(),
-                limit=self.candidates,
+                limit=asked.limit,
                 timeout_ms=ends.share_ms(share),
                 champion=ranker.version if ranker else None,
                 dim=ranker.dim if ranker else 0,
@@ -322,7 +358,7 @@ class Recommender:
         )
 
     def _shipped(
-        self, request: RecommendationRequest, request_id: str, ends: Deadline, seen: Sequence[str]
+        self, request: RecommendationRequest, plan: Plan, request_id: str, ends: Deadline, seen: Sequence[str]
     ) -> RecommendationResponse:
         """The list that ships with the artefact, when the database cannot be asked. What the request demands holds here
         too; of what the person had, only what was read before it failed."""
@@ -342,7 +378,11 @@ class Recommender:
             and _allowed(item.categories, only, never)
         ]
         return RecommendationResponse(
-            request_id=request_id, items=tuple(items[: request.k]), model_version="popular", degraded=("database",)
+            request_id=request_id,
+            items=tuple(items[: request.k]),
+            model_version="popular",
+            experiment=plan.answer,
+            degraded=("database", ARM) if plan.assignment else ("database",),
         )
 
 
@@ -356,6 +396,7 @@ class _Asked:
     wish_text: NDArray[np.float32] | None
     audited: bool = False
     features: bool = True
+    limit: int = 500
 
     def filters(self) -> Filters:
         # Candidates that the caller names are ranked even if the person had them.

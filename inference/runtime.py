@@ -21,6 +21,7 @@ from inference.recommend import FLOOR_VERSION, Recommender
 from inference.served import ServedLog
 from inference.settings import Settings, read_settings
 from inference.store import Champion, Store
+from inference.trials import Trials
 from schemas import prompts
 from schemas.errors import ArtifactError, LarderError, RequestError, Unavailable
 from schemas.serving import (
@@ -56,6 +57,7 @@ class LarderApplication:
     models: LoadedModels
     recommender: Recommender
     served: ServedLog
+    trials: Trials
     access: Access
     unwatch: Callable[[], None] = lambda: None
     """Ends the readings that metrics take of this application."""
@@ -68,9 +70,10 @@ class LarderApplication:
         models = LoadedModels(settings.artifacts_url, settings.threads)
         # Its own connection: what is written after an answer must not keep the next request waiting.
         served = ServedLog(Store(writer_url, 1, "the database (log)"), settings.audit_per_mille)
-        unwatch = readings.watch(models, served)
-        recommender = Recommender(store, models, settings.candidates, settings.timeout_ms, served=served)
-        return cls(settings, store, writer, models, recommender, served, access_of(settings, store), unwatch)
+        trials = Trials.of(settings, store.url, models, served)
+        unwatch = readings.watch(models, served, trials.shadows)
+        recommender = Recommender(store, models, settings.candidates, settings.timeout_ms, served=served, trials=trials)
+        return cls(settings, store, writer, models, recommender, served, trials, access_of(settings, store), unwatch)
 
     def warm(self) -> None:
         """Open a connection and load what is released, side by side, so that the first request finds it there."""
@@ -89,7 +92,7 @@ class LarderApplication:
 
         What is loaded stays: it is what the snapshot is for.
         """
-        self.served.flush(_WRITE_BEFORE_SNAPSHOT_MS)
+        self.trials.flush(_WRITE_BEFORE_SNAPSHOT_MS)
         self._disconnect()
         telemetry.before_snapshot()
 
@@ -109,20 +112,23 @@ class LarderApplication:
 
     def breakers(self) -> tuple[Breaker, ...]:
         """One per dependency, for metrics."""
-        return self.store.breaker, self.writer.breaker, self.served.store.breaker, *self.models.breakers()
+        return *(store.breaker for store in self._stores()), *self.models.breakers()
 
     def _disconnect(self) -> None:
-        for store in (self.store, self.writer, self.served.store):
+        for store in self._stores():
             store.restored()
+
+    def _stores(self) -> tuple[Store, ...]:
+        return self.store, self.writer, self.served.store, self.trials.beside
 
     def flush(self, timeout_ms: int) -> bool:
         """Write what was left for after the answers, within `timeout_ms`; False if it took longer."""
-        return self.served.flush(timeout_ms)
+        return self.trials.flush(timeout_ms)
 
     def close(self) -> None:
         """Write what waits and close every connection."""
         self.unwatch()
-        self.served.close()
+        self.trials.close()
         self.access.close()
         self.writer.close()
         self.store.close()
@@ -217,6 +223,8 @@ class LarderApplication:
                 degraded.append("ranker")
         elif round_trip is not None:
             degraded.append("ranker")
+        if self.trials.arms.troubled():
+            degraded.append("experiments")
         ranker = None if "ranker" in degraded else self.models.current()
         status: Literal["ok", "degraded", "unavailable"] = "ok" if not degraded else "degraded"
         if round_trip is None:

@@ -44,6 +44,10 @@ class Settings:
     """How long a key is trusted before it is looked up again: a revocation counts by then."""
     link_keys: str = field(default="", repr=False)
     """Secrets of signed links, see inference/links.py; empty: none are taken."""
+    experiments: str = ""
+    """The file that declares experiments, see inference/experiment.py; empty: there are none."""
+    exploration: float = 0.0
+    """Of how many requests the order is drawn at random, see inference/explore.py."""
 
 
 _LIMITS: dict[str, tuple[str, int, int]] = {
@@ -90,6 +94,9 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
             Links.read(link_keys)
     except LarderError as error:
         faults.append(str(error))
+    exploration = environ.get("LARDER_EXPLORATION", "0").strip()
+    if not re.fullmatch(r"0|1|[01]?\.\d{1,9}", exploration, re.ASCII) or float(exploration) > 1:
+        faults.append(f"LARDER_EXPLORATION is {exploration!r}; give a share from 0 to 1, such as 0.02")
     if faults:
         raise SettingsError("settings cannot be used: " + "; ".join(faults))
     return Settings(
@@ -100,5 +107,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         link_keys=link_keys,
         database_read_url=with_tls(environ.get("DATABASE_READ_URL", ""), environ) or None,
         request_log=stream or "stderr",
+        experiments=environ.get("LARDER_EXPERIMENTS", ""),
+        exploration=float(exploration),
         **values,
     )

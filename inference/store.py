@@ -304,6 +304,10 @@ class Store:
         """Keep feature vectors as they were served, of people who are not forgotten; drop old ones. Gives how many."""
         return int(self.call("log_served", [json.dumps(rows)], timeout_ms)[0][0])
 
+    def log_served_requests(self, rows: Sequence[dict[str, object]], timeout_ms: float) -> int:
+        """Keep what was shown, of people who are not forgotten; drop old rows. Gives how many were new."""
+        return int(self.call("log_served_requests", [json.dumps(rows)], timeout_ms)[0][0])
+
     def call(self, function: str, arguments: Sequence[str], timeout_ms: float) -> list[tuple[Any, ...]]:
         """The rows of one of the database's own functions (schemas/functions.py), in one round trip."""
         sql = f"SELECT * FROM {function}({', '.join(['%s'] * len(arguments))})"

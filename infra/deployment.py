@@ -2,6 +2,7 @@
 
 .larder/current                  name of the deployment last run
 .larder/<name>/deployment.json   source, first partition, shift
+.larder/<name>/experiments.toml   what is tried out, if anything (docs/experiments.md)
 .larder/<name>/{postgres,lake,artifacts,dagster}/
 """
 
@@ -54,6 +55,11 @@ class Deployment:
     @property
     def dagster_home(self) -> Path:
         return self.folder / "dagster"
+
+    @property
+    def experiments(self) -> Path:
+        """The file that declares experiments; it need not be there."""
+        return Path(os.environ.get("LARDER_EXPERIMENTS") or self.folder / "experiments.toml")
 
     def save(self) -> None:
         """Write the record and make this the current deployment; both files appear whole or not at all."""

@@ -1,9 +1,10 @@
 """Functions of the database that run with their owner's rights: the few things that a role may do beyond reading.
 
-    accept_events     store posted events; its tiles follow the declared views, so it is made anew when those change
-    log_served        keep feature vectors as they were served
-    request_erasure   ask for a person to be forgotten
-    api_key           look one request key up by its id
+    accept_events         store posted events; its tiles follow the declared views, so it is made anew when those change
+    log_served            keep feature vectors as they were served
+    log_served_requests   keep what was shown, and what shadows would have shown
+    request_erasure       ask for a person to be forgotten
+    api_key               look one request key up by its id
 
 Plain rights would not do: an INSERT with ON CONFLICT also needs to read, and who may read or write the tables could do
 far more than this. Their text lies in schemas/sql/.
@@ -20,6 +21,8 @@ from schemas.ranker import MAX_HISTORY
 
 SERVED_KEPT_DAYS = 7
 """How long vectors as served are kept for the skew audit."""
+SERVED_REQUESTS_KEPT_DAYS = 90
+"""How long is kept what was shown: an experiment's weeks, and what is judged by its log afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +62,13 @@ def accept_events() -> Function:
 def fixed() -> tuple[Function, ...]:
     """The functions that do not depend on the declared views."""
     log_served = _body("log_served").format(erasure_lock=online_sql.ERASURE_LOCK, kept_days=SERVED_KEPT_DAYS)
+    log_requests = _body("log_served_requests").format(
+        erasure_lock=online_sql.ERASURE_LOCK, kept_days=SERVED_REQUESTS_KEPT_DAYS
+    )
     key = "TABLE (secret_hash bytea, scopes text[], per_minute integer, expires_at timestamptz, revoked_at timestamptz)"
     return (
         Function("log_served", "jsonb", "integer", log_served),
+        Function("log_served_requests", "jsonb", "integer", log_requests),
         Function("request_erasure", "text, text", "text", _body("request_erasure")),
         Function("api_key", "text", key, _body("api_key"), "STABLE"),
     )

@@ -3,7 +3,7 @@
     larder_owner          owns the tables; migrations are made by its members
     larder_orchestrator   what Dagster's assets need: reads and writes data, makes the tables of views and partitions
     larder_function       reads what a request reads, and nothing else
-    larder_writer         calls three functions (schemas/functions.py), and nothing else
+    larder_writer         calls four functions (schemas/functions.py), and nothing else
 
 A table that is added later is the owner's and the orchestrator's alone until it is named here.
 """
@@ -39,6 +39,8 @@ ALL: tuple[str, ...] = ()
 READS: dict[str, tuple[str, ...]] = {
     "public.model_aliases": ("alias", "version", "revision"),
     "public.model_versions": ("version", "path"),
+    # A version that an experiment names is loaded only if it passed.
+    "public.gate_records": ("version", "passed"),
     "public.prompt_winners": ("kind", "version"),
     "public.user_history": ALL,
     "public.recent_events": (
@@ -66,6 +68,7 @@ READS: dict[str, tuple[str, ...]] = {
 EXECUTES: dict[str, str] = {
     "accept_events": WRITER,
     "log_served": WRITER,
+    "log_served_requests": WRITER,
     "request_erasure": WRITER,
     "api_key": FUNCTION,
 }

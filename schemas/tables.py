@@ -354,6 +354,63 @@ prompt_winners = Table(
     comment="Which version of each kind is used; no row: the default.",
 )
 
+# --- what was served ----------------------------------------------------------------------------------------------
+
+served_requests = Table(
+    "served_requests",
+    metadata,
+    Column("request_id", Text, primary_key=True, comment="what events that it led to carry"),
+    Column("user_id", Text, nullable=False),
+    Column("served_at", Instant, nullable=False),
+    Column("wish_hash", Text, comment="keyed hash of the wish, equal for equal wishes; NULL: there was none"),
+    Column("experiment", Text, comment="the experiment that has the person; NULL: none"),
+    Column("arm", Text, comment="the arm they are in; where `degraded` says arm, they were not answered by it"),
+    Column("arm_share", REAL, comment="the probability of that arm for whoever is in the experiment"),
+    Column("model_version", Text, nullable=False, comment="what truly answered"),
+    Column("prompt_version", Text, comment="the template that the wish was encoded by; NULL: no wish was followed"),
+    Column("item_ids", ARRAY(Text), nullable=False, comment="what was shown, in order"),
+    Column("scores", ARRAY(REAL), nullable=False, comment="theirs"),
+    Column(
+        "propensities",
+        ARRAY(REAL),
+        comment="the probability of each item shown at its place, given those before it; NULL: nothing was random",
+    ),
+    Column("candidate_ids", ARRAY(Text), comment="the best of what was ranked; of explored and of sampled requests"),
+    Column("candidate_scores", ARRAY(REAL), comment="theirs"),
+    Column("candidates", Integer, nullable=False, comment="how many were ranked"),
+    Column("sources", JSONB, nullable=False, comment="how many of them came from each source"),
+    Column("degraded", ARRAY(Text), nullable=False, comment="the rungs of the ladder that were taken"),
+    Index(None, "served_at"),
+    Index(None, "user_id"),
+    Index(
+        "ix_served_requests_experiment",
+        "experiment",
+        "served_at",
+        postgresql_where=text("experiment IS NOT NULL"),
+    ),
+    comment="What each recommendation showed, and what made it; kept 90 days.",
+)
+
+shadow_requests = Table(
+    "shadow_requests",
+    metadata,
+    Column("request_id", Text, primary_key=True, comment="the request that was answered otherwise"),
+    Column("arm", Text, primary_key=True),
+    Column("experiment", Text, nullable=False),
+    Column("user_id", Text, nullable=False),
+    Column("served_at", Instant, nullable=False),
+    Column("model_version", Text, nullable=False),
+    Column("prompt_version", Text),
+    Column("item_ids", ARRAY(Text), nullable=False, comment="what would have been shown, in order"),
+    Column("scores", ARRAY(REAL), nullable=False),
+    Column("candidates", Integer, nullable=False),
+    Column("sources", JSONB, nullable=False),
+    Column("degraded", ARRAY(Text), nullable=False),
+    Index(None, "served_at"),
+    Index(None, "user_id"),
+    comment="What a shadow, an arm with share 0, would have shown: nobody saw it; kept 90 days.",
+)
+
 # --- skew audit ---------------------------------------------------------------------------------------------------
 
 served_features = Table(

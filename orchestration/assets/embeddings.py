@@ -96,12 +96,18 @@ def text_vectors(context: dg.AssetExecutionContext, larder: Larder) -> dg.Materi
     code_version="2",
 )
 def item_vectors(context: dg.AssetExecutionContext, config: AlsoRefresh, larder: Larder) -> dg.MaterializeResult[Any]:
-    from orchestration.compute.vectors import refresh_item_vectors, versions_to_refresh, why_not_refreshed
+    from orchestration.compute.vectors import (
+        refresh_item_vectors,
+        tried_versions,
+        versions_to_refresh,
+        why_not_refreshed,
+    )
 
     with asset_span(context), larder.connect() as connection:
         encoder = item_encoder(larder)
+        also = [*config.versions, *tried_versions(connection, larder.record.experiments)]
         reports, skipped = {}, {}
-        for version, path in versions_to_refresh(connection, config.versions):
+        for version, path in versions_to_refresh(connection, also):
             folder = larder.fetch(path)
             if why := why_not_refreshed(folder, encoder):
                 skipped[version] = why

@@ -152,7 +152,7 @@ def drain(
         start = datetime(first.year, first.month, first.day, tzinfo=UTC) if first else datetime.min.replace(tzinfo=UTC)
         end = datetime(last.year, last.month, last.day, tzinfo=UTC) + timedelta(days=1)
         rows = connection.execute(
-            "SELECT event_id, user_id, item_id, kind, value, occurred_at, known_at FROM recent_events "
+            "SELECT event_id, user_id, item_id, kind, value, occurred_at, known_at, request_id FROM recent_events "
             "WHERE NOT drained AND occurred_at >= %s AND occurred_at < %s FOR UPDATE",
             (start, end),
         ).fetchall()
@@ -308,6 +308,7 @@ def _record_batch(events: list[Event], clock: _Clock) -> pa.RecordBatch:
             [event.value for event in events],
             [event.occurred_at + clock.shift for event in events],
             [clock.known_at(event) for event in events],
+            [None] * len(events),
         ],
         schema=EVENT_SCHEMA,
     )

@@ -44,6 +44,8 @@ EVENT_SCHEMA = pa.schema(
         pa.field("value", pa.float64()),
         pa.field("occurred_at", pa.timestamp("us", tz="UTC"), nullable=False),
         pa.field("known_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        # The recommendation that led to the event, if one did; files from before it was kept read as NULL.
+        pa.field("request_id", pa.string()),
     ]
 )
 _COLUMNS = ", ".join(EVENT_SCHEMA.names)

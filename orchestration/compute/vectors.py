@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from pgvector import HalfVector, Vector
 from pgvector.psycopg import register_vector
 
+from inference import experiment
 from inference.artifacts import verify
 from inference.encoder import TextEncoder
 from inference.ranker import Ranker
@@ -225,6 +227,17 @@ def versions_to_refresh(connection: psycopg.Connection[Any], also: Sequence[str]
     if unknown := sorted(set(also) - {version for version, _ in rows}):
         raise DefinitionError(f"there is no model version {', '.join(unknown)}; look into model_versions")
     return rows
+
+
+def tried_versions(connection: psycopg.Connection[Any], file: Path) -> list[str]:
+    """The registered versions that experiments declared in `file` name; none where the file cannot be used, which is what
+    `GET /health` tells."""
+    try:
+        named = experiment.versions(experiment.load_experiments(file), datetime.now(UTC))
+    except DefinitionError:
+        return []
+    rows = connection.execute("SELECT version FROM model_versions WHERE version = ANY(%s)", (list(named),))
+    return [version for (version,) in rows]
 
 
 def refresh_item_vectors(connection: psycopg.Connection[Any], folder: Path, encoder: TextEncoder) -> VectorReport:

@@ -7,6 +7,8 @@ BEGIN
     IF NOT EXISTS (SELECT FROM user_history WHERE user_id = $1) AND NOT EXISTS (SELECT FROM people WHERE user_id = $1)
         AND NOT EXISTS (SELECT FROM recent_events WHERE user_id = $1)
         AND NOT EXISTS (SELECT FROM served_features WHERE user_id = $1)
+        AND NOT EXISTS (SELECT FROM served_requests WHERE user_id = $1)
+        AND NOT EXISTS (SELECT FROM shadow_requests WHERE user_id = $1)
         AND NOT EXISTS (SELECT FROM quarantine WHERE strpos(file || ' ' || reason || ' ' || row, $1) > 0)
     THEN
         RETURN NULL;

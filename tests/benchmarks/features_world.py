@@ -164,6 +164,7 @@ def stage(made: Events, path: Path) -> Path:
                 pa.array(made.value[part], from_pandas=True),
                 at,
                 at,
+                pa.nulls(len(at), pa.string()),
             ]
             out.write_table(pa.table(columns, schema=EVENT_SCHEMA))
     return path
