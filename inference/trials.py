@@ -14,6 +14,7 @@ from inference.served_request import ServedRequest, Slate
 from inference.settings import Settings
 from inference.shadows import Shadows
 from inference.store import Store
+from inference.telemetry import span
 from inference.versions import finder
 from schemas.serving import RecommendationRequest, RecommendationResponse
 
@@ -67,7 +68,9 @@ class Trials:
     ) -> None:
         # No reasons, whatever the caller wanted: nobody reads them.
         quiet = request.model_copy(update={"request_id": request_id, "explain": False, "timeout_ms": None})
-        answer, slate = compute(quiet, plan)
+        name, arm = plan.label or ("", "")
+        with span("shadow", attributes={"recsys.experiment": name, "recsys.experiment.arm": arm}):
+            answer, slate = compute(quiet, plan)
         self.served.offer(
             ServedRequest(request.user_id, at, request.prompt, answer, slate, plan.assignment, shadow=True)
         )

@@ -243,7 +243,6 @@ def test_diversity_and_candidates_of_an_arm_hold_unless_the_request_says_its_own
     connection.execute("TRUNCATE served_requests")
     with running(world, tmp_path, declaration(treatment="diversity = 0.7\ncandidates = 12")) as made:
         dealt = arms(made)
-        made.file.write_text(declaration(treatment="diversity = 0.7"))
         assert {answer["degraded"] == [] for answer in (made.ask(person) for person in MANY)} == {True}
         named = made.ask("u0", diversity=0.2)
         assert named["experiment"] is None, "who decides it themselves is in neither arm"

@@ -29,6 +29,16 @@ from inference.runtime import create_application
 
 FILES = Path(__file__).parents[2] / "infra" / "observability"
 CANARY = "CANARY"
+EXPERIMENTS = """
+[experiments.wording]
+start = 2026-01-01T00:00:00Z
+[experiments.wording.arms.worded]
+share = 1
+wish_template = "wish.v3"
+[experiments.wording.arms.beside]
+share = 0
+diversity = 0.5
+"""
 PROMTOOL = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="needs promtool (Debian's package prometheus)")
 
@@ -70,8 +80,10 @@ def world(postgres_url: str, template: str, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def seen(world: ServedWorld) -> Iterator[Seen]:
+def seen(world: ServedWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     """The real application behind its real door, asked for everything, with canaries wherever a caller may write."""
+    experiments = tmp_path_factory.mktemp("declared") / "experiments.toml"
+    experiments.write_text(EXPERIMENTS)
     with pytest.MonkeyPatch.context() as patch, receiving() as receiver:
         for name, value in {
             "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
@@ -81,6 +93,7 @@ def seen(world: ServedWorld) -> Iterator[Seen]:
             "LARDER_TIMEOUT_MS": "30000",
             "LARDER_AUDIT_PER_MILLE": "1000",
             "LARDER_REQUEST_LOG": "off",
+            "LARDER_EXPERIMENTS": str(experiments),
         }.items():
             patch.setenv(name, value)
         patch.setattr(metrics, "_cold", True)
@@ -147,7 +160,7 @@ def _ask_for_everything(port: int, world: ServedWorld, kept: Seen) -> None:
     with psycopg.connect(world.url) as connection:
         connection.execute("LOCK TABLE user_history IN ACCESS EXCLUSIVE MODE")
         status, answer = post("/recommendations", everywhere | {"timeout_ms": 300})
-        assert (status, answer["degraded"]) == (200, ["database"])
+        assert (status, answer["degraded"]) == (200, ["database", "arm"])
 
 
 # ---- every series that is queried
@@ -271,6 +284,22 @@ def test_latencies_are_exponential_histograms_and_counts_are_right(seen: Seen) -
     assert cold.as_int == 1
 
 
+def test_answers_are_counted_by_arm_and_shadows_by_what_became_of_them(seen: Seen) -> None:
+    counted = {
+        tuple(label_value(a.value) for a in sorted(point.attributes, key=lambda a: a.key)): point.as_int
+        for point in points(seen.receiver.metrics()["recsys.experiment.answers"])
+    }
+    # One that says its diversity itself is in no arm of an experiment whose arms differ in it.
+    assert counted == {("wording", "worded", "false"): 3, ("wording", "worded", "true"): 1}
+    shadows = {label_value(p.attributes[0].value): p.as_int for p in points(seen.receiver.metrics()["recsys.shadows"])}
+    assert set(shadows) == {"done", "dropped", "failed"}
+    assert shadows["done"] >= 1
+    logged = seen.receiver.metrics()["recsys.served_log.requests"]
+    outcomes = {label_value(p.attributes[0].value): p.as_int for p in points(logged)}
+    assert (outcomes["dropped"], outcomes["failed"]) == (0, 0)
+    assert outcomes["written"] >= 1
+
+
 def test_the_age_of_features_is_that_of_the_partition_that_was_read(seen: Seen, world: ServedWorld) -> None:
     ages = points(seen.receiver.metrics()["recsys.features.age"])
     views = {label_value(point.attributes[0].value) for point in ages}
@@ -297,11 +326,11 @@ def test_each_request_has_one_line_that_finds_its_trace(seen: Seen, world: Serve
     first, last = lines[0], lines[-1]
     assert (first["route"], first["method"], first["severity"]) == ("/recommendations", "POST", "INFO")
     assert (first["model_version"], first["degraded"], first["error"]) == (world.version, [], None)
-    assert (last["degraded"], last["severity"]) == (["database"], "WARNING")
+    assert (last["degraded"], last["severity"]) == (["database", "arm"], "WARNING")
     assert {line["error"] for line in lines} == {
         None, "not_found", "invalid_request", "method_not_allowed", "unauthorized"
     }  # fmt: skip
-    assert lines[1]["prompt_version"] is not None
+    assert lines[1]["prompt_version"] == "wish.v3", "the template of the person's arm, really encoded"
 
 
 # ---- nothing that a person wrote

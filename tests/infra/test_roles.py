@@ -204,11 +204,14 @@ def test_serving_writes_by_the_writer_and_reads_by_the_function(
         event = PostedEvent(event_id="e", user_id="u", item_id="i", kind="view")
         application.accept_events(EventsRequest(events=(event,)))
         application.recommend(RecommendationRequest(user_id="u"))
+        assert application.flush(10_000)
         users = connection.execute(
             "SELECT usename, query FROM pg_stat_activity WHERE application_name = 'larder' AND datname = current_database()"
         ).fetchall()
         assert {user for user, _ in users} == {FUNCTION, WRITER}
-        assert all("accept_events" in query for user, query in users if user == WRITER)
+        written = [query for user, query in users if user == WRITER]
+        assert [sum(name in query for query in written) for name in ("accept_events", "log_served_requests")] == [1, 1]
+        assert len(written) == 2
     finally:
         application.close()
 

@@ -37,6 +37,7 @@ def test_serving_makes_the_tables_of_features_that_were_added_since_the_last_run
     monkeypatch.setenv("DATABASE_URL", database)
     monkeypatch.setenv("ARTIFACTS_URL", "file:///nowhere")
     monkeypatch.setenv("LARDER_WRITER_URL", "")
+    monkeypatch.setenv("LARDER_EXPERIMENTS", "")
     monkeypatch.setattr(sys, "argv", ["serve", "--port", "0"])
     monkeypatch.setattr("infra.serve.signal.signal", lambda *_: None)
     monkeypatch.setattr("inference.handlers.asgi.main", lambda _: 0)
@@ -44,6 +45,7 @@ def test_serving_makes_the_tables_of_features_that_were_added_since_the_last_run
     for made in ("features.user_activity", "online.user_rows", "online.item_tiles"):
         assert connection.execute("SELECT to_regclass(%s)", (made,)).fetchone() != (None,), made
     assert connection.execute("SELECT n_7d FROM features.item_activity").fetchall() == []
+    assert os.environ["LARDER_EXPERIMENTS"] == str(larder_home / "shop" / "experiments.toml")
 
 
 def test_serving_uses_the_two_roles_and_shows_a_development_key(
@@ -107,7 +109,8 @@ def test_a_development_key_is_shown_to_this_machine_alone(
     said: str,
 ) -> None:
     Deployment("shop", None, days_ago(30).date()).save()
-    for name, value in (("DATABASE_URL", database), ("LARDER_WRITER_URL", ""), ("LARDER_ACCESS", access)):
+    empty = {"LARDER_WRITER_URL": "", "LARDER_EXPERIMENTS": ""}
+    for name, value in ({"DATABASE_URL": database, "LARDER_ACCESS": access} | empty).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ARTIFACTS_URL", "file:///nowhere")
     monkeypatch.setattr(sys, "argv", ["serve", "--port", "0", "--host", host])

@@ -28,6 +28,7 @@ from orchestration.compute.vectors import (
     refresh_item_vectors,
     refresh_text_vectors,
     text_vectors_as,
+    tried_versions,
     versions_to_refresh,
     why_not_refreshed,
     written_by,
@@ -218,6 +219,24 @@ def test_a_rollback_works_after_a_new_item_came(
 def test_an_unknown_version_to_refresh_is_named(connection: psycopg.Connection) -> None:
     with pytest.raises(DefinitionError, match="no model version nobody"):
         versions_to_refresh(connection, ["nobody"])
+
+
+def test_versions_that_experiments_name_learn_of_new_items_too(catalogue: psycopg.Connection, tmp_path: Path) -> None:
+    known, unknown, file = "0123456789abcdef", "f" * 16, tmp_path / "experiments.toml"
+    assert tried_versions(catalogue, file) == []
+    catalogue.execute(
+        "INSERT INTO model_versions (version, name, path, manifest) VALUES (%s, 'ranker', 'm', '{}')", (known,)
+    )
+    arms = "".join(
+        f'[experiments.e.arms.a{place}]\nshare = 0.5\nmodel_version = "{version}"\n'
+        for place, version in enumerate((known, unknown))
+    )
+    file.write_text(f"[experiments.e]\nstart = 2026-01-01T00:00:00Z\n{arms}")
+    assert tried_versions(catalogue, file) == [known], "one that nobody registered is what the function complains of"
+    file.write_text(f"[experiments.e]\nstart = 2020-01-01T00:00:00Z\nend = 2021-01-01T00:00:00Z\n{arms}")
+    assert tried_versions(catalogue, file) == []
+    file.write_text("broken")
+    assert tried_versions(catalogue, file) == []
 
 
 def test_a_manifest_with_its_features_in_another_order_is_refused(tmp_path: Path, model: Path) -> None:
