@@ -38,8 +38,13 @@ REQUESTS_WAITING = 2_048
 """So many of each may wait: a read holds a request's features, a request a few kilobytes."""
 _BATCH = 32
 _WRITE_MS = 5_000
+_GATHER_SECONDS = 0.05
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 """Pauses between tries while the database is away."""
+_OF_A_ROW = ("22", "23")
+"""Classes of SQLSTATE that one row may be to blame for: data exception, integrity constraint violation."""
+_PASSES = ("25", "40", "53", "55")
+"""Those that pass by themselves: read-only since a failover, rolled back, out of resources, in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +205,10 @@ class ServedLog:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self.reads.queued or self.requests.queued)
+                # A little later more have come, and are written with it; unless somebody waits for it.
+                self._changed.wait_for(
+                    lambda: self._closed or self._hurry or len(self.requests.queued) >= _BATCH, _GATHER_SECONDS
+                )
                 if self._closed:
                     return
                 self._hurry = False
@@ -242,10 +251,13 @@ class ServedLog:
             self._twice(lambda: self.store.log_served_requests(rows, _WRITE_MS))
             self._settle(self.requests, written=len(batch))
         except StatementFailed as error:
-            if len(batch) == 1 or not isinstance(error.__cause__, psycopg.DataError):
+            kind = (error.__cause__.sqlstate or "")[:2] if isinstance(error.__cause__, psycopg.Error) else ""
+            if kind in _PASSES:
+                return batch
+            if len(batch) == 1 or kind not in _OF_A_ROW:
                 self._settle(self.requests, failed=len(batch), error=error)
                 return []
-            # One row that the database cannot read must not cost the others.
+            # One row that the database cannot take must not cost the others.
             middle = len(batch) // 2
             return self._write_requests(batch[:middle]) + self._write_requests(batch[middle:])
         except Unavailable:
@@ -259,7 +271,7 @@ class ServedLog:
         try:
             write()
         except StatementFailed:
-            raise
+            raise  # it would be refused again
         except Unavailable:
             # A connection may have died while the process was frozen; every row is written once all the same.
             write()

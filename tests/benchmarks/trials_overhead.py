@@ -6,6 +6,7 @@ Everything here is on the answer's path; no database is asked, so the log's thre
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 import tempfile
 import time
@@ -19,6 +20,7 @@ from inference.arms import Arms, Plan
 from inference.candidates import Candidates
 from inference.explore import draw, explores
 from inference.live import Columns
+from inference.ranker import Ranker
 from inference.served import ServedLog
 from inference.served_request import Slate, slate_of
 from inference.shadows import Shadows
@@ -58,21 +60,19 @@ def median_us(work: Callable[[int], object], rounds: int = ROUNDS) -> float:
     return round(statistics.median(took) / 1_000, 2)
 
 
-def trials(declared: str) -> Trials:
-    """Experiments as `declared`, and a log that writes nowhere."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "experiments.toml"
-        file.write_text(declared)
-        store = Store(NOBODY_LISTENS, 1)
-        arms = Arms(str(file), Versions(lambda version, path: _none()), lambda version: "", lambda: None)
+def trials(file: Path, declared: str) -> Trials:
+    """Experiments as `declared`, in `file`, and a log that writes nowhere."""
+    file.write_text(declared)
+    store = Store(NOBODY_LISTENS, 1)
+    arms = Arms(str(file), Versions(_no_ranker), lambda version: "", lambda: None)
     return Trials(arms, ServedLog(store, 0, requests=ROUNDS * 2), Shadows(), store)
 
 
-def _none() -> None:
+def _no_ranker(version: str, path: str) -> Ranker:
     raise NotImplementedError("no version is named")
 
 
-def measure() -> dict[str, float]:
+def measure(folder: Path) -> dict[str, float]:
     """Each part in microseconds."""
     n, at = 500, datetime.now(UTC)
     scores = np.random.default_rng(0).normal(size=n).astype(np.float32)
@@ -85,7 +85,7 @@ def measure() -> dict[str, float]:
     answer = RecommendationResponse(request_id="r", items=items, model_version="m")
     requests = [RecommendationRequest(user_id=f"user-{k}") for k in range(1_000)]
     slate = Slate(candidates.sources, n)
-    none_declared, two = trials(""), trials(DECLARED)
+    none_declared, two = trials(folder / "none.toml", ""), trials(folder / "two.toml", DECLARED)
     plans = [two.plan(request, at) for request in requests]
 
     def after(number: int) -> None:
@@ -112,4 +112,6 @@ def _never(request: RecommendationRequest, plan: Plan) -> tuple[RecommendationRe
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    logging.disable()  # the log's thread finds no database
+    with tempfile.TemporaryDirectory() as place:
+        print(json.dumps(measure(Path(place))))

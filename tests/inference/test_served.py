@@ -138,8 +138,10 @@ def test_a_person_who_is_not_sampled_costs_nothing_and_is_not_logged(
 ) -> None:
     app = application(filled, 0)
     app.recommend(RecommendationRequest(user_id="u", candidates=BOTH))
-    assert app.flush(0)
+    assert app.served.waiting == 0
+    assert app.flush(5_000)
     app.close()
+    assert app.served.written == 0
     assert not logged(connection)
 
 
