@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.experiment import Arm, Assignment, Experiment, assign, load_experiments, versions
+from inference.declared import Declared
+from inference.experiment import Arm, Assignment, Experiment, assign, versions
 from inference.explore import POOL, Drawn, draw, explores
 from inference.ranker import Ranker
 from inference.versions import Find, Versions
@@ -25,8 +25,6 @@ from schemas.serving import ExperimentArm, RecommendationRequest
 
 logger = logging.getLogger(__name__)
 
-CHECK_SECONDS = 1.0
-"""The file is looked at at most so often."""
 _IDLE_SECONDS = 10.0
 
 
@@ -109,18 +107,17 @@ class Arms:
         """`file` empty: there are no experiments. `exploration` holds for requests whose arm says none."""
         self.fault: str | None = None
         """Why the file cannot be used as it is; what it said before goes on."""
-        self._file = Path(file) if file else None
+        self._declared = Declared(file) if file else None
         self._beside = beside
         self._find = find
         self._champion = champion
         self._outside = replace(NO_PLAN, exploration=exploration)
         self._experiments: tuple[Experiment, ...] = ()
-        self._seen: tuple[int, ...] | None = None
         self._next_check = 0.0
         self._wake = threading.Event()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
-        if self._file is not None:
+        if self._declared is not None:
             self.check()
 
     @property
@@ -130,8 +127,8 @@ class Arms:
 
     def plan(self, request: RecommendationRequest, at: datetime) -> Plan:
         """What holds for a request that asks for now."""
-        if self._file is not None and time.monotonic() >= self._next_check:
-            self._look()
+        if self._declared is not None and time.monotonic() >= self._next_check:
+            self._look(self._declared)
         assigned = assign(self._experiments, request.user_id, at) if self._experiments else None
         if assigned is None or says_itself(request, assigned.experiment):
             return self._outside
@@ -156,21 +153,14 @@ class Arms:
 
     def check(self) -> None:
         """Read the file if it is another than last time."""
-        assert self._file is not None
+        assert self._declared is not None
         try:
-            found = self._file.stat()
-            seen: tuple[int, ...] = (found.st_mtime_ns, found.st_size, found.st_ino)
-        except OSError:
-            seen = ()
-        if seen == self._seen:
-            return
-        self._seen = seen
-        try:
-            declared = load_experiments(self._file)
+            declared = self._declared.changed()
         except DefinitionError as error:
-            if str(error) != self.fault:
-                logger.error("experiments: %s; what was declared before goes on", error)
+            logger.error("experiments: %s; what was declared before goes on", error)
             self.fault = str(error)
+            return
+        if declared is None:
             return
         if declared != self._experiments or self.fault is not None:
             logger.info("experiments: %s", ", ".join(each.name for each in declared) or "none")
@@ -187,8 +177,8 @@ class Arms:
             return champion
         return self._beside.get(arm.model_version)
 
-    def _look(self) -> None:
-        self._next_check = time.monotonic() + CHECK_SECONDS
+    def _look(self, declared: Declared) -> None:
+        self._next_check = time.monotonic() + declared.check_seconds
         # Started with a request, not before: a process may be frozen or forked until then.
         if self._thread is None or not self._thread.is_alive():
             with self._starting:

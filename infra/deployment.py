@@ -57,9 +57,9 @@ class Deployment:
         return self.folder / "dagster"
 
     @property
-    def experiments(self) -> Path:
-        """The file that declares experiments; it need not be there."""
-        return Path(os.environ.get("LARDER_EXPERIMENTS") or self.folder / "experiments.toml")
+    def experiments(self) -> str:
+        """Where experiments are declared, a path or `s3://bucket/key`; nothing need be there."""
+        return os.environ.get("LARDER_EXPERIMENTS") or str(self.folder / "experiments.toml")
 
     def save(self) -> None:
         """Write the record and make this the current deployment; both files appear whole or not at all."""

@@ -37,7 +37,7 @@ def main() -> int:
             os.environ["LARDER_WRITER_URL"] = writer_url
         _tell_of_keys(record, url, options.host)
         os.environ.setdefault("ARTIFACTS_URL", record.artifacts_url)
-        os.environ["LARDER_EXPERIMENTS"] = str(record.experiments)
+        os.environ["LARDER_EXPERIMENTS"] = record.experiments
     except LarderError as error:
         print(f"error ({error.type}): {error}", file=sys.stderr)
         return 1

@@ -17,6 +17,7 @@ from pgvector.psycopg import register_vector
 
 from inference import experiment
 from inference.artifacts import verify
+from inference.declared import Declared
 from inference.encoder import TextEncoder
 from inference.ranker import Ranker
 from schemas import prompts
@@ -229,11 +230,11 @@ def versions_to_refresh(connection: psycopg.Connection[Any], also: Sequence[str]
     return rows
 
 
-def tried_versions(connection: psycopg.Connection[Any], file: Path) -> list[str]:
-    """The registered versions that experiments declared in `file` name; none where the file cannot be used, which is what
+def tried_versions(connection: psycopg.Connection[Any], place: str) -> list[str]:
+    """The registered versions that experiments declared at `place` name; none where that cannot be used, which is what
     `GET /health` tells."""
     try:
-        named = experiment.versions(experiment.load_experiments(file), datetime.now(UTC))
+        named = experiment.versions(Declared(place).changed() or (), datetime.now(UTC))
     except DefinitionError:
         return []
     rows = connection.execute("SELECT version FROM model_versions WHERE version = ANY(%s)", (list(named),))

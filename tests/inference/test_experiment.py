@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from inference.declared import Declared
 from inference.experiment import (
     MAX_ARMS,
     MAX_EXPERIMENTS,
@@ -222,3 +223,30 @@ def test_a_file_that_cannot_be_read_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "e.toml").write_bytes(b"\xff")
     with pytest.raises(DefinitionError, match="is not UTF-8"):
         load_experiments(tmp_path / "e.toml")
+
+
+def test_declarations_in_a_bucket_are_read_when_they_changed(s3_bucket: str) -> None:
+    import boto3
+
+    bucket, client = s3_bucket.removeprefix("s3://"), boto3.client("s3")
+    declared = Declared(f"{s3_bucket}/of/experiments.toml")
+    assert (declared.changed(), declared.changed()) == ((), None)
+    client.put_object(Bucket=bucket, Key="of/experiments.toml", Body=text().encode())
+    found = declared.changed()
+    assert found is not None
+    assert [each.name for each in found] == ["e"]
+    assert declared.changed() is None
+    client.put_object(Bucket=bucket, Key="of/experiments.toml", Body=b"broken")
+    with pytest.raises(DefinitionError, match=r"s3://.*/of/experiments.toml is no TOML"):
+        declared.changed()
+    assert declared.changed() is None, "a fault is told once"
+    client.delete_object(Bucket=bucket, Key="of/experiments.toml")
+    assert declared.changed() == ()
+
+
+def test_a_bucket_that_does_not_answer_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    assert Declared("s3://bucket/experiments.toml").changed() is None

@@ -110,7 +110,7 @@ def test_a_snapshot_holds_no_connection_no_span_and_no_random_state(
         app.before_snapshot()
         try:
             assert not otel._state.ready, "spans of before are gone with their exporter"
-            assert len(app.served._queue.queue) == 0
+            assert (app.served.reads.waiting, app.served.requests.waiting) == (0, 0)
             with psycopg.connect(world.url, autocommit=True) as connection:
                 query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'larder' AND datname = current_database()"
                 give_up_at = time.monotonic() + 5

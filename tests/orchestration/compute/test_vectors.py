@@ -223,7 +223,7 @@ def test_an_unknown_version_to_refresh_is_named(connection: psycopg.Connection) 
 
 def test_versions_that_experiments_name_learn_of_new_items_too(catalogue: psycopg.Connection, tmp_path: Path) -> None:
     known, unknown, file = "0123456789abcdef", "f" * 16, tmp_path / "experiments.toml"
-    assert tried_versions(catalogue, file) == []
+    assert tried_versions(catalogue, str(file)) == []
     catalogue.execute(
         "INSERT INTO model_versions (version, name, path, manifest) VALUES (%s, 'ranker', 'm', '{}')", (known,)
     )
@@ -232,11 +232,13 @@ def test_versions_that_experiments_name_learn_of_new_items_too(catalogue: psycop
         for place, version in enumerate((known, unknown))
     )
     file.write_text(f"[experiments.e]\nstart = 2026-01-01T00:00:00Z\n{arms}")
-    assert tried_versions(catalogue, file) == [known], "one that nobody registered is what the function complains of"
+    assert tried_versions(catalogue, str(file)) == [known], (
+        "one that nobody registered is what the function complains of"
+    )
     file.write_text(f"[experiments.e]\nstart = 2020-01-01T00:00:00Z\nend = 2021-01-01T00:00:00Z\n{arms}")
-    assert tried_versions(catalogue, file) == []
+    assert tried_versions(catalogue, str(file)) == []
     file.write_text("broken")
-    assert tried_versions(catalogue, file) == []
+    assert tried_versions(catalogue, str(file)) == []
 
 
 def test_a_manifest_with_its_features_in_another_order_is_refused(tmp_path: Path, model: Path) -> None:
