@@ -183,8 +183,12 @@ def answered(
         otel.measure(made.rungs.add, 1, {"recsys.rung": rung})
     if experiment is not None:
         name, arm = _arm_label(experiment)
-        missed = {"recsys.experiment.missed": "arm" in rungs}
-        otel.measure(made.experiments.add, 1, {"recsys.experiment": name, "recsys.experiment.arm": arm} | missed)
+        attributes: dict[str, Value] = {
+            "recsys.experiment": name,
+            "recsys.experiment.arm": arm,
+            "recsys.experiment.missed": "arm" in rungs,
+        }
+        otel.measure(made.experiments.add, 1, attributes)
     for step, took_ms in steps_ms.items():
         otel.measure(made.steps.record, took_ms / 1000, {"recsys.step": step})
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 from inference.arms import NO_PLAN, Arms, Plan
 from inference.models import LoadedModels
@@ -56,7 +57,7 @@ class Trials:
         answer, slate = answered
         self.served.offer(ServedRequest(request.user_id, at, request.prompt, answer, slate, plan.assignment))
         for shadow in self.arms.shadows(plan):
-            self.shadows.offer(lambda shadow=shadow: self._compute(request, at, shadow, answer.request_id, compute))
+            self.shadows.offer(partial(self._compute, request, at, shadow, answer.request_id, compute))
 
     def _compute(
         self,
