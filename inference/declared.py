@@ -1,4 +1,7 @@
-"""Where experiments are declared: a file, or an object of a bucket, looked at again while requests come."""
+"""Where experiments are declared: a file, or an object of a bucket, looked at again while requests come.
+
+Beside `experiments.toml` may lie `experiments.stopped.json`, which says what is over before its end.
+"""
 
 from __future__ import annotations
 
@@ -6,57 +9,78 @@ import os
 from pathlib import Path
 
 from inference import artifacts
-from inference.experiment import Experiment, load_experiments, read_experiments
+from inference.experiment import Experiment, read_experiments, stopped
 from schemas.errors import ArtifactError, DefinitionError, StoreUnavailable
 
 CHECK_SECONDS = 1.0
 """A file is looked at at most so often."""
 S3_CHECK_SECONDS = 30.0
 """An object at most so often: each look is a request to the bucket."""
+STOPPED = ".stopped.json"
 
 
 class Declared:
     """The declarations at `place`, a path or an `s3://bucket/key`. Where nothing is, no experiment is declared."""
 
     def __init__(self, place: str) -> None:
-        self.place = place
+        root, slash, name = place.rpartition("/")
+        self.places = (place, f"{root}{slash}{name.removesuffix('.toml')}{STOPPED}")
         self._seen: object = None
         self._remote = place.startswith("s3://")
         self.check_seconds = S3_CHECK_SECONDS if self._remote else CHECK_SECONDS
 
     def changed(self) -> tuple[Experiment, ...] | None:
-        """The experiments, if they are others than last time, else None.
+        """The experiments, if something was changed since last time, else None.
 
         Raises DefinitionError for a fault, once: what is looked at again unchanged is nothing new.
         """
-        return self._object() if self._remote else self._file()
-
-    def _file(self) -> tuple[Experiment, ...] | None:
-        try:
-            found = os.stat(self.place)
-            seen: tuple[int, ...] = (found.st_mtime_ns, found.st_size, found.st_ino)
-        except OSError:
-            seen = ()
+        if self._remote:
+            try:
+                contents = [_object(place) for place in self.places]
+            except StoreUnavailable:
+                return None  # whether it changed cannot be told now
+            seen: object = contents
+        else:
+            seen = [_stamp(place) for place in self.places]
         if seen == self._seen:
             return None
         self._seen = seen
-        return load_experiments(Path(self.place))
+        if not self._remote:
+            contents = [_content(place) for place in self.places]
+        declared, over = (_text(content, place) for content, place in zip(contents, self.places, strict=True))
+        experiments = () if declared is None else read_experiments(declared, self.places[0])
+        return experiments if over is None else stopped(experiments, over, self.places[1])
 
-    def _object(self) -> tuple[Experiment, ...] | None:
-        root, _, name = self.place.rpartition("/")
-        try:
-            seen = artifacts.get(root, name)
-        except StoreUnavailable:
-            return None  # whether it changed cannot be told now
-        except ArtifactError:
-            seen = b""
-        if seen == self._seen:
-            return None
-        self._seen = seen
-        try:
-            text = seen.decode()
-        except UnicodeDecodeError as error:
-            raise DefinitionError(
-                f"{self.place} is not UTF-8 ({error.reason} at byte {error.start}); save it so"
-            ) from error
-        return read_experiments(text, self.place)
+
+def _stamp(place: str) -> tuple[int, ...]:
+    try:
+        found = os.stat(place)
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _content(place: str) -> bytes | None:
+    try:
+        return Path(place).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise DefinitionError(f"{place} cannot be read ({error.strerror}); mend its rights, or name another") from error
+
+
+def _object(place: str) -> bytes | None:
+    root, _, name = place.rpartition("/")
+    try:
+        return artifacts.get(root, name)
+    except StoreUnavailable:
+        raise
+    except ArtifactError:
+        return None
+
+
+def _text(content: bytes | None, place: str) -> str | None:
+    try:
+        return None if content is None else content.decode()
+    except UnicodeDecodeError as error:
+        raise DefinitionError(f"{place} is not UTF-8 ({error.reason} at byte {error.start}); save it so") from error

@@ -11,12 +11,12 @@ follows from a hash of the experiment and the person alone, so it is the same in
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from schemas import prompts
@@ -142,21 +142,6 @@ def versions(experiments: Sequence[Experiment], at: datetime) -> tuple[str, ...]
 # --- the file -----------------------------------------------------------------------------------------------------
 
 
-def load_experiments(file: Path) -> tuple[Experiment, ...]:
-    """The experiments in `file`, none if it is not there. Raises DefinitionError as `read_experiments` does."""
-    try:
-        content = file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return ()
-    except OSError as error:
-        raise DefinitionError(f"{file} cannot be read ({error.strerror}); mend its rights, or name another") from error
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise DefinitionError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it so") from error
-    return read_experiments(text, str(file))
-
-
 def read_experiments(text: str, name: str = "experiments.toml") -> tuple[Experiment, ...]:
     """The experiments declared in `text`. Raises DefinitionError that lists every fault, each with the way out."""
     try:
@@ -182,6 +167,27 @@ def read_experiments(text: str, name: str = "experiments.toml") -> tuple[Experim
     if faults:
         raise DefinitionError(f"{name} cannot be used: " + "; ".join(faults))
     return tuple(made)
+
+
+def stopped(experiments: Sequence[Experiment], text: str, name: str) -> tuple[Experiment, ...]:
+    """The experiments without those that `text` says are over: `{"<experiment>": {"stopped_at": "<instant>", …}}`.
+
+    A guardrail that was broken stops an experiment by such a record beside its declaration; its entry taken out starts it
+    again. Raises DefinitionError if it is no such record.
+    """
+    try:
+        at = {each: datetime.fromisoformat(entry["stopped_at"]) for each, entry in json.loads(text).items()}
+        if any(instant.tzinfo is None for instant in at.values()):
+            raise ValueError("an instant without a zone")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DefinitionError(
+            f'{name} cannot be used ({type(error).__name__}); it holds {{"<experiment>": {{"stopped_at": "<instant>"}}}}: mend '
+            "it, or remove it to start every experiment again"
+        ) from error
+    return tuple(
+        replace(each, end=min(at[each.name], each.end or at[each.name])) if each.name in at else each
+        for each in experiments
+    )
 
 
 def _experiment(name: str, table: object, faults: list[str]) -> Experiment | None:

@@ -22,7 +22,7 @@ from inference.explore import draw, explores
 from inference.live import Columns
 from inference.ranker import Ranker
 from inference.served import ServedLog
-from inference.served_request import Slate, slate_of
+from inference.served_request import ServedRequest, Slate, slate_of
 from inference.shadows import Shadows
 from inference.store import Store
 from inference.trials import Trials
@@ -104,6 +104,8 @@ def measure(folder: Path) -> dict[str, float]:
         sum(figures[name] for name in ("plan_two_experiments_us", "slate_us", "hand_over_us", "is_explored_us")), 2
     )
     two.served.requests.queued.clear()
+    shown = ServedRequest("u", at, "a wish", answer, slate, plans[0].assignment)
+    figures["row_after_the_answer_us"] = median_us(lambda _: json.dumps(shown.row()), 2_000)
     return figures
 
 

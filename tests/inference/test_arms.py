@@ -20,7 +20,8 @@ from released import PEOPLE, Released, released, write_release
 from test_asgi_door import ask, served
 from worlds import serving
 
-from inference.experiment import assign, load_experiments
+from inference.declared import Declared
+from inference.experiment import assign
 from inference.explore import TEMPERATURE
 from inference.handlers.asgi import create_app
 from inference.ranker import Answer, Inputs, Ranker
@@ -110,7 +111,7 @@ def declaration(control: str = "", treatment: str = "", more: str = "", head: st
 
 def arms(running: Running, people: list[str] = MANY) -> dict[str, str]:
     """The arm that each person is in, by the declaration alone."""
-    declared = load_experiments(running.file)
+    declared = Declared(str(running.file)).changed() or ()
     return {person: found.arm.name for person in people if (found := assign(declared, person, AT)) is not None}
 
 

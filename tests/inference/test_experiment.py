@@ -18,9 +18,9 @@ from inference.experiment import (
     Assignment,
     Experiment,
     assign,
-    load_experiments,
     places,
     read_experiments,
+    stopped,
     versions,
 )
 from schemas.errors import DefinitionError
@@ -39,6 +39,12 @@ def experiment(name: str = "e", arms: tuple[Arm, ...] = TWO, **more: object) -> 
 def arm_of(experiments: list[Experiment], user_id: str, at: datetime = AT) -> str | None:
     found = assign(experiments, user_id, at)
     return None if found is None else f"{found.experiment.name}/{found.arm.name}"
+
+
+def declared_at(file: Path) -> tuple[Experiment, ...]:
+    found = Declared(str(file)).changed()
+    assert found is not None
+    return found
 
 
 def text(arms: str = "[experiments.e.arms.a]\nshare = 1", head: str = "start = 2026-01-01T00:00:00Z") -> str:
@@ -113,7 +119,7 @@ def test_an_experiment_takes_people_from_its_start_until_before_its_end() -> Non
 
 
 def test_the_example_is_read_as_it_is_meant() -> None:
-    canary, wording = load_experiments(EXAMPLE)
+    canary, wording = declared_at(EXAMPLE)
     assert [(arm.name, arm.share) for arm in canary.arms] == [("control", 0.95), ("canary", 0.05), ("next", 0)]
     assert [arm.name for arm in canary.shown] == ["control", "canary"]
     assert [arm.name for arm in canary.shadows] == ["next"]
@@ -130,7 +136,7 @@ def test_the_example_is_read_as_it_is_meant() -> None:
 
 
 def test_nothing_is_declared_where_no_file_is(tmp_path: Path) -> None:
-    assert load_experiments(tmp_path / "experiments.toml") == ()
+    assert declared_at(tmp_path / "experiments.toml") == ()
     assert read_experiments("# nothing yet\n") == ()
 
 
@@ -219,10 +225,34 @@ def test_experiments_one_after_the_other_may_each_take_everybody() -> None:
 
 def test_a_file_that_cannot_be_read_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(DefinitionError, match=r"cannot be read \(Is a directory\); mend its rights, or name another"):
-        load_experiments(tmp_path)
+        declared_at(tmp_path)
     (tmp_path / "e.toml").write_bytes(b"\xff")
     with pytest.raises(DefinitionError, match="is not UTF-8"):
-        load_experiments(tmp_path / "e.toml")
+        declared_at(tmp_path / "e.toml")
+
+
+def test_an_experiment_that_was_stopped_is_over_until_its_entry_is_taken_out(tmp_path: Path) -> None:
+    file, record = tmp_path / "experiments.toml", tmp_path / "experiments.stopped.json"
+    second = text(head="start = 2026-01-01T00:00:00Z\nend = 2026-03-01T00:00:00Z").replace(".e", ".f")
+    file.write_text(text(head="start = 2026-01-01T00:00:00Z\ntraffic = 0.999999") + second)
+    declared = Declared(str(file))
+    assert arm_of(list(declared.changed() or ()), "u") == "e/a"
+    assert declared.changed() is None
+    record.write_text('{"e": {"stopped_at": "2026-01-01T12:00:00+00:00", "reason": "hides"}}')
+    found = list(declared.changed() or ())
+    assert [each.end for each in found] == [START + timedelta(hours=12), datetime(2026, 3, 1, tzinfo=UTC)]
+    assert arm_of(found, "u", START) == "e/a"
+    assert arm_of(found, "u") == "f/a", "people go to what comes after it"
+    record.write_text("{}")
+    assert arm_of(list(declared.changed() or ()), "u") == "e/a"
+    assert stopped(found, '{"f": {"stopped_at": "2027-01-01T00:00:00Z"}}', "r")[1].end == found[1].end
+    for broken in ("[]", "no JSON", '{"e": {}}', '{"e": {"stopped_at": "2026-01-01"}}', '{"e": 1}'):
+        record.write_text(broken)
+        with pytest.raises(
+            DefinitionError, match=r"experiments.stopped.json cannot be used .*remove it to start every"
+        ):
+            declared.changed()
+        assert declared.changed() is None
 
 
 def test_declarations_in_a_bucket_are_read_when_they_changed(s3_bucket: str) -> None:
