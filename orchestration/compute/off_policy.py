@@ -140,7 +140,7 @@ def evaluate(
     _check(logged, people)
     steps = target_steps(logged, scores, temperature)
     ratios = np.where(logged.shown >= 0, steps.probability / logged.propensities, 1.0)
-    raw: Array = np.cumprod(ratios, axis=1)
+    raw = np.asarray(np.cumprod(ratios, axis=1), np.float64)
     if assumption == "slate":
         raw = np.broadcast_to(raw[:, -1:], raw.shape)
     weights = np.minimum(raw, most_weight)

@@ -72,7 +72,7 @@ def test_a_running_experiment_has_a_page_of_its_own(small: Ingested) -> None:
 def test_a_split_that_lost_people_fails_its_check_and_stops_nothing(small: Ingested) -> None:
     declare(small)
     with psycopg.connect(small.url) as connection:
-        Trial(START, lost=0.3, treated=(0.3, 0.3)).write(connection)
+        Trial(START, lost=0.5, treated=(0.3, 0.3)).write(connection)
     page, checks = run()
     assert "**broken split**" in str(page["verdicts"].value)
     assert not checks["sample_ratio"].passed

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import gammaln
+from scipy.special import gammaln, logsumexp
 from scipy.stats import chisquare
 
 from schemas.errors import DefinitionError
 
 MISMATCH_P = 0.001
 """Strict, because the check runs for every experiment and a broken split ends one."""
-CONCENTRATION = 10_000.0
-"""Of the Dirichlet prior around the declared shares: its spread is half a percentage point for two halves, which is about
-the size of mismatch that is worth finding and that some ten thousand people can show."""
+CONCENTRATIONS = (100.0, 1_000.0, 10_000.0, 100_000.0)
+"""Of Dirichlet priors around the declared shares, each as likely: mismatches of about 5 to 0.15 percentage points between two
+halves. One alone sees either what some hundred people show or what a hundred thousand do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +61,21 @@ def sequential_p(counts: ArrayLike, shares: Sequence[float]) -> NDArray[np.float
     """`(…,)`: the p-value at each look of `counts (…, arms)`; the least so far may be acted upon at any time.
 
     One over the Bayes factor of a multinomial whose shares have a Dirichlet prior around the declared ones, a martingale
-    if people are split as declared (Lindon & Malek 2022).
+    if people are split as declared (Lindon & Malek 2022); so is the mean of several.
     """
     seen = np.asarray(counts, np.float64)
     declared = _scaled(shares, seen.shape[-1])
-    prior = CONCENTRATION * declared
-    log_factor = (gammaln(prior + seen) - gammaln(prior) - seen * np.log(declared)).sum(axis=-1)
-    log_factor += gammaln(CONCENTRATION) - gammaln(CONCENTRATION + seen.sum(axis=-1))
-    return np.asarray(np.exp(-np.maximum(log_factor, 0.0)))
+    total = seen.sum(axis=-1)
+    as_declared = (seen * np.log(declared)).sum(axis=-1)
+    log_factors = [
+        (gammaln(size * declared + seen) - gammaln(size * declared)).sum(axis=-1)
+        + gammaln(size)
+        - gammaln(size + total)
+        - as_declared
+        for size in CONCENTRATIONS
+    ]
+    evidence = logsumexp(log_factors, axis=0) - np.log(len(CONCENTRATIONS))
+    return np.asarray(np.exp(-np.maximum(evidence, 0.0)))
 
 
 def _scaled(shares: Sequence[float], arms: int) -> NDArray[np.float64]:

@@ -144,6 +144,12 @@ def test_the_split_is_judged_as_scipy_judges_it_and_by_every_look() -> None:
     assert unlucky.broken(last_look=True)
 
 
+@pytest.mark.parametrize("people", [(60, 140), (320, 460), (5_300, 4_700), (502_500, 497_500)])
+def test_a_mismatch_is_seen_at_every_size(people: tuple[int, int]) -> None:
+    assert stats.chisquare(people).pvalue < 1e-6
+    assert judge_split([people], (0.5, 0.5)).broken()
+
+
 def test_uneven_shares_are_no_mismatch() -> None:
     assert sequential_p([90_000, 10_000], (0.9, 0.1)) == 1
     assert judge_split([[85_000, 10_000, 5_000]], (0.85, 0.1, 0.05)).chi_square_p == pytest.approx(1)
