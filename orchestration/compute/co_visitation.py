@@ -85,7 +85,8 @@ def co_visitation(
             users.append(user[other])
             weights.append(np.full(int(other.sum()), direction * decay ** (distance - 1)))
     pair, summed, people = _by_pair(
-        *(np.concatenate([*parts, np.empty(0, kind)]) for parts, kind in ((keys, np.int64), (users, np.int64))),
+        np.concatenate([*keys, np.empty(0, np.int64)]),
+        np.concatenate([*users, np.empty(0, np.int64)]),
         np.concatenate([*weights, np.empty(0)]),
         len(interactions.user_ids),
     )
