@@ -113,7 +113,7 @@ def _wish(page: Any) -> None:
     page.fill("#wish", WISH)
     with page.expect_response("**/recommendations"):
         page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('#list-title').textContent.startsWith('For ')")
+    page.wait_for_selector("#list-title:text('For')")
 
 
 def _judge(page: Any) -> None:

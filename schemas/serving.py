@@ -455,7 +455,7 @@ class SurveyAnswer(_Model):
     """One answer, from 1 (not at all) to 5 (very much)."""
 
     question: Literal["satisfied", "trust"]
-    answer: Literal[1, 2, 3, 4, 5]
+    answer: Annotated[int, Field(ge=1, le=5)]
 
 
 class SurveyRequest(_Model):

@@ -86,7 +86,11 @@ def whole(body: Any) -> Any:
     """`body` with whole numbers where it has them with a point: to JSON Schema 1.0 is one, the function refuses it."""
     if not isinstance(body, dict):
         return body
-    counts = {name: int(body[name]) for name in ("k", "timeout_ms") if _has_a_point(body.get(name))}
+    counts: dict[str, Any] = {
+        name: int(body[name]) for name in ("k", "timeout_ms", "answer") if _has_a_point(body.get(name))
+    }
+    if isinstance(body.get("answers"), list):
+        counts["answers"] = [whole(answer) for answer in body["answers"]]
     return body | counts
 
 
