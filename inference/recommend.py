@@ -150,7 +150,7 @@ class Recommender:
         assert request.request_id is not None
         beside = replace(self, store=self.trials.beside, served=None, trials=None)
         ends = Deadline.after(self.timeout_ms)
-        return beside._personal(request, at, plan, request.request_id, ends, Steps(), [])
+        return beside._personal(request, at, plan, request.request_id, ends, Steps(), Known())
 
     def _personal(
         self,

@@ -154,7 +154,7 @@ def broken_rules(
 
 def _tables(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rules in the text of a file, read by another parser than ours: lines such as these cases have."""
-    name, table = "", {}
+    name, table = "", dict[str, Any]()
     for line in [*text.split("\n"), "[end]"]:
         if match := re.match(r"\[(.+)\]$", line):
             if name:
@@ -172,13 +172,13 @@ def _tables(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _belongs(rule: dict[str, Any], item: str, catalogue: Catalogue) -> bool:
     categories, attributes = catalogue.items[item]
     if "category" in rule:
-        return rule["category"] in categories
+        return bool(rule["category"] in categories)
     if rule.get("attribute") == "format":
-        return attributes.get("format") != rule["none_of"]
+        return bool(attributes.get("format") != rule["none_of"])
     if "attribute" not in rule:
         return True
     number = _number(catalogue, item, rule["attribute"])
-    return rule.get("at_least", -math.inf) <= number <= rule.get("at_most", math.inf)
+    return bool(rule.get("at_least", -math.inf) <= number <= rule.get("at_most", math.inf))
 
 
 def _number(catalogue: Catalogue, item: str, attribute: str) -> float:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from orchestration.compute.experiments.metrics import ATTRIBUTED_DAYS, CLICK_KINDS
 from orchestration.compute.off_policy import Estimate, Evaluation, Logged, NoSupport, difference, evaluate
-from orchestration.compute.recent import RECENT_DAYS
+from schemas.personal_data import RECENT_DAYS
 
 Array = NDArray[np.float64]
 

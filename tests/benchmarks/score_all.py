@@ -166,7 +166,7 @@ def _load(folder: Path) -> tuple[People, Shelf]:
     def part(prefix: str) -> dict[str, Any]:
         return {name.removeprefix(prefix): value for name, value in read.items() if name.startswith(prefix)}
 
-    crossed = []
+    crossed: list[Crossed] = []
     while mine := part(f"crossed.{len(crossed)}."):
         crossed.append(Crossed(**mine))
     vectors, own = read["vectors"].astype(np.float32), part("shelf.")

@@ -23,8 +23,8 @@ from orchestration.compute.fairness.groups import item_groups, people_segments
 from orchestration.compute.fairness.people import SegmentQuality, segment_quality
 from orchestration.compute.interactions import Interactions, load_interactions
 from orchestration.compute.lake import Lake
-from orchestration.compute.recent import RECENT_DAYS
 from orchestration.compute.report_files import Draw
+from schemas.personal_data import RECENT_DAYS
 from schemas.ranker import TEXT_DIM
 
 WINDOW_DAYS = 2 * 7
