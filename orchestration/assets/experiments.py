@@ -67,7 +67,7 @@ def _verdicts(found: list[Any]) -> dg.MarkdownMetadataValue:
     rows = []
     for one in found:
         words = one.report.decision.words if one.report else one.reason
-        verdict = f"**{one.report.decision.verdict}**" if one.report else "no data"
+        verdict = f"**{one.report.decision.verdict}**" if one.report else "faulty" if one.faulty else "no data"
         people = f"{one.report.people:,}" if one.report else "0"
         rows.append([one.name, verdict, people, " ".join([words, *one.done])])
     return metadata.markdown_table(["experiment", "verdict", "people", "why, and what was done"], rows)
@@ -153,6 +153,7 @@ def _sample_ratio(found: list[Any]) -> dg.AssetCheckResult:
 
 def _guardrails(found: list[Any]) -> dg.AssetCheckResult:
     reports = [one.report for one in found if one.report is not None]
+    faulty = [one.reason for one in found if one.faulty]
     broken = [(one, guard) for one in found if one.report for guard in one.report.decision.breached]
     done = [
         line
@@ -163,9 +164,13 @@ def _guardrails(found: list[Any]) -> dg.AssetCheckResult:
     ]
     return dg.AssetCheckResult(
         check_name="guardrails",
-        passed=not broken,
+        passed=not broken and not faulty,
         severity=dg.AssetCheckSeverity.ERROR,
-        metadata={"guardrails": sum(len(report.guards) for report in reports), "broken": len(broken)},
-        description="; ".join([*(f"{one.name}: {guard.words}" for one, guard in broken), *done])
+        metadata={
+            "guardrails": sum(len(report.guards) for report in reports),
+            "broken": len(broken),
+            "unwatched": len(faulty),
+        },
+        description="; ".join([*(f"{one.name}: {guard.words}" for one, guard in broken), *done, *faulty])
         or f"no guardrail of {len(reports)} experiments is broken",
     )

@@ -50,6 +50,19 @@ def test_without_experiments_there_is_nothing_to_say(small: Ingested) -> None:
     assert all(check.passed for check in checks.values())
 
 
+def test_an_experiment_that_nobody_can_watch_fails_the_check_and_hides_no_other(small: Ingested) -> None:
+    declare(
+        small, more="[experiments.typo]\nstart = 2020-01-01T00:00:00Z\nguardrails = ['hides']\narms.a.share = 1.0\n"
+    )
+    with psycopg.connect(small.url) as connection:
+        Trial(START, people=100).write(connection)
+    page, checks = run()
+    assert "| typo | faulty |" in str(page["verdicts"].value)
+    assert "| trial | **keep running** |" in str(page["verdicts"].value)
+    assert not checks["guardrails"].passed
+    assert "there is no metric 'hides' (did you mean hide_rate?)" in str(checks["guardrails"].description)
+
+
 def test_a_running_experiment_has_a_page_of_its_own(small: Ingested) -> None:
     declare(small)
     with psycopg.connect(small.url) as connection:

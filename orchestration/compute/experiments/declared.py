@@ -107,18 +107,27 @@ def experiments_file(folder: Path) -> Path:
     return Path(named) if named else folder / FILE
 
 
-def read_experiments(file: Path) -> tuple[Experiment, ...]:
-    """Every experiment in `file`; none if it does not exist. Raises DefinitionError naming experiment, field and way out."""
+def read_experiments(file: Path) -> dict[str, Experiment | DefinitionError]:
+    """Every experiment in `file` by its name, or what is wrong with it: a fault in one must not leave the others unwatched.
+
+    None if the file does not exist. Raises DefinitionError if it cannot be read at all.
+    """
     try:
         raw = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return ()
+        return {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DefinitionError(f"{file} is no TOML ({error}); mend the file") from error
     declared = raw.get("experiments", {})
     if not isinstance(declared, dict):
         raise DefinitionError(f"{file}: experiments is no table; declare each as [experiments.<name>]")
-    return tuple(_experiment(name, entry) for name, entry in declared.items())
+    found: dict[str, Experiment | DefinitionError] = {}
+    for name, entry in declared.items():
+        try:
+            found[name] = _experiment(name, entry)
+        except DefinitionError as error:
+            found[name] = error
+    return found
 
 
 def _experiment(name: str, entry: Any) -> Experiment:

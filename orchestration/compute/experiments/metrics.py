@@ -78,7 +78,7 @@ def metric(name: str) -> Metric:
     """The metric called `name`. Raises DefinitionError if there is none."""
     found = METRICS.get(name)
     if found is None:
-        near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise DefinitionError(
             f"there is no metric {name!r}{meant}; known: {', '.join(METRICS)}; name one of these in experiments.toml, or "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ class Reported:
     name: str
     report: Report | None
     reason: str | None = None
+    faulty: bool = False
+    """True if its declaration is wrong: nobody watches it then."""
     templates: Templates | None = None
     shadows: dict[str, str] = field(default_factory=dict)
     done: tuple[str, ...] = ()
@@ -63,7 +65,11 @@ def report_all(
     declarations = experiments_file(folder)
     stops = read_stops(stops_file(declarations))
     found = []
-    for experiment in read_experiments(declarations):
+    for name, experiment in read_experiments(declarations).items():
+        if isinstance(experiment, DefinitionError):
+            say(str(experiment))
+            found.append(Reported(name, None, str(experiment), faulty=True))
+            continue
         stopped = stops.get(experiment.name)
         ends = [at for at in (experiment.end, stopped[0] if stopped else None) if at is not None]
         over_at = min(ends) if ends and min(ends) <= now else None
@@ -104,7 +110,7 @@ def _report(
             )
         except NoSupport as error:
             shadows[arm.name] = f"what {arm.name} is worth cannot be told: {error}"
-    return Reported(experiment.name, report, None, compare_templates(connection, report), shadows)
+    return Reported(experiment.name, report, templates=compare_templates(connection, report), shadows=shadows)
 
 
 def _act(
@@ -144,15 +150,7 @@ def _write(folder: Path, reported: Reported, done: tuple[str, ...]) -> Reported:
     }
     _whole(place / "picture.png", picture(reported.report))
     _whole(place / "report.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
-    return Reported(
-        reported.name,
-        reported.report,
-        None,
-        reported.templates,
-        reported.shadows,
-        done,
-        place / "report.json",
-    )
+    return replace(reported, done=done, file=place / "report.json")
 
 
 def _whole(file: Path, content: bytes) -> None:

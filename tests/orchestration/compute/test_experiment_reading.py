@@ -239,9 +239,10 @@ share = 0.0
 
 def test_control_comes_first_and_shadows_apart(tmp_path: Path) -> None:
     file = tmp_path / "experiments.toml"
-    assert read_experiments(file) == ()
+    assert read_experiments(file) == {}
     file.write_text(FILE)
-    [found] = read_experiments(file)
+    found = read_experiments(file)["ranker"]
+    assert isinstance(found, Experiment)
     assert [arm.name for arm in found.arms] == ["control", "new"]
     assert found.shares == (0.75, 0.25)
     assert [arm.name for arm in found.shadows] == ["next"]
@@ -257,11 +258,19 @@ def test_control_comes_first_and_shadows_apart(tmp_path: Path) -> None:
         ("share = 0.25", "share = 2", "its share is 2"),
         ("start = 2030-01-01T00:00:00Z", "", "has no start"),
         ("2030-01-01T00:00:00Z", '"soon"', "'soon', which is no time"),
-        ("[experiments.ranker]", "[[", "is no TOML"),
     ],
 )
-def test_a_fault_in_the_file_is_named(tmp_path: Path, old: str, new: str, named: str) -> None:
+def test_a_fault_is_named_and_keeps_no_other_from_being_read(tmp_path: Path, old: str, new: str, named: str) -> None:
     file = tmp_path / "experiments.toml"
-    file.write_text(FILE.replace(old, new))
-    with pytest.raises(DefinitionError, match=named):
+    file.write_text(FILE.replace(old, new, 1) + FILE.replace("experiments.ranker", "experiments.other"))
+    found = read_experiments(file)
+    assert isinstance(found["ranker"], DefinitionError)
+    assert named in str(found["ranker"])
+    assert isinstance(found["other"], Experiment)
+
+
+def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "experiments.toml"
+    file.write_text("[[")
+    with pytest.raises(DefinitionError, match="is no TOML"):
         read_experiments(file)
