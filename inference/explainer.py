@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 EXPLAIN_SHARE = 0.5
 """Of the time left when the slate is there, what its explanation may take."""
-RIVALS = 24
+RIVALS = 12
 """Items just below the slate that are scored beside it: an item's place is one among others, and what moves all alike moves
 nobody's."""
 PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -259,8 +259,9 @@ class Because(_Model):
 
 class RecommendedItem(_Model):
     """One place in a slate. `reasons` and `because` are there exactly when the request said `explain`: the first in words, the
-    second with figures, what moved the score most first. `explanations` in `degraded` says that nothing could be tried in
-    time: then both say what is alike and where the item comes from, without figures."""
+    second with figures, first that without which the item would lose most places, then score. `explanations` in
+    `degraded` says that nothing could be tried in time: then both say what is alike and where the item comes from, without
+    figures."""
 
     item_id: str
     score: float

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -74,16 +74,19 @@ def measure(quick: bool = False, folder: Path | None = None, only: Iterable[str]
         world = trained(folder or Path(scratch), size)
         found: dict[str, Any] = {"explain_world": size.source, "explain_model": world.version}
         found["explain_validation_ndcg_at_10"] = round(world.validation_ndcg_at_10, 4)
-        if "added" in only:
-            found |= added_ms(world, people=20 if quick else 200)
-        if "diversity" in only:
-            found |= diversity(world, people=20 if quick else 300)
-        if {"rules", "fidelity"} & set(only):
-            with copied(world) as copy:
-                if "rules" in only:
-                    found |= rules(copy, requests=200 if quick else 10_000)
-                if "fidelity" in only:
-                    found |= fidelity(copy, cases=40 if quick else 1_000)
+        changed = {"rules", "fidelity"} & set(only)
+        with copied(world) if changed else nullcontext(world) as copy:
+            sections = {
+                "added": lambda: added_ms(world, people=20 if quick else 200),
+                "diversity": lambda: diversity(world, people=20 if quick else 300),
+                "rules": lambda: rules(copy, requests=200 if quick else 10_000),
+                "fidelity": lambda: fidelity(copy, cases=40 if quick else 1_000),
+            }
+            for name in SECTIONS:
+                if name in only:
+                    figures = sections[name]()
+                    note(f"{name}: {json.dumps(figures)}")
+                    found |= figures
     return found
 
 
