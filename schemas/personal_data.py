@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from schemas import online_sql
 from schemas.features import FeatureView
-from schemas.functions import SERVED_KEPT_DAYS
+from schemas.functions import SERVED_KEPT_DAYS, SERVED_REQUESTS_KEPT_DAYS
 from schemas.ranker import MAX_HISTORY
 from schemas.views import VIEWS
 
@@ -23,6 +23,10 @@ EXPORT_DAYS = 7
 """A week to fetch a copy of everything, which is better not left lying about."""
 RECENT_DAYS = 14
 """Days of events kept in `recent_events`: enough for heads when a few partitions are late."""
+SCORES_DAYS = 30
+"""Lists scored ahead are fallen back on for two days by default; who left no trace since has none kept for them."""
+SURVEY_DAYS = 365
+"""A year of answers tells satisfaction apart by season."""
 DAMAGED_SOURCE = "lake"
 """The source of quarantined rows that stand for a damaged file of the lake: they name nobody and loading needs them."""
 
@@ -134,10 +138,42 @@ _TABLES = (
     Place(
         "features as served",
         "the feature vectors that were read for a sample of people",
-        "the skew audit: were people served what the model was trained on",
+        "the skew audit: were people served what the model was trained on; and the drift report",
         f"{SERVED_KEPT_DAYS} days",
         "public.served_features",
         Expiry("read_at", SERVED_KEPT_DAYS),
+    ),
+    Place(
+        "answers",
+        "what was shown to whom, by which model and in which arm of an experiment; of a wish a keyed hash",
+        "experiments, drift and fairness reports, learning from what was shown and passed over",
+        f"{SERVED_REQUESTS_KEPT_DAYS} days",
+        "public.served_requests",
+        Expiry("served_at", SERVED_REQUESTS_KEPT_DAYS),
+    ),
+    Place(
+        "answers of shadows",
+        "what an arm that nobody is shown would have answered to whom",
+        "to judge a model before anybody sees it",
+        f"{SERVED_REQUESTS_KEPT_DAYS} days",
+        "public.shadow_requests",
+        Expiry("served_at", SERVED_REQUESTS_KEPT_DAYS),
+    ),
+    Place(
+        "lists scored ahead",
+        "each person's list, chosen by the model some time before it is asked for",
+        "an answer for them when no model can rank",
+        f"{SCORES_DAYS} days, and replaced by each `make score-all`",
+        "public.user_scores",
+        Expiry("scored_at", SCORES_DAYS),
+    ),
+    Place(
+        "survey answers",
+        "what a person answered to the page's two questions about a list",
+        "to know whether people are satisfied and trust it, by arm of an experiment",
+        f"{SURVEY_DAYS} days",
+        "public.survey_answers",
+        Expiry("answered_at", SURVEY_DAYS),
     ),
     Place(
         "consents",

@@ -59,6 +59,18 @@ def filled(database: str, lake: Lake, connection: psycopg.Connection[Any]) -> st
         "INSERT INTO served_features (read_id, view, request_id, user_id, read_at, definition_hash, features, keys, numbers) "
         "SELECT user_id, 'v', 'r', user_id, now(), 'h', '{n}', ARRAY[user_id], '{1}' FROM people"
     )
+    shown = "model_version, item_ids, scores, candidates, sources, degraded"
+    values = "'m', '{i1}', '{1}', 1, '{}', '{}'"
+    connection.execute(
+        f"INSERT INTO served_requests (request_id, user_id, served_at, {shown}) SELECT user_id, user_id, now(), {values} "
+        "FROM people"
+    )
+    connection.execute(
+        f"INSERT INTO shadow_requests (request_id, arm, experiment, user_id, served_at, {shown}) "
+        f"SELECT user_id, 'a', 'e', user_id, now(), {values} FROM people"
+    )
+    connection.execute("INSERT INTO user_scores SELECT user_id, 1, 'm', now(), '{i1}', '{1}' FROM people")
+    connection.execute("INSERT INTO survey_answers SELECT user_id, user_id, 'trust', 5, now() FROM people")
     connection.execute("INSERT INTO consents (user_id, personalise) SELECT user_id, true FROM people")
     connection.commit()
     for view in VIEWS:

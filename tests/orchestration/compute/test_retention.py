@@ -31,6 +31,23 @@ def fill(connection: psycopg.Connection[Any], name: str, at: dict[str, datetime]
         "VALUES (%s, 'v', 'r', 'u', %s, 'h', '{n}', '{u}', '{1}')",
         (name, at["public.served_features"]),
     )
+    shown = "model_version, item_ids, scores, candidates, sources, degraded"
+    values = "'m', '{i}', '{1}', 1, '{}', '{}'"
+    connection.execute(
+        f"INSERT INTO served_requests (request_id, user_id, served_at, {shown}) VALUES (%s, %s, %s, {values})",
+        (name, name, at["public.served_requests"]),
+    )
+    connection.execute(
+        f"INSERT INTO shadow_requests (request_id, arm, experiment, user_id, served_at, {shown}) "
+        f"VALUES (%s, 'a', 'e', %s, %s, {values})",
+        (name, name, at["public.shadow_requests"]),
+    )
+    connection.execute(
+        "INSERT INTO user_scores VALUES (%s, 1, 'm', %s, '{i}', '{1}')", (name, at["public.user_scores"])
+    )
+    connection.execute(
+        "INSERT INTO survey_answers VALUES (%s, %s, 'trust', 5, %s)", (name, name, at["public.survey_answers"])
+    )
     connection.execute(
         "INSERT INTO exports (request_id, user_id, requested_at) VALUES (%s, %s, %s)",
         (name, name, at["public.exports"]),
@@ -43,6 +60,10 @@ def left(connection: psycopg.Connection[Any]) -> dict[str, list[Any]]:
         "quarantine": "file || source",
         "served_features": "read_id",
         "exports": "user_id",
+        "served_requests": "request_id",
+        "shadow_requests": "request_id",
+        "user_scores": "user_id",
+        "survey_answers": "user_id",
     }
     return {
         table: [name for (name,) in connection.execute(f"SELECT {column} FROM {table} ORDER BY 1").fetchall()]
@@ -54,7 +75,7 @@ def test_what_is_too_old_goes_and_a_repeat_finds_nothing(
     connection: psycopg.Connection[Any], lake: Lake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention, "BATCH_ROWS", 1)  # several batches, each a transaction of its own
-    assert set(WITH_AN_END) == {"public.user_history", "public.quarantine", "public.served_features", "public.exports"}
+    assert set(WITH_AN_END) == {f"public.{table}" for table in left(connection)}
     for number in range(3):
         fill(connection, f"old {number}", {t: NOW - timedelta(days=e.days, seconds=1) for t, e in WITH_AN_END.items()})
     fill(connection, "young", {t: NOW - timedelta(days=e.days) + timedelta(minutes=5) for t, e in WITH_AN_END.items()})
@@ -67,7 +88,7 @@ def test_what_is_too_old_goes_and_a_repeat_finds_nothing(
         # What stands for a damaged file of the lake names nobody, and the next load needs it.
         "quarantine": [*(f"old {n}{DAMAGED_SOURCE}" for n in range(3)), f"young{DAMAGED_SOURCE}", "younglist"],
         "served_features": ["young"],
-        "exports": ["young"],
+        **dict.fromkeys(("exports", "served_requests", "shadow_requests", "user_scores", "survey_answers"), ["young"]),
     }
     assert all(ended.rows == 0 for ended in retention.end(connection, lake, NOW))
 
