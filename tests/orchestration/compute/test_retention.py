@@ -88,7 +88,11 @@ def test_what_is_too_old_goes_and_a_repeat_finds_nothing(
         # What stands for a damaged file of the lake names nobody, and the next load needs it.
         "quarantine": [*(f"old {n}{DAMAGED_SOURCE}" for n in range(3)), f"young{DAMAGED_SOURCE}", "younglist"],
         "served_features": ["young"],
-        **dict.fromkeys(("exports", "served_requests", "shadow_requests", "user_scores", "survey_answers"), ["young"]),
+        "exports": ["young"],
+        "served_requests": ["young"],
+        "shadow_requests": ["young"],
+        "user_scores": ["young"],
+        "survey_answers": ["young"],
     }
     assert all(ended.rows == 0 for ended in retention.end(connection, lake, NOW))
 
