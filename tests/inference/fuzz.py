@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from inference import page
+
 KNOWN_STATUSES = {200, 202, 400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 503}
 """What the OpenAPI document names."""
 
@@ -259,6 +261,8 @@ def fault_of(status: int, body: bytes, method: str = "POST") -> str | None:
         return f"status {status}: {body[:200]!r}"
     if method == "HEAD" and not body:
         return None
+    if status == 200 and body in {found.body for found in page.files().values()}:
+        return None  # the page itself
     try:
         document = json.loads(body)
     except ValueError:
