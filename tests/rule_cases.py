@@ -37,6 +37,8 @@ class Catalogue:
     items: dict[str, tuple[set[str], dict[str, Any]]]
     had: dict[str, set[str]]
     shown: dict[str, set[str]] = field(default_factory=dict)
+    """Lately, and nothing came of it."""
+    first_shown: dict[str, dict[str, datetime]] = field(default_factory=dict)
 
     @property
     def categories(self) -> list[str]:
@@ -67,13 +69,21 @@ def serve_before(connection: psycopg.Connection[Any], catalogue: Catalogue, peop
         for age, lately in ((1, True), (3, True), (NOT_AGAIN_DAYS + 2, False)):
             shown = rng.choice(names, 8, replace=False).tolist()
             if lately:
-                catalogue.shown.setdefault(person, set()).update(shown)
+                since = now - timedelta(days=age)
+                first = catalogue.first_shown.setdefault(person, {})
+                first.update({item: min(since, first.get(item, since)) for item in shown})
             connection.execute(
                 "INSERT INTO served_requests (request_id, user_id, served_at, model_version, item_ids, scores, candidates, "
                 "sources, degraded) VALUES (%s, %s, %s, 'm', %s, %s, 8, '{}', '{}')",
                 (f"before-{number}-{age}", person, now - timedelta(days=age), shown, [0.0] * 8),
             )
     connection.commit()
+    # What came of it frees an item; such an event shows only where a caller names the item, else the person had it.
+    for user_id, item_id, at in connection.execute("SELECT user_id, item_id, occurred_at FROM user_history").fetchall():
+        first = catalogue.first_shown.get(user_id, {})
+        if item_id in first and at >= first[item_id]:
+            del first[item_id]
+    catalogue.shown = {person: set(first) for person, first in catalogue.first_shown.items()}
 
 
 def random_rules(rng: np.random.Generator, categories: list[str]) -> tuple[str, Rules]:
