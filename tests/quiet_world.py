@@ -148,7 +148,7 @@ class QuietWorld:
         people, place = np.unique(self.user[rows], return_inverse=True)
         total = np.zeros((len(people), self.vectors.shape[1]), np.float32)
         np.add.at(total, place, self.vectors[items].mean(axis=1))
-        return total / np.bincount(place)[:, None].astype(np.float32)
+        return np.asarray(total / np.bincount(place)[:, None], np.float32)
 
 
 @dataclass(frozen=True)
@@ -265,13 +265,14 @@ def _features(
     at = int(world.started_at.timestamp()) * 1_000_000 + seconds * 1_000_000
     listed = sorted({name for names in categories.values() for name in names})
     member = np.zeros((len(categories), len(listed)), bool)
-    for number, names in enumerate(categories.values()):
-        member[number, [listed.index(name) for name in names]] = True
-    blocks, keys = {}, {}
+    for row, names in enumerate(categories.values()):
+        member[row, [listed.index(name) for name in names]] = True
+    blocks: dict[str, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = {}
+    keys: dict[str, list[tuple[str, ...]]] = {}
     with PointInTime(lake, connection) as ask:
         for view in VIEWS:
             if view.entity.keys == ("user_id",):
-                request, number = np.arange(len(user)), user
+                request, number = np.arange(len(user), dtype=np.int64), user
                 texts: list[tuple[str, ...]] = [(user_id(one),) for one in range(int(user.max()) + 1)]
             elif view.entity.keys == ("item_id",):
                 request, number = np.repeat(np.arange(len(user)), SHOWN), shown.ravel()
