@@ -272,7 +272,7 @@ def _features(
     with PointInTime(lake, connection) as ask:
         for view in VIEWS:
             if view.entity.keys == ("user_id",):
-                request, number = np.arange(len(user)), user
+                request, number = np.arange(len(user), dtype=np.int64), user
                 texts: list[tuple[str, ...]] = [(user_id(one),) for one in range(int(user.max()) + 1)]
             elif view.entity.keys == ("item_id",):
                 request, number = np.repeat(np.arange(len(user)), SHOWN), shown.ravel()
