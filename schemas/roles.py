@@ -63,6 +63,8 @@ READS: dict[str, tuple[str, ...]] = {
     "public.feature_ledger": ("view", "partition_date", "definition_hash"),
     # Who asked to be forgotten reads as unknown; a receipt names nobody.
     "public.erasure_requests": ("request_id", "user_id"),
+    # Where the rule "not again" is set: what was shown to a person lately.
+    "public.served_requests": ("request_id", "user_id", "served_at", "item_ids"),
     # Who answered the survey this week is not asked again; what they answered no request reads.
     "public.survey_answers": ("user_id", "answered_at"),
     # Who has not agreed to being personalised is answered without anything of theirs.
