@@ -80,12 +80,12 @@ def judge_exploration(place: Place, plan: Plan, street: Street) -> OffPolicy:
             found, _ = judge_most(logged, logged.scores)
         except NoSupport as error:
             return OffPolicy(0, len(requests), 0.0, 0.0, 0.0, 0.0, str(error))
-        asked = dict(
-            (request_id, (who, at))
+        asked = {
+            request_id: (who, at)
             for request_id, who, at in connection.execute(
                 "SELECT request_id, user_id, served_at FROM served_requests WHERE request_id = ANY(%s)", (requests,)
             )
-        )
+        }
     worth = []
     for row, (request_id, pool) in enumerate(zip(requests, pools, strict=True)):
         who, at = asked[request_id]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+
 from inference.encoder import TextEncoder
 from inference.runtime import LarderApplication
 from orchestration.compute.drift.judge import USUAL_ROOM, WAITING, Finding
