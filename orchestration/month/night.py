@@ -90,7 +90,7 @@ def watch_experiments(place: Place, plan: Plan, story: Story, day: Day) -> None:
         return
     end = plan.midnight(day.number + 1)
     with place.connect() as connection:
-        found = report_all(connection, place.lake, place.folder, place.artifacts_url, end)
+        found = report_all(connection, place.lake, place.folder, place.artifacts_url, str(place.experiments), end)
     for one in found:
         trial = next(trial for trial in plan.trials if trial.name == one.name)
         if trial.first <= day.number <= trial.last:
