@@ -128,6 +128,7 @@ def serve_day(app: LarderApplication, clock: Clock, street: Street, place: Place
                 kept = day.arms.setdefault(trial.name, {}).setdefault(name, Arm())
                 worth = relevance if name == arm else truth.of_list(who, _as_if(app.recommender, request, trial, name))
                 kept.asked += 1
+                kept.shown += len(worth)
                 kept.clicks += float(clicks(worth).sum())
                 kept.hides += float(hides(worth).sum())
         chance, hiding = clicks(relevance), hides(relevance)

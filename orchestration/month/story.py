@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import date
 
-from orchestration.month.plan import K
-
 
 @dataclass(slots=True)
 class Arm:
@@ -16,7 +14,9 @@ class Arm:
     clicked: int = 0
     hidden: int = 0
     asked: int = 0
-    """Lists of everybody in the experiment, whichever arm they were in; the next two are what they are worth in this arm."""
+    """Lists of everybody in the experiment, whichever arm they were in; the next three are of what they would be in this arm:
+    items, and the clicks and hides expected of them."""
+    shown: int = 0
     clicks: float = 0.0
     hides: float = 0.0
 
@@ -115,7 +115,7 @@ class Story:
     """Days before it with a severe alarm: false ones."""
 
     def true_rates(self, trial: str, arm: str) -> tuple[float, float]:
-        """Clicks and hides per item over the whole experiment, had everybody been in that arm."""
+        """Clicks and hides per shown item over the whole experiment, had everybody been in that arm."""
         found = [day.arms[trial][arm] for day in self.days if arm in day.arms.get(trial, {})]
-        asked = K * max(sum(one.asked for one in found), 1)
-        return sum(one.clicks for one in found) / asked, sum(one.hides for one in found) / asked
+        shown = max(sum(one.shown for one in found), 1)
+        return sum(one.clicks for one in found) / shown, sum(one.hides for one in found) / shown

@@ -34,6 +34,7 @@ TINY = Plan(
 )
 
 
+@pytest.mark.prove
 def test_a_tiny_month_is_lived_and_told(database: str, tmp_path: Path) -> None:
     place = Place(database, tmp_path / "month")
     place.folder.mkdir()
@@ -41,7 +42,9 @@ def test_a_tiny_month_is_lived_and_told(database: str, tmp_path: Path) -> None:
     story, street = run.simulate(place, TINY, said.append)
 
     assert [day.number for day in story.days] == [1, 2, 3, 4, 5, 6]
-    assert all(day.visits == 25 and day.shown == 25 * K for day in story.days)
+    assert all(day.visits == 25 for day in story.days)
+    # Ten candidates, which is what the careless arm has, are not always ten items.
+    assert all(0 < day.shown <= 25 * K and (day.shown == 25 * K or "careless" in day.arms) for day in story.days)
     assert all(day.drift is not None and not day.degraded * story.models[0].passed for day in story.days)
     # The truth brackets what was shown, and what was clicked is drawn from it.
     assert all(day.best >= max(day.relevance, day.popular) for day in story.days)
