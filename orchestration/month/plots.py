@@ -7,7 +7,7 @@ from matplotlib.ticker import PercentFormatter
 
 from orchestration.compute.drift.plots import BLUE, GREEN, GREY, RED
 from orchestration.month.judge import Segment
-from orchestration.month.plan import Plan
+from orchestration.month.plan import K, Plan
 from orchestration.month.story import Story
 
 
@@ -30,12 +30,19 @@ def draw_clicks(plan: Plan, story: Story, axes: Axes) -> None:
     """Click rate as seen and as true, and what the popular and the best lists would get."""
     days = [day.number for day in story.days]
     axes.plot(
-        days, [day.best_clicks / max(day.shown, 1) for day in story.days], color=GREY, ls="--", label="best possible"
+        days,
+        [day.best_clicks / (K * max(day.visits, 1)) for day in story.days],
+        color=GREY,
+        ls="--",
+        label="best possible",
     )
     axes.plot(days, [day.true_click_rate for day in story.days], color=GREEN, lw=2, label="shown, true")
     axes.plot(days, [day.click_rate for day in story.days], "o", color=GREEN, ms=3.5, label="shown, as clicked")
     axes.plot(
-        days, [day.popular_clicks / max(day.shown, 1) for day in story.days], color=BLUE, label="what is trending"
+        days,
+        [day.popular_clicks / (K * max(day.visits, 1)) for day in story.days],
+        color=BLUE,
+        label="what is trending",
     )
     _mark(plan, story, axes)
     axes.set_xlabel("day", fontsize=8)
@@ -48,15 +55,17 @@ def draw_clicks(plan: Plan, story: Story, axes: Axes) -> None:
 def draw_experiments(plan: Plan, story: Story, axes: Axes) -> None:
     """Each experiment's estimated lift with its interval at every day's end, and the true lift."""
     for trial, color in zip(plan.trials, (BLUE, RED), strict=True):
-        told = [one for one in story.estimates.get(trial.name, []) if one.lift is not None]
+        told = [
+            (one.day, one.lift, one.lift - one.low, one.high - one.lift)
+            for one in story.estimates.get(trial.name, [])
+            if one.lift is not None and one.low is not None and one.high is not None
+        ]
         if told:
+            day, lifts, below, above = zip(*told, strict=True)
             axes.errorbar(
-                [one.day for one in told],
-                [one.lift for one in told],
-                yerr=[
-                    [(one.lift or 0) - (one.low or 0) for one in told],
-                    [(one.high or 0) - (one.lift or 0) for one in told],
-                ],
+                day,
+                lifts,
+                yerr=[below, above],
                 fmt="o",
                 ms=4,
                 color=color,

@@ -13,7 +13,7 @@ from orchestration.compute.fairness.report import FairnessReport
 from orchestration.compute.report_files import Draw, write_report
 from orchestration.month import plots
 from orchestration.month.judge import OffPolicy, Segment
-from orchestration.month.plan import Plan, Trial
+from orchestration.month.plan import K, Plan, Trial
 from orchestration.month.story import Story
 
 NAME = "month"
@@ -127,16 +127,17 @@ def markdown(
 
 def _headlines(plan: Plan, story: Story, explored: OffPolicy) -> str:
     shown = sum(day.shown for day in story.days)
+    places = K * sum(day.visits for day in story.days)
     clicked, true = sum(day.clicked for day in story.days), sum(day.clicks for day in story.days)
     rows = [
         ["clicks per shown item", f"{clicked / shown:.4f}", f"{true / shown:.4f}"],
-        ["… of what is trending", "", f"{sum(day.popular_clicks for day in story.days) / shown:.4f}"],
-        ["… of the best possible lists", "", f"{sum(day.best_clicks for day in story.days) / shown:.4f}"],
+        ["… of what is trending", "", f"{sum(day.popular_clicks for day in story.days) / places:.4f}"],
+        ["… of the best possible lists", "", f"{sum(day.best_clicks for day in story.days) / places:.4f}"],
     ]
     for trial in plan.trials:
         told = story.estimates.get(trial.name, [])
         last = next((one for one in reversed(told) if one.lift is not None), None)
-        estimate = f"{last.lift:+.1%} ({last.low:+.1%} to {last.high:+.1%})" if last else "too early to say"  # type: ignore[str-format]
+        estimate = f"{last.lift:+.1%} ({last.low:+.1%} to {last.high:+.1%})" if last else "too early to say"
         rows.append(
             [f"lift of {trial.arm} in experiment {trial.name}", estimate, _percent(_true_lift(story, trial, 0))]
         )

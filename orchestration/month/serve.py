@@ -116,7 +116,8 @@ def serve_day(app: LarderApplication, clock: Clock, street: Street, place: Place
     app.trials.arms.check()
     took: list[float] = []
     for turn, (clock.at, who) in enumerate(visitors):
-        request = RecommendationRequest(user_id=who, k=K, request_id=f"month-{number}-{turn}")
+        request_id = f"month-{number}-{turn}"
+        request = RecommendationRequest(user_id=who, k=K, request_id=request_id)
         begin = time.perf_counter()
         answer = app.recommend(request)
         took.append((time.perf_counter() - begin) * 1_000)
@@ -134,7 +135,7 @@ def serve_day(app: LarderApplication, clock: Clock, street: Street, place: Place
         chance, hiding = clicks(relevance), hides(relevance)
         drawn = rng.random(len(shown))
         clicked, hidden = drawn < chance, drawn > 1 - hiding
-        _post(app, clock.at, who, request.request_id or "", shown, clicked, hidden)
+        _post(app, clock.at, who, request_id, shown, clicked, hidden)
         _count(day, story, answer.model_version, who, relevance, chance, clicked, hidden)
         day.degraded += bool(answer.degraded)
         if trial is not None and arm is not None:

@@ -14,7 +14,7 @@ from schemas.errors import SourceError
 from schemas.events import Event, Item, Person
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part:
     """What is new from `since` on (None: everything before) until `until`; a Source of orchestration/sources."""
 
@@ -25,10 +25,7 @@ class Part:
     happened: tuple[Event, ...]
     name: str = "simulated"
     historical: bool = False
-
-    @property
-    def description(self) -> str:
-        return f"the simulated world until {self.until:%Y-%m-%d}"
+    description: str = "the simulated world"
 
     def fingerprint(self) -> str:
         return f"month {self.since} {self.until}"
