@@ -27,7 +27,11 @@ def learn(place: Place, plan: Plan, day: int, say: Say) -> Learned:
     """Train on everything that is known, judge, export, and release what passes its gate; what does not stays on the shelf."""
     start = time.monotonic()
     config = TrainConfig(
-        size=plan.size, seed=plan.seed, epochs=plan.epochs, slate_rows=plan.slate_rows, validation_labels=500
+        size=plan.size,
+        seed=plan.seed,
+        epochs=plan.epochs,
+        slate_rows=plan.slate_rows,
+        validation_labels=plan.validation_labels,
     )
     with place.connect() as connection, tempfile.TemporaryDirectory(prefix="larder-month-") as scratch:
         labels = build_training_set(place.lake, connection, place.artifacts_url)
@@ -43,7 +47,7 @@ def learn(place: Place, plan: Plan, day: int, say: Say) -> Learned:
         )
         connection.commit()
         say("judging it against counts, neighbours and matrix factorisation")
-        evaluate_ranker(place.lake, connection, place.artifacts_url, progress=lambda _: None)
+        evaluate_ranker(place.lake, connection, place.artifacts_url, progress=lambda _: None, most=plan.judged)
         folder = Path(scratch) / "ranker"
         exported = export_ranker(place.lake, connection, place.artifacts_url, folder)
         version = exported.manifest.version

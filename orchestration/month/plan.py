@@ -50,11 +50,14 @@ class Plan:
     items: int = 900
     events_per_person: float = 34.0
     drift_strength: float = 0.7
-    visits: int = 220
+    visits: int = 160
     """People who ask for a list in a day, once each."""
     size: str = "small"
     epochs: int = 6
-    slate_rows: int = 3_000
+    slate_rows: int = 2_000
+    validation_labels: int = 150
+    judged: int = 500
+    """Labels of each split that the gate judges by."""
     exploration: float = 0.1
     """Of the lists after the experiments; what is told of their worth by off-policy estimates is held against the truth."""
     history_days: int = HISTORY_DAYS
@@ -69,7 +72,7 @@ class Plan:
         trials = (
             Trial("variety", "mixed", self._at(2), parted, 0.5, 0.6, None, "lists are made more varied (diversity 0.6)"),
             Trial(
-                "careless", "hasty", parted + 1, max(parted + 1, self._at(16)), 0.3, 1.0, 10,
+                "careless", "hasty", parted + 1, max(parted + 1, self._at(16)), 0.4, 1.0, 10,
                 "a careless canary: 10 candidates only, ordered by variety alone",
             ),
         )  # fmt: skip
