@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from orchestration import interrupts
 from orchestration.arguments import MakeParser
 from orchestration.month.plan import CALENDAR_DAYS, Plan
 from schemas.errors import LarderError
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from orchestration.month import judge, place, report, run
 
         here = place.fresh(plan)
+        # Trainings run in processes of their own, which a terminal's Ctrl-C must not reach.
+        interrupts.listen()
         story, street = run.simulate(here, plan, say)
         fairness, segments = judge.judge_fairness(here, plan, street, story)
         explored = judge.judge_exploration(here, plan, street)
