@@ -48,8 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from orchestration.month import judge, place, report, run
 
         here = place.fresh(plan)
-        # Trainings run in processes of their own, which a terminal's Ctrl-C must not reach.
-        interrupts.listen()
         story, street = run.simulate(here, plan, say)
         fairness, segments = judge.judge_fairness(here, plan, street, story)
         explored = judge.judge_exploration(here, plan, street)
@@ -67,4 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Being told to stop is the same as Ctrl-C; trainings run in processes of their own, which it must not reach.
+    interrupts.listen()
     sys.exit(main())
