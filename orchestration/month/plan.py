@@ -46,15 +46,15 @@ class Plan:
     first: date
     days: int = CALENDAR_DAYS
     seed: int = 7
-    people: int = 2_400
+    people: int = 1_400
     items: int = 900
-    events_per_person: float = 34.0
+    events_per_person: float = 68.0
     drift_strength: float = 0.7
     visits: int = 160
     """People who ask for a list in a day, once each."""
     size: str = "small"
-    epochs: int = 6
-    slate_rows: int = 2_000
+    epochs: int = 10
+    slate_rows: int = 3_000
     validation_labels: int = 150
     judged: int = 500
     """Labels of each split that the gate judges by."""
@@ -72,8 +72,8 @@ class Plan:
         trials = (
             Trial("variety", "mixed", self._at(2), parted, 0.5, 0.6, None, "lists are made more varied (diversity 0.6)"),
             Trial(
-                "careless", "hasty", parted + 1, max(parted + 1, self._at(16)), 0.4, 1.0, 10,
-                "a careless canary: 10 candidates only, ordered by variety alone",
+                "careless", "hasty", parted + 1, max(parted + 1, self._at(16)), 0.5, 1.0, 10,
+                "a careless change: 10 candidates only, ordered by variety alone",
             ),
         )  # fmt: skip
         object.__setattr__(self, "trials", trials)

@@ -214,14 +214,14 @@ def _drift(plan: Plan, story: Story) -> str:
     before = _quality(story, 1, plan.drift_day - 1)
     if retrained is not None:
         lines.append(
-            f"True relevance shown, as a share of the way from trending to the best possible: {before:.0%} before the drift, "
-            f"{_quality(story, plan.drift_day + 3, retrained.day):.0%} after it with the old model, "
-            f"{_quality(story, retrained.day + 1, plan.days):.0%} from the new model's first day on."
+            f"True relevance shown, as a share of the way from trending to the best possible: {before} before the drift, "
+            f"{_quality(story, plan.drift_day, retrained.day)} from then on with the old model, "
+            f"{_quality(story, retrained.day + 1, plan.days)} from the new model's first day on."
         )
     else:
         lines.append(
-            f"True relevance shown, as a share of the way from trending to the best possible: {before:.0%} before the drift, "
-            f"{_quality(story, plan.drift_day + 3, plan.days):.0%} after it."
+            f"True relevance shown, as a share of the way from trending to the best possible: {before} before the drift, "
+            f"{_quality(story, plan.drift_day, plan.days)} from then on."
         )
     lines += [
         line[0].upper() + line[1:] + "."
@@ -232,12 +232,11 @@ def _drift(plan: Plan, story: Story) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _quality(story: Story, first: int, last: int) -> float:
+def _quality(story: Story, first: int, last: int) -> str:
+    """How far what was shown on those days lies from what is trending (0 %) towards the best possible (100 %)."""
     days = [day for day in story.days if first <= day.number <= last]
-    if not days:
-        return float("nan")
     gap = sum(day.best - day.popular for day in days)
-    return sum(day.relevance - day.popular for day in days) / gap if gap else float("nan")
+    return f"{sum(day.relevance - day.popular for day in days) / gap:.0%}" if gap else "–"
 
 
 def _fairness(fairness: FairnessReport, segments: list[Segment]) -> str:
