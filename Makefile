@@ -7,7 +7,7 @@ PORT ?= 8080
 DATA ?=
 USER_ID ?=
 .DEFAULT_GOAL := help
-.PHONY: help install run ui backfill serve score-all keys deploy rollback forget export data-map audit features explain training-set vacuum mend-lake test prove check bench-features bench-ranker bench-serving bench-gpu openapi format pictures clean
+.PHONY: help install run ui backfill serve score-all simulate-month keys deploy rollback forget export data-map audit features explain training-set vacuum mend-lake test prove check bench-features bench-ranker bench-serving bench-gpu openapi format pictures clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ serve: install ## answer over HTTP on this machine [PORT=8080]
 
 score-all: install ## everybody's list scored ahead, for requests that find no model; goes on where it was stopped: [VERSION=…] [RESTART=1] [PER_USER=50] [CANDIDATES=200]
 	@$(BIN)/python -m orchestration.score_all $(if $(VERSION),--version '$(VERSION)') $(if $(RESTART),--restart) $(if $(PER_USER),--per-user '$(PER_USER)') $(if $(CANDIDATES),--candidates '$(CANDIDATES)')
+
+simulate-month: install ## a simulated month of the whole loop in minutes, in a deployment of its own, and a page that tells of it: [DAYS=30] [SEED=7] [OUT=folder]
+	@$(BIN)/python -m orchestration.simulate_month $(if $(DAYS),--days '$(DAYS)') $(if $(SEED),--seed '$(SEED)') $(if $(OUT),--out '$(OUT)')
 
 keys: install ## request keys: lists them; NAME=… makes one, shown once [SCOPES=recommend,write] [PER_MINUTE=6000] [DAYS=…]; REVOKE=id
 	@$(BIN)/python -m infra.keys $(if $(NAME),create --name '$(NAME)' $(if $(SCOPES),--scopes '$(SCOPES)') $(if $(PER_MINUTE),--per-minute '$(PER_MINUTE)') $(if $(DAYS),--days '$(DAYS)'),$(if $(REVOKE),revoke '$(REVOKE)',list))

@@ -23,8 +23,7 @@ class Declared:
     """The declarations at `place`, a path or an `s3://bucket/key`. Where nothing is, no experiment is declared."""
 
     def __init__(self, place: str) -> None:
-        root, slash, name = place.rpartition("/")
-        self.places = (place, f"{root}{slash}{name.removesuffix('.toml')}{STOPPED}")
+        self.places = (place, stopped_place(place))
         self._seen: object = None
         self._remote = place.startswith("s3://")
         self.check_seconds = S3_CHECK_SECONDS if self._remote else CHECK_SECONDS
@@ -50,6 +49,20 @@ class Declared:
         declared, over = (_text(content, place) for content, place in zip(contents, self.places, strict=True))
         experiments = () if declared is None else read_experiments(declared, self.places[0])
         return experiments if over is None else stopped(experiments, over, self.places[1])
+
+
+def stopped_place(place: str) -> str:
+    """Where the record of what is over lies, of declarations at `place`."""
+    root, slash, name = place.rpartition("/")
+    return f"{root}{slash}{name.removesuffix('.toml')}{STOPPED}"
+
+
+def read(place: str) -> str | None:
+    """The text at `place` as it is now, a path or an `s3://bucket/key`; None where nothing is.
+
+    Raises DefinitionError if it cannot be read, StoreUnavailable if a bucket does not say.
+    """
+    return _text(_object(place) if place.startswith("s3://") else _content(place), place)
 
 
 def _stamp(place: str) -> tuple[int, ...]:

@@ -70,12 +70,13 @@ class Deployment:
         """Where experiments are declared, a path or `s3://bucket/key`; nothing need be there."""
         return os.environ.get("LARDER_EXPERIMENTS") or str(self.folder / "experiments.toml")
 
-    def save(self) -> None:
-        """Write the record and make this the current deployment; both files appear whole or not at all."""
+    def save(self, *, current: bool = True) -> None:
+        """Write the record and, unless told not to, make this the current deployment; both files appear whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         record = asdict(self) | {"start_date": self.start_date.isoformat()}
         _write(self.folder / RECORD, json.dumps(record, indent=1) + "\n")
-        _write(home() / "current", self.name + "\n")
+        if current:
+            _write(home() / "current", self.name + "\n")
 
 
 def name_for(data: str | None) -> str:

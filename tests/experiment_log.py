@@ -1,4 +1,4 @@
-"""A served log for tests: the table with exactly the columns of its contract, and rows of experiments with known effects."""
+"""A served log for tests: rows of experiments with known effects."""
 
 from __future__ import annotations
 
@@ -9,14 +9,6 @@ from datetime import datetime, timedelta
 
 import numpy as np
 import psycopg
-
-CREATE = """
-CREATE TABLE IF NOT EXISTS served_requests (
-    request_id text PRIMARY KEY, user_id text NOT NULL, served_at timestamptz NOT NULL, wish_hash text, experiment text, arm text,
-    arm_share real, model_version text NOT NULL, prompt_version text, item_ids text[] NOT NULL, scores real[] NOT NULL,
-    propensities real[], candidate_ids text[], candidate_scores real[], candidates integer NOT NULL, sources jsonb NOT NULL,
-    degraded text[] NOT NULL)
-"""
 
 
 @dataclass(frozen=True)
@@ -50,8 +42,7 @@ class Outcome:
 
 
 def log(connection: psycopg.Connection, answers: Iterable[Answer], outcomes: Iterable[Outcome] = ()) -> None:
-    """Write both; the table is made where it is not there."""
-    connection.execute(CREATE)
+    """Write both."""
     with connection.cursor() as cursor:
         cursor.executemany(
             "INSERT INTO served_requests (request_id, user_id, served_at, experiment, arm, arm_share, model_version, item_ids, scores, "

@@ -212,6 +212,7 @@ def _events(world: World, columns: dict[str, NDArray[np.int64]]) -> pa.Table:
             "value": pa.array(value, from_pandas=True),
             "occurred_at": at,
             "known_at": at,
+            "request_id": pa.nulls(len(at), pa.string()),
         },
         schema=EVENT_SCHEMA,
     )

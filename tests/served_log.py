@@ -16,19 +16,9 @@ PEOPLE, ITEMS, SHOWN = 150, 120, 5
 PER_DAY = 120
 CATEGORIES = ("odd", "even")
 
-SERVED_REQUESTS = """
-CREATE TABLE IF NOT EXISTS served_requests (
-    request_id text PRIMARY KEY, user_id text NOT NULL, served_at timestamptz NOT NULL, wish_hash text, experiment text,
-    arm text, arm_share real, model_version text NOT NULL, prompt_version text, item_ids text[] NOT NULL,
-    scores real[] NOT NULL, propensities real[], candidate_ids text[], candidate_scores real[],
-    candidates integer NOT NULL, sources jsonb NOT NULL, degraded text[] NOT NULL
-)
-"""
-
 
 def prepare(connection: psycopg.Connection, trained_until: datetime) -> None:
     """A catalogue without texts, and a champion that says how its scores are probabilities."""
-    connection.execute(SERVED_REQUESTS)
     with connection.cursor() as cursor:
         cursor.executemany(
             "INSERT INTO items (item_id, title, categories, attributes) VALUES (%s, '', %s, %s)",

@@ -51,6 +51,7 @@ def experiment_report(context: dg.AssetExecutionContext, larder: Larder) -> dg.M
             larder.lake,
             larder.record.folder,
             larder.artifacts_url,
+            larder.record.experiments,
             datetime.now(UTC),
             progress(context),
         )

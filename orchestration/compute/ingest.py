@@ -136,14 +136,21 @@ def ingest(
 
 
 def drain(
-    connection: psycopg.Connection, lake: Lake, first: date | None, last: date, *, progress: Progress = lambda _: None
+    connection: psycopg.Connection,
+    lake: Lake,
+    first: date | None,
+    last: date,
+    *,
+    now: datetime | None = None,
+    progress: Progress = lambda _: None,
 ) -> int:
     """Move posted events that happened from day `first` (None: ever) to `last`, included, into the lake, exactly once.
 
     The lake's pointer, the `drained` mark and the marks of partitions that are stale now change in one transaction.
-    Of the lake only the days that these events belong to are read. Returns how many were moved.
+    Of the lake only the days that these events belong to are read. What is old is so at `now`. Returns how many were moved.
     """
-    roll_partitions(connection, lake, datetime.now(UTC))
+    now = now or datetime.now(UTC)
+    roll_partitions(connection, lake, now)
     with tempfile.TemporaryDirectory(prefix="larder-drain-") as folder, duck() as db, connection.transaction():
         hold_off_erasures(connection)
         # Before our rows are chosen and locked: who holds the lake may mark one of them drained.
@@ -168,7 +175,7 @@ def drain(
             "AND event_id = ANY(%s)",
             (start, end, columns[0]),
         )
-        online.trim_tiles(connection, datetime.now(UTC))
+        online.trim_tiles(connection, now)
     progress(f"{len(rows):,} posted events drained into the lake{told_stale(appended.stale)}")
     return len(rows)
 

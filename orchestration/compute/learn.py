@@ -193,17 +193,20 @@ def train_time_split(
 
 
 def evaluate_ranker(
-    lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, *, progress: Say
+    lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, *, progress: Say, most: int | None = None
 ) -> EvaluationReport:
-    """Judge the trained ranker on its held-out events, and its twin on the events after the cut of the time split."""
+    """Judge the trained ranker on its held-out events, and its twin on the events after the cut of the time split.
+
+    `most` labels of each split at most, chosen by seed; None: all held-out events, and `JUDGED_LABELS` of the time split.
+    """
     start = time.monotonic()
     known = load_training_set(lake, connection, artifacts_url)
     split = known.split
     everything = split.queries.interactions
     categories = load_categories(connection, everything)
     later = time_split(everything)
-    chosen = np.random.default_rng(0).permutation(len(later.queries))[:JUDGED_LABELS]
-    later = Split(later.name, later.train, later.queries.take(np.sort(chosen)))
+    later = _judged(later, JUDGED_LABELS if most is None else most)
+    split = split if most is None else _judged(split, most)
     learned = load_learned(artifacts_url, TRAINED_PATH)
     encoders = artifacts.fetch(artifacts_url, ENCODER_PATH)
     item_encoder = TextEncoder(encoders, precision="fp32")
@@ -259,6 +262,12 @@ def evaluate_ranker(
     artifacts.put(artifacts_url, EVALUATION_PATH, json.dumps(record).encode())
     learning_steps.done(artifacts_url, known.version, "ranker_evaluation")
     return EvaluationReport((first, second), following, time.monotonic() - start)
+
+
+def _judged(split: Split, most: int) -> Split:
+    """The split with at most so many of its labels."""
+    chosen = np.random.default_rng(0).permutation(len(split.queries))[:most]
+    return Split(split.name, split.train, split.queries.take(np.sort(chosen)))
 
 
 def export_ranker(lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, folder: Path) -> Exported:

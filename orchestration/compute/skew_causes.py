@@ -290,7 +290,7 @@ def _day(instant: datetime) -> date:
 def _on_time(events: list[Row], read_at: datetime) -> list[Row]:
     """The same events, all known in time; one that a fast clock dated after the read happened right before it."""
     before = read_at - timedelta(microseconds=1)
-    return [(*event[:5], min(event[5], before), min(event[5], before)) for event in events]
+    return [(*event[:5], min(event[5], before), min(event[5], before), *event[7:]) for event in events]
 
 
 def _longer(view: FeatureView, late_days: int) -> FeatureView:

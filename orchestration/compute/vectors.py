@@ -161,7 +161,7 @@ def load_text_vectors(
             f"text vectors were written by {', '.join(others)} (template and encoder), wanted are those by {writer}; "
             "materialise text_vectors first"
         )
-    return np.stack([np.asarray(_plain(found[item_id][0]), np.float32) for item_id in item_ids.tolist()])
+    return np.stack([np.asarray(plain(found[item_id][0]), np.float32) for item_id in item_ids.tolist()])
 
 
 def unless_known(connection: psycopg.Connection[Any], encoder: TextEncoder) -> Encode:
@@ -173,7 +173,7 @@ def unless_known(connection: psycopg.Connection[Any], encoder: TextEncoder) -> E
         rows = connection.execute(
             "SELECT text_hash, vector FROM text_vectors WHERE text_hash = ANY(%s)", (list(digests),)
         ).fetchall()
-        vectors = {digest: np.asarray(_plain(vector), np.float32) for digest, vector in rows}
+        vectors = {digest: np.asarray(plain(vector), np.float32) for digest, vector in rows}
         missing = [digest for digest in digests if digest not in vectors]
         vectors |= zip(missing, encoder.encode([digests[digest] for digest in missing]), strict=True)
         return np.stack([vectors[prompts.text_hash(encoder.version, text)] for text in texts])
@@ -308,7 +308,7 @@ def _outdated(
         "WHERE t.written_by = %s AND v.text_hash IS DISTINCT FROM t.text_hash ORDER BY t.item_id",
         (version, writer),
     ).fetchall()
-    found = [(item_id, np.asarray(_plain(vector), np.float32), digest) for item_id, vector, digest in rows]
+    found = [(item_id, np.asarray(plain(vector), np.float32), digest) for item_id, vector, digest in rows]
     others = connection.execute(
         f"SELECT i.item_id, i.title, i.description, i.categories, v.text_hash FROM {_ITEMS} AS i JOIN text_vectors AS t "
         "USING (item_id) LEFT JOIN item_vectors AS v ON v.item_id = i.item_id AND v.model_version = %s "
@@ -327,5 +327,6 @@ def _outdated(
     return found
 
 
-def _plain(vector: Any) -> NDArray[np.float32]:
+def plain(vector: Any) -> NDArray[np.float32]:
+    """`(d,)`: a vector as the driver gives it, whatever class its adapter makes of it."""
     return vector.to_numpy() if hasattr(vector, "to_numpy") else np.asarray(vector, np.float32)

@@ -135,7 +135,7 @@ def _events(size: Size) -> pa.Table:
     at = pa.array(rng.integers(first, first + size.days * 86_400, n) * 1_000_000, pa.timestamp("us", tz="UTC"))
     columns = [
         names("e", np.arange(n)), names("user", user), names("item", item), pa.array(kind),
-        pa.array(value, from_pandas=True), at, at,
+        pa.array(value, from_pandas=True), at, at, pa.nulls(n, pa.string()),
     ]  # fmt: skip
     return pa.table(columns, schema=EVENT_SCHEMA)
 

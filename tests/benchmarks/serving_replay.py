@@ -6,6 +6,7 @@ The difference to the whole request is our Python's own time, the door and the d
 from __future__ import annotations
 
 import select
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,13 +46,16 @@ class Recorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         execute, set_locally, run = store._execute, store.set_locally, CpuEngine.run
+        asking = threading.get_ident()  # what the log's thread writes after an answer is no part of it
 
         def setting(connection: Any, *arguments: Any, **more: Any) -> None:
-            self.taken[-1].pipelines.append([])  # every pipeline begins with its settings
+            if threading.get_ident() == asking:
+                self.taken[-1].pipelines.append([])  # every pipeline begins with its settings
             set_locally(connection, *arguments, **more)
 
         def executing(connection: Any, sql: str, parameters: dict[str, Any] | None = None, **more: Any) -> Any:
-            self.taken[-1].pipelines[-1].append((sql, parameters))
+            if threading.get_ident() == asking:
+                self.taken[-1].pipelines[-1].append((sql, parameters))
             return execute(connection, sql, parameters, **more)
 
         def running(engine: CpuEngine, inputs: Inputs) -> Any:

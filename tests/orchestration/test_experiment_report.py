@@ -10,8 +10,8 @@ import dagster as dg
 import psycopg
 import pytest
 from conftest import TODAY, Ingested, ingested
+from experiment_log import Trial
 from released import write_release
-from served_log import Trial
 
 from infra import registry
 from orchestration.definitions import build_definitions

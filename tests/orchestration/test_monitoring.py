@@ -11,7 +11,7 @@ import dagster as dg
 import psycopg
 import pytest
 from conftest import TODAY, Ingested, days_ago, ingested
-from served_log import SERVED_REQUESTS, prepare, serve_day
+from served_log import prepare, serve_day
 from worlds import ListSource
 
 from orchestration.assets.monitoring import PROFILE_VARIABLE, SEVERE, Day
@@ -30,7 +30,6 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ingested:
     """A deployment that served for three weeks; in the newest, one feature and the lists are another's."""
     made = ingested(tmp_path / "home", monkeypatch, 10)
     with psycopg.connect(made.url, options="-c TimeZone=UTC") as connection:
-        connection.execute(SERVED_REQUESTS)
         prepare(connection, days_ago(60))
         for back in range(20, 6, -1):
             serve_day(connection, YESTERDAY - timedelta(days=back))

@@ -24,6 +24,7 @@ from orchestration.compute.drift.mmd import PERMUTATIONS, median_distance, mmd
 from orchestration.compute.drift.served import Request, Window
 from orchestration.compute.drift.sketches import LEAST_CLUSTERS
 from orchestration.compute.lake import Lake
+from orchestration.compute.vectors import plain
 from schemas.events import NEGATIVE_KINDS
 from schemas.ranker import TEXT_DIM
 
@@ -73,7 +74,7 @@ def person_vectors(
     wanted = sorted({item_id for person in people for item_id in items[person]})
     register_vector(connection)
     vectors = {
-        item_id: np.asarray(vector, np.float32)
+        item_id: plain(vector)
         for item_id, vector in connection.execute(
             "SELECT item_id, vector FROM text_vectors WHERE item_id = ANY(%s)", (wanted,)
         )

@@ -1,25 +1,21 @@
 """What experiments.toml declares, as far as the analysis needs it: who is compared with whom, by which metrics, since when.
 
-How people are assigned is decided where requests are answered. What an arm changes is no concern of the analysis, but for
-the model version and the wish template, which it names and can take back.
+The file is read, and people are assigned, by `inference.experiment`. What an arm changes is no concern of the analysis, but
+for the model version and the wish template, which it names and can take back.
 """
 
 from __future__ import annotations
 
-import os
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
-from pathlib import Path
-from typing import Any, Protocol
+from datetime import UTC, datetime
+from typing import Protocol
 
+from inference.declared import read
+from inference.experiment import read_experiments
 from orchestration.compute.experiments.metrics import Metric, metrics
 from schemas.errors import DefinitionError
 
-FILE = "experiments.toml"
-VARIABLE = "LARDER_EXPERIMENTS"
-"""Names another file."""
 CONTROL = "control"
 """The arm of this name is what others are compared with; without one it is the first that is shown."""
 
@@ -101,68 +97,24 @@ def experiment_of(
     )
 
 
-def experiments_file(folder: Path) -> Path:
-    """Where the declarations of the deployment in `folder` lie."""
-    named = os.environ.get(VARIABLE)
-    return Path(named) if named else folder / FILE
+def read_declared(place: str) -> dict[str, Experiment | DefinitionError]:
+    """Every experiment declared at `place`, a path or an `s3://bucket/key`, by its name, as whoever assigns people reads it; or
+    what is wrong with its metrics: a fault there must not leave the others unwatched.
 
-
-def read_experiments(file: Path) -> dict[str, Experiment | DefinitionError]:
-    """Every experiment in `file` by its name, or what is wrong with it: a fault in one must not leave the others unwatched.
-
-    None if the file does not exist. Raises DefinitionError if it cannot be read at all.
+    Empty if nothing is there. Raises DefinitionError if the declarations cannot be read at all.
     """
-    try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DefinitionError(f"{file} is no TOML ({error}); mend the file") from error
-    declared = raw.get("experiments", {})
-    if not isinstance(declared, dict):
-        raise DefinitionError(f"{file}: experiments is no table; declare each as [experiments.<name>]")
+    text = read(place)
     found: dict[str, Experiment | DefinitionError] = {}
-    for name, entry in declared.items():
+    for one in () if text is None else read_experiments(text, place):
         try:
-            found[name] = _experiment(name, entry)
+            found[one.name] = experiment_of(
+                one.name,
+                one.start.astimezone(UTC),
+                one.end.astimezone(UTC) if one.end else None,
+                one.arms,
+                one.metrics,
+                one.guardrails,
+            )
         except DefinitionError as error:
-            found[name] = error
+            found[one.name] = error
     return found
-
-
-def _experiment(name: str, entry: Any) -> Experiment:
-    arms = entry.get("arms") if isinstance(entry, dict) else None
-    if not isinstance(arms, dict):
-        raise DefinitionError(f"experiment {name!r} has no arms; declare each as [experiments.{name}.arms.<arm>]")
-    if "start" not in entry:
-        raise DefinitionError(f"experiment {name!r} has no start; give a time such as 2030-01-31T12:00:00Z")
-    named = {field: entry.get(field, []) for field in ("metrics", "guardrails")}
-    for field, names in named.items():
-        if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
-            raise DefinitionError(f"experiment {name!r}: {field} is {names!r}; give a list of metric names")
-    return experiment_of(
-        name,
-        _instant(name, "start", entry["start"]),
-        _instant(name, "end", entry["end"]) if "end" in entry else None,
-        [_arm(name, arm, fields) for arm, fields in arms.items()],
-        named["metrics"],
-        named["guardrails"],
-    )
-
-
-def _arm(experiment: str, name: str, fields: Any) -> Arm:
-    share = fields.get("share") if isinstance(fields, dict) else None
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise DefinitionError(f"experiment {experiment!r}, arm {name!r}: its share is {share!r}; give one of 0 to 1")
-    return Arm(name, float(share), fields.get("model_version"), fields.get("wish_template"))
-
-
-def _instant(name: str, field: str, value: object) -> datetime:
-    if isinstance(value, date) and not isinstance(value, datetime):
-        value = datetime(value.year, value.month, value.day)
-    if not isinstance(value, datetime):
-        raise DefinitionError(
-            f"experiment {name!r}: {field} is {value!r}, which is no time; write it without quotes, for example "
-            "2030-01-31T12:00:00Z"
-        )
-    return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)

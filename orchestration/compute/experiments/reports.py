@@ -12,14 +12,15 @@ from typing import Any
 
 import psycopg
 
+from inference.declared import stopped_place
 from infra import registry
 from infra.deploy import roll_back_model
 from orchestration.compute.experiments.analysis import Report, analyse, to_json
 from orchestration.compute.experiments.decide import Verdict
-from orchestration.compute.experiments.declared import Experiment, experiments_file, read_experiments
+from orchestration.compute.experiments.declared import Experiment, read_declared
 from orchestration.compute.experiments.picture import picture
 from orchestration.compute.experiments.reading import read_panel
-from orchestration.compute.experiments.stops import read_stops, stop, stops_file
+from orchestration.compute.experiments.stops import read_stops, stop
 from orchestration.compute.experiments.templates import Templates, compare_templates
 from orchestration.compute.lake import Lake
 from orchestration.compute.off_policy import NoSupport
@@ -55,17 +56,19 @@ def report_all(
     lake: Lake,
     folder: Path,
     artifacts_url: str,
+    declarations: str,
     now: datetime,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Reported]:
-    """Report the experiments of the deployment in `folder` that run or ended lately, and act on broken guardrails.
+    """Report the experiments declared at `declarations`, a path or an `s3://bucket/key`, that run or ended lately, and act on
+    broken guardrails.
 
     Files go below `folder`/reports/experiments/<name>/. Raises DefinitionError if the declarations cannot be read.
     """
-    declarations = experiments_file(folder)
-    stops = read_stops(stops_file(declarations))
+    record = stopped_place(declarations)
+    stops = read_stops(record)
     found = []
-    for name, experiment in read_experiments(declarations).items():
+    for name, experiment in read_declared(declarations).items():
         if isinstance(experiment, DefinitionError):
             say(str(experiment))
             found.append(Reported(name, None, str(experiment), faulty=True))
@@ -77,7 +80,7 @@ def report_all(
             continue
         reported = _report(connection, lake, experiment, over_at or now, now, over=over_at is not None)
         if reported.report is not None:
-            done = () if stopped else _act(connection, artifacts_url, stops_file(declarations), reported.report, now)
+            done = () if stopped else _act(connection, artifacts_url, record, reported.report, now)
             reported = _write(folder, reported, done)
         say(f"{experiment.name}: {reported.report.decision.words if reported.report else reported.reason}")
         for line in reported.done:
@@ -114,7 +117,7 @@ def _report(
 
 
 def _act(
-    connection: psycopg.Connection[Any], artifacts_url: str, stops: Path, report: Report, now: datetime
+    connection: psycopg.Connection[Any], artifacts_url: str, stops: str, report: Report, now: datetime
 ) -> tuple[str, ...]:
     """Switch an experiment with a broken guardrail off, and take its version back where that serves everybody."""
     decision = report.decision
@@ -122,7 +125,7 @@ def _act(
         return ()
     done = []
     if stop(stops, report.experiment.name, now, decision.words):
-        done.append(f"switched off: everybody is served as without it from now on ({stops.name})")
+        done.append(f"switched off: everybody is served as without it from now on ({stops.rpartition('/')[2]})")
     versions = {
         arm.model_version
         for arm in report.experiment.treated

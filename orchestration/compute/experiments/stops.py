@@ -1,4 +1,5 @@
-"""The record that switches experiments off: a small file beside experiments.toml that whoever assigns people honours.
+"""The record that switches experiments off: a small file beside experiments.toml
+(`inference.declared.stopped_place`) that whoever assigns people honours.
 
     {"<experiment>": {"stopped_at": "<instant>", "reason": "<words>"}}
 
@@ -8,49 +9,43 @@ An experiment in it is over: everybody is served as if it were not declared. Tak
 from __future__ import annotations
 
 import json
-import os
 from datetime import datetime
 from pathlib import Path
 
+from inference import artifacts
+from inference.declared import read
 from schemas.errors import DefinitionError
 
-SUFFIX = ".stopped.json"
 
+def read_stops(place: str) -> dict[str, tuple[datetime, str]]:
+    """When each experiment was stopped by the record at `place`, a path or an `s3://bucket/key`, and why; none without one.
 
-def stops_file(experiments: Path) -> Path:
-    """The record that belongs to the declarations in `experiments`."""
-    return experiments.with_name(experiments.stem + SUFFIX)
-
-
-def read_stops(file: Path) -> dict[str, tuple[datetime, str]]:
-    """When each experiment in it was stopped, and why. Raises DefinitionError for a file that cannot be read."""
+    Raises DefinitionError for a record that cannot be read.
+    """
+    text = read(place)
+    if text is None:
+        return {}
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(text)
         return {
             name: (datetime.fromisoformat(entry["stopped_at"]), str(entry["reason"])) for name, entry in raw.items()
         }
-    except FileNotFoundError:
-        return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DefinitionError(
-            f'{file} cannot be read ({error}); it holds {{"<experiment>": {{"stopped_at": "<instant>", "reason": "<words>"}}}}: '
+            f'{place} cannot be read ({error}); it holds {{"<experiment>": {{"stopped_at": "<instant>", "reason": "<words>"}}}}: '
             "mend it, or remove it to start every experiment again"
         ) from error
 
 
-def stop(file: Path, name: str, at: datetime, reason: str) -> bool:
-    """Record that `name` is over; False if it was already, which keeps its first reason. The file appears whole."""
-    stops = read_stops(file)
+def stop(place: str, name: str, at: datetime, reason: str) -> bool:
+    """Record at `place` that `name` is over; False if it was already, which keeps its first reason. The record appears whole."""
+    stops = read_stops(place)
     if name in stops:
         return False
     stops[name] = (at, reason)
     text = json.dumps(
         {one: {"stopped_at": when.isoformat(), "reason": why} for one, (when, why) in stops.items()}, indent=1
     )
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as out:
-        out.write(text + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(file)
+    root, _, file = place.rpartition("/")
+    artifacts.put(root if place.startswith("s3://") else Path(root).resolve().as_uri(), file, f"{text}\n".encode())
     return True

@@ -24,6 +24,7 @@ from orchestration.compute.fairness.people import SegmentQuality, segment_qualit
 from orchestration.compute.interactions import Interactions, load_interactions
 from orchestration.compute.lake import Lake
 from orchestration.compute.report_files import Draw
+from orchestration.compute.vectors import plain
 from schemas.personal_data import RECENT_DAYS
 from schemas.ranker import TEXT_DIM
 
@@ -177,7 +178,7 @@ def _text_vectors(connection: psycopg.Connection[Any], place: dict[str, int]) ->
         cursor.execute("SELECT item_id, vector FROM text_vectors")
         for item_id, vector in cursor:
             if item_id in place:
-                vectors[place[item_id]] = vector
+                vectors[place[item_id]] = plain(vector)
                 some = True
     return vectors if some else None
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from inference.declared import Declared, stopped_place
 from orchestration.compute.experiments.analysis import Report, analyse, to_json
 from orchestration.compute.experiments.decide import State, Verdict
-from orchestration.compute.experiments.declared import Arm, Experiment
+from orchestration.compute.experiments.declared import Arm, Experiment, read_declared
 from orchestration.compute.experiments.metrics import COUNTS, metrics
 from orchestration.compute.experiments.panel import Panel
 from orchestration.compute.experiments.picture import picture
-from orchestration.compute.experiments.stops import read_stops, stop, stops_file
+from orchestration.compute.experiments.stops import read_stops, stop
 from schemas.errors import DefinitionError
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
@@ -186,15 +187,35 @@ def test_a_report_is_a_file_and_a_picture() -> None:
 
 
 def test_a_stop_is_recorded_once_and_whole(tmp_path: Path) -> None:
-    file = stops_file(tmp_path / "experiments.toml")
-    assert file.name == "experiments.stopped.json"
-    assert read_stops(file) == {}
-    assert stop(file, "one", START, "harm")
-    assert not stop(file, "one", NOW, "something else")
-    assert stop(file, "two", NOW, "also")
-    assert read_stops(file) == {"one": (START, "harm"), "two": (NOW, "also")}
+    place = stopped_place(str(tmp_path / "experiments.toml"))
+    file = tmp_path / "experiments.stopped.json"
+    assert place == str(file)
+    assert read_stops(place) == {}
+    assert stop(place, "one", START, "harm")
+    assert not stop(place, "one", NOW, "something else")
+    assert stop(place, "two", NOW, "also")
+    assert read_stops(place) == {"one": (START, "harm"), "two": (NOW, "also")}
     assert json.loads(file.read_text())["one"] == {"stopped_at": START.isoformat(), "reason": "harm"}
     assert [entry.name for entry in tmp_path.iterdir()] == [file.name]
     file.write_text("[]")
     with pytest.raises(DefinitionError, match="mend it, or remove it"):
-        read_stops(file)
+        read_stops(place)
+
+
+def test_what_is_declared_in_a_bucket_is_analysed_and_stopped_there(s3_bucket: str) -> None:
+    import boto3
+
+    place = f"{s3_bucket}/of/experiments.toml"
+    assert read_declared(place) == ()
+    text = (
+        "[experiments.one]\nstart = 2030-01-01T02:00:00+02:00\nmetrics = ['click_rate']\n"
+        "[experiments.one.arms.new]\nshare = 0.5\n[experiments.one.arms.control]\nshare = 0.5\n"
+    )
+    boto3.client("s3").put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="of/experiments.toml", Body=text.encode())
+    [found] = read_declared(place)
+    assert (found.start, [arm.name for arm in found.arms]) == (datetime(2030, 1, 1, tzinfo=UTC), ["control", "new"])
+    later = found.start + timedelta(days=1)
+    assert stop(stopped_place(place), "one", later, "harm")
+    # Who assigns people sees it as well.
+    [assigned] = Declared(place).changed() or ()
+    assert assigned.end == later

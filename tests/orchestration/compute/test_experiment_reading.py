@@ -9,10 +9,10 @@ import psycopg
 import pyarrow as pa
 import pytest
 from conftest import TODAY
-from served_log import Answer, Outcome, log
+from experiment_log import Answer, Outcome, log
 from worlds import ListSource
 
-from orchestration.compute.experiments.declared import Arm, Experiment, read_experiments
+from orchestration.compute.experiments.declared import Arm, Experiment, read_declared
 from orchestration.compute.experiments.metrics import METRICS, metrics
 from orchestration.compute.experiments.panel import Panel
 from orchestration.compute.experiments.reading import read_panel
@@ -201,10 +201,6 @@ def test_answers_to_the_survey_are_read_where_there_is_one(connection: psycopg.C
     log(connection, [Answer("r1", "u1", NOON, ["a"], "control", 0.5)])
     assert not read(connection, lake).has(METRICS["satisfaction"])
     connection.execute(
-        "CREATE TABLE IF NOT EXISTS survey_answers (user_id text, request_id text, question text, answer smallint NOT NULL, "
-        "answered_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (user_id, request_id, question))"
-    )
-    connection.execute(
         "INSERT INTO survey_answers VALUES ('u1', 'r1', 'satisfied', 4, %(at)s), ('u1', 'r1', 'trust', 2, %(at)s)",
         {"at": NOON + HOUR},
     )
@@ -239,9 +235,9 @@ share = 0.0
 
 def test_control_comes_first_and_shadows_apart(tmp_path: Path) -> None:
     file = tmp_path / "experiments.toml"
-    assert read_experiments(file) == {}
+    assert read_declared(str(file)) == {}
     file.write_text(FILE)
-    found = read_experiments(file)["ranker"]
+    found = read_declared(str(file))["ranker"]
     assert isinstance(found, Experiment)
     assert [arm.name for arm in found.arms] == ["control", "new"]
     assert found.shares == (0.75, 0.25)
@@ -255,22 +251,29 @@ def test_control_comes_first_and_shadows_apart(tmp_path: Path) -> None:
     [
         ("click_rate", "clik_rate", "did you mean click_rate"),
         ("hide_rate", "happiness", "no metric 'happiness'"),
-        ("share = 0.25", "share = 2", "its share is 2"),
-        ("start = 2030-01-01T00:00:00Z", "", "has no start"),
-        ("2030-01-01T00:00:00Z", '"soon"', "'soon', which is no time"),
     ],
 )
 def test_a_fault_is_named_and_keeps_no_other_from_being_read(tmp_path: Path, old: str, new: str, named: str) -> None:
     file = tmp_path / "experiments.toml"
-    file.write_text(FILE.replace(old, new, 1) + FILE.replace("experiments.ranker", "experiments.other"))
-    found = read_experiments(file)
+    first = FILE.replace(old, new, 1).replace("[experiments.ranker]", "[experiments.ranker]\ntraffic = 0.5")
+    file.write_text(first + FILE.replace("experiments.ranker", "experiments.other"))
+    found = read_declared(str(file))
     assert isinstance(found["ranker"], DefinitionError)
     assert named in str(found["ranker"])
     assert isinstance(found["other"], Experiment)
 
 
-def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("share = 0.25", "share = 2", "share is 2; give a number from 0 to 1"),
+        ("start = 2030-01-01T00:00:00Z", "", "start is missing"),
+        ("2030-01-01T00:00:00Z", '"soon"', "start is 'soon'; give an instant"),
+        ("[experiments.ranker]", "[[", "is no TOML"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, old: str, new: str, named: str) -> None:
     file = tmp_path / "experiments.toml"
-    file.write_text("[[")
-    with pytest.raises(DefinitionError, match="is no TOML"):
-        read_experiments(file)
+    file.write_text(FILE.replace(old, new))
+    with pytest.raises(DefinitionError, match=named):
+        read_declared(str(file))

@@ -128,7 +128,8 @@ def test_over_http_what_lies_here_comes_at_once_and_the_whole_by_its_receipt(
         status, first = ask("POST", f"{ANNA}/export")
         assert (status, first["state"]) == (202, "waiting")
         assert set(first["held"]) == {
-            "public.consents", "public.people", "public.recent_events", "public.served_features", "public.user_history",
+            "public.consents", "public.people", "public.recent_events", "public.served_features", "public.served_requests",
+            "public.shadow_requests", "public.survey_answers", "public.user_history", "public.user_scores",
         }  # fmt: skip
         assert any("the lake" in said for said in first["not_included"])
         assert "bo" not in {row["user_id"] for rows in first["held"].values() for row in rows}

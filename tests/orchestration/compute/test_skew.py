@@ -46,10 +46,10 @@ LONG_AGO = days_ago(400)
 class Held(ServedLog):
     """A log that keeps reads to itself."""
 
-    reads: ClassVar[list[ServedRead]] = []
+    held: ClassVar[list[ServedRead]] = []
 
     def offer(self, read: ServedRead) -> None:
-        self.reads.append(read)
+        self.held.append(read)
 
 
 @dataclass
@@ -281,7 +281,7 @@ def test_a_partition_that_was_built_again_before_the_read_was_logged_is_stale(wo
     held = Held(world.served.store, 1_000)
     replace(world.recommender, served=held).recommend(RecommendationRequest(user_id="1", candidates=tuple(CATEGORIES)))
     world.build(1)
-    [read] = held.reads
+    [read] = held.held
     world.served.offer(read)
     assert world.served.flush(10_000)
     assert causes(world.audit()) == {STALE_SNAPSHOT}

@@ -11,7 +11,7 @@ import numpy as np
 import psycopg
 import pytest
 from conftest import TODAY, days_ago
-from served_log import MODEL, SERVED_REQUESTS, prepare, serve_day
+from served_log import MODEL, prepare, serve_day
 from worlds import ListSource
 
 from orchestration.compute.drift import sketches
@@ -194,7 +194,6 @@ def test_picks_of_days_that_are_gone_are_not_taken_for_none(
 def test_a_deployment_that_served_nothing_waits_for_it(database: str, lake: Lake) -> None:
     with psycopg.connect(database, options="-c TimeZone=UTC") as connection:
         ingest(ListSource([Event("e", "p000", "i000", "click", None, days_ago(30))]), lake, connection)
-        connection.execute(SERVED_REQUESTS)
     report = drift_report(database, lake, "file:///nothing", YESTERDAY)
     assert report.champion is None
     assert not report.alarms

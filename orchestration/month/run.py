@@ -1,0 +1,97 @@
+"""The month, in order: learn, then day by day serve, sleep, watch, and act on what is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from infra.deploy import roll_back_model
+from orchestration.compute.encoder import export_encoder
+from orchestration.month.learn import learn
+from orchestration.month.night import first_night, night, watch_drift, watch_experiments
+from orchestration.month.place import Place
+from orchestration.month.plan import REST_DAYS, Plan
+from orchestration.month.serve import Clock, Street, application, serve_day
+from orchestration.month.source import Organic
+from orchestration.month.story import Day, Story
+from orchestration.sources.simulator import Simulator
+
+Say = Callable[[str], None]
+
+
+def simulate(place: Place, plan: Plan, say: Say) -> tuple[Story, Street]:
+    """Live through the month at `place`; what was seen, and everybody who was there."""
+    until = plan.midnight(plan.days + 1)
+    street = Street(plan, Organic(plan.world, until), Simulator(plan.world, until))
+    story = Story()
+    export_encoder(place.encoder)
+    first_night(place, plan, street, say)
+    story.models.append(learn(place, plan, 0, say))
+    place.experiments.write_text(plan.experiments())
+    clock = Clock(plan.midnight(1))
+    with application(place, plan, clock) as app:
+        for number in range(1, plan.days + 1):
+            day = serve_day(app, clock, street, place, story, number)
+            night(app, place, plan, street, number)
+            _watch(place, plan, story, day, say)
+            say(_told(day))
+            for line in day.happened:
+                say(f"  {line}")
+    return story, street
+
+
+def _watch(place: Place, plan: Plan, story: Story, day: Day, say: Say) -> None:
+    """Reports of the day that ended, and what is done about them before the next begins."""
+    if day.number == plan.drift_day:
+        day.happened.append("everybody's taste begins to move (known to the simulator alone)")
+    watch_experiments(place, plan, story, day)
+    day.drift = watch_drift(place, plan, day.number)
+    if day.drift.severe:
+        _severe(place, plan, story, day, say)
+    if day.number == plan.rollback_day - 1:
+        _roll_back(place, day, None)
+    elif day.number == plan.rollback_day:
+        newest = [model.version for model in story.models if model.passed]
+        _roll_back(place, day, newest[-1] if newest else None, again=True)
+
+
+def _severe(place: Place, plan: Plan, story: Story, day: Day, say: Say) -> None:
+    assert day.drift is not None
+    told = "; ".join(day.drift.severe[:2]) + ("; …" if len(day.drift.severe) > 2 else "")
+    if day.number < plan.drift_day:
+        story.early_alarm_days.append(day.number)
+    elif story.alarm_day is None:
+        story.alarm_day = day.number
+    if story.models[-1].day and day.number < story.models[-1].day + REST_DAYS:
+        return
+    if day.number >= plan.days:
+        return
+    day.happened.append(f"severe drift alarm ({told}): a new model is trained")
+    say(f"day {day.number}: severe drift alarm ({told})")
+    made = learn(place, plan, day.number, say)
+    story.models.append(made)
+    day.happened.append(
+        f"model {made.version[:8]} released: it passed its gate"
+        if made.passed
+        else f"model {made.version[:8]} did not pass its gate: the one before goes on"
+    )
+
+
+def _roll_back(place: Place, day: Day, version: str | None, *, again: bool = False) -> None:
+    """Let the model before serve, or with `again` the newest, as `make rollback` does it."""
+    with place.connect() as connection:
+        passed = connection.execute("SELECT count(*) FROM gate_records WHERE passed").fetchone() or (0,)
+        if passed[0] < 2 or (again and version is None):
+            if not again:
+                day.happened.append("no roll-back: no earlier model passed its gate")
+            return
+        was, now = roll_back_model(connection, place.artifacts_url, version)
+    day.happened.append(
+        f"{'forward again' if again else 'rolled back'}: model {now[:8]} serves from tomorrow instead of {was[:8]}"
+    )
+
+
+def _told(day: Day) -> str:
+    return (
+        f"day {day.number} ({day.date}): {day.visits} lists, click rate {day.click_rate:.3f} (true {day.true_click_rate:.3f}), "
+        f"relevance {day.relevance:.2f} of {day.best:.2f} possible, popular {day.popular:.2f}; p99 {day.p99_ms:.0f} ms"
+    )
