@@ -136,7 +136,7 @@ def serve_day(app: LarderApplication, clock: Clock, street: Street, place: Place
         drawn = rng.random(len(shown))
         clicked, hidden = drawn < chance, drawn > 1 - hiding
         _post(app, clock.at, who, request_id, shown, clicked, hidden)
-        _count(day, story, answer.model_version, who, relevance, chance, clicked, hidden)
+        _count(day, story, answer.model_version or "none", who, relevance, chance, clicked, hidden)
         day.degraded += bool(answer.degraded)
         if trial is not None and arm is not None:
             mine = day.arms[trial.name][arm]
