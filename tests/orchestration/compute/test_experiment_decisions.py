@@ -206,13 +206,13 @@ def test_what_is_declared_in_a_bucket_is_analysed_and_stopped_there(s3_bucket: s
     import boto3
 
     place = f"{s3_bucket}/of/experiments.toml"
-    assert read_declared(place) == ()
+    assert read_declared(place) == {}
     text = (
         "[experiments.one]\nstart = 2030-01-01T02:00:00+02:00\nmetrics = ['click_rate']\n"
         "[experiments.one.arms.new]\nshare = 0.5\n[experiments.one.arms.control]\nshare = 0.5\n"
     )
     boto3.client("s3").put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="of/experiments.toml", Body=text.encode())
-    [found] = read_declared(place)
+    [found] = read_declared(place).values()
     assert (found.start, [arm.name for arm in found.arms]) == (datetime(2030, 1, 1, tzinfo=UTC), ["control", "new"])
     later = found.start + timedelta(days=1)
     assert stop(stopped_place(place), "one", later, "harm")
