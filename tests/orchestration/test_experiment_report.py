@@ -52,7 +52,9 @@ def test_without_experiments_there_is_nothing_to_say(small: Ingested) -> None:
 
 def test_an_experiment_that_nobody_can_watch_fails_the_check_and_hides_no_other(small: Ingested) -> None:
     declare(
-        small, more="[experiments.typo]\nstart = 2020-01-01T00:00:00Z\nend = 2020-02-01T00:00:00Z\nguardrails = ['hides']\narms.a.share = 1.0\n"
+        small,
+        more="[experiments.typo]\nstart = 2020-01-01T00:00:00Z\nend = 2020-02-01T00:00:00Z\n"
+        "guardrails = ['hides']\narms.a.share = 1.0\n",
     )
     with psycopg.connect(small.url) as connection:
         Trial(START, people=100).write(connection)

@@ -213,6 +213,7 @@ def test_what_is_declared_in_a_bucket_is_analysed_and_stopped_there(s3_bucket: s
     )
     boto3.client("s3").put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="of/experiments.toml", Body=text.encode())
     [found] = read_declared(place).values()
+    assert isinstance(found, Experiment)
     assert (found.start, [arm.name for arm in found.arms]) == (datetime(2030, 1, 1, tzinfo=UTC), ["control", "new"])
     later = found.start + timedelta(days=1)
     assert stop(stopped_place(place), "one", later, "harm")
