@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from orchestration.compute.drift.plots import BLUE, GREEN, GREY, RED
 from orchestration.month.judge import Segment
@@ -75,8 +75,16 @@ def draw_experiments(plan: Plan, story: Story, axes: Axes) -> None:
         (control, _), (arm, _) = story.true_rates(trial.name, "control"), story.true_rates(trial.name, trial.arm)
         if control:
             lift = arm / control - 1
-            axes.plot([trial.first, trial.last], [lift, lift], color=color, ls="--", label=f"{trial.name}: true lift")
+            axes.plot(
+                [trial.first - 0.5, trial.last + 0.5],
+                [lift, lift],
+                color=color,
+                ls="--",
+                label=f"{trial.name}: true lift",
+            )
     axes.axhline(0, color=GREY, lw=0.8)
+    axes.set_xlim(plan.trials[0].first - 1, plan.trials[-1].last + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("day", fontsize=8)
     axes.set_ylabel("lift in clicks per shown item", fontsize=8)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -77,8 +77,9 @@ def to_dict(
         },
         "drift": {
             "began": plan.drift_day,
-            "severe_alarm": story.alarm_day,
-            "false_severe_alarms": story.early_alarm_days,
+            "alarm": story.alarm_since(plan.drift_day, severe=False),
+            "severe_alarm": story.alarm_since(plan.drift_day, severe=True),
+            "alarms_before": story.alarms_before(plan.drift_day),
         },
         "fairness": {
             "segments": [asdict(one) for one in segments],
@@ -141,8 +142,10 @@ def _headlines(plan: Plan, story: Story, explored: OffPolicy) -> str:
         rows.append(
             [f"lift of {trial.arm} in experiment {trial.name}", estimate, _percent(_true_lift(story, trial, 0))]
         )
-    alarm = f"day {story.alarm_day}" if story.alarm_day else "no severe alarm"
-    rows.append(["taste moves; severe drift alarm", alarm, f"day {plan.drift_day}"])
+    for severe, words in ((False, "an alarm"), (True, "a severe alarm")):
+        found = story.alarm_since(plan.drift_day, severe=severe)
+        told_on = f"end of day {found[0]}" if found else "none"
+        rows.append([f"{words} of something new after taste moved", told_on, f"moves on day {plan.drift_day}"])
     if explored.words:
         rows.append(
             ["clicks per list of the unexplored ranking, from explored lists", f"cannot be told: {explored.words}", ""]
@@ -193,15 +196,23 @@ def _experiments(plan: Plan, story: Story) -> str:
 
 def _drift(plan: Plan, story: Story) -> str:
     lines = [f"Everybody's taste began to move on day {plan.drift_day}, within three days."]
-    if story.alarm_day is not None:
-        lines.append(f"The drift report raised its first severe alarm at the end of day {story.alarm_day}.")
+    if before := story.alarms_before(plan.drift_day):
+        listed = ", ".join(f"{name} (day {day})" for name, day in before.items())
+        lines.append(
+            f"Until then alarms were raised of {listed}. Nobody's taste had moved by then: those are of what else was new, such "
+            "as people who click in lists, or the arms of an experiment."
+        )
     else:
-        lines.append("The drift report raised no severe alarm after it.")
-    early = story.early_alarm_days
-    lines.append(
-        f"Before it, it raised severe alarms on days {', '.join(map(str, early))}, which were false." if early
-        else "Before it, it raised none."
-    )  # fmt: skip
+        lines.append("Until then the drift report raised no alarm.")
+    for severe, words in ((False, "an alarm"), (True, "a severe alarm")):
+        if found := story.alarm_since(plan.drift_day, severe=severe):
+            lines.append(
+                f"The first day with {words} of something that had raised none before: {found[0]} ({', '.join(found[1])})."
+            )
+        else:
+            lines.append(
+                f"There was no {words.removeprefix('an ').removeprefix('a ')} of anything that had raised none before."
+            )
     for model in story.models:
         when = f"after day {model.day}" if model.day else "before day 1"
         lines.append(
@@ -211,16 +222,16 @@ def _drift(plan: Plan, story: Story) -> str:
     retrained = next(
         (model for model in story.models if model.day and model.passed and model.day >= plan.drift_day), None
     )
-    before = _quality(story, 1, plan.drift_day - 1)
+    earlier = _quality(story, 1, plan.drift_day - 1)
     if retrained is not None:
         lines.append(
-            f"True relevance shown, as a share of the way from trending to the best possible: {before} before the drift, "
+            f"True relevance shown, as a share of the way from trending to the best possible: {earlier} before the drift, "
             f"{_quality(story, plan.drift_day, retrained.day)} from then on with the old model, "
             f"{_quality(story, retrained.day + 1, plan.days)} from the new model's first day on."
         )
     else:
         lines.append(
-            f"True relevance shown, as a share of the way from trending to the best possible: {before} before the drift, "
+            f"True relevance shown, as a share of the way from trending to the best possible: {earlier} before the drift, "
             f"{_quality(story, plan.drift_day, plan.days)} from then on."
         )
     lines += [

@@ -57,10 +57,6 @@ def _watch(place: Place, plan: Plan, story: Story, day: Day, say: Say) -> None:
 def _severe(place: Place, plan: Plan, story: Story, day: Day, say: Say) -> None:
     assert day.drift is not None
     told = "; ".join(day.drift.severe[:2]) + ("; …" if len(day.drift.severe) > 2 else "")
-    if day.number < plan.drift_day:
-        story.early_alarm_days.append(day.number)
-    elif story.alarm_day is None:
-        story.alarm_day = day.number
     if story.models[-1].day and day.number < story.models[-1].day + REST_DAYS:
         return
     if day.number >= plan.days:

@@ -109,13 +109,34 @@ class Story:
     models: list[Learned] = field(default_factory=list)
     estimates: dict[str, list[Estimate]] = field(default_factory=dict)
     visits: list[Visit] = field(default_factory=list)
-    alarm_day: int | None = None
-    """The first day from the drift's beginning on whose report had a severe alarm."""
-    early_alarm_days: list[int] = field(default_factory=list)
-    """Days before it with a severe alarm: false ones."""
+
+    def alarms_before(self, day: int) -> dict[str, int]:
+        """What had an alarm before that day, and on which it was first. Something is a kind and a name, whatever the test."""
+        found: dict[str, int] = {}
+        for one in self.days:
+            for alarm in one.drift.alarms if one.drift and one.number < day else ():
+                found.setdefault(_thing(alarm), one.number)
+        return found
+
+    def alarm_since(self, day: int, *, severe: bool) -> tuple[int, list[str]] | None:
+        """The first day from that one on with a (severe) alarm of something that had none before it, and of what.
+
+        What had moved already says nothing of what began then.
+        """
+        known = self.alarms_before(day)
+        for one in self.days:
+            if one.drift is not None and one.number >= day:
+                alarms = one.drift.severe if severe else one.drift.alarms
+                if new := sorted({_thing(alarm) for alarm in alarms} - known.keys()):
+                    return one.number, new
+        return None
 
     def true_rates(self, trial: str, arm: str) -> tuple[float, float]:
         """Clicks and hides per shown item over the whole experiment, had everybody been in that arm."""
         found = [day.arms[trial][arm] for day in self.days if arm in day.arms.get(trial, {})]
         shown = max(sum(one.shown for one in found), 1)
         return sum(one.clicks for one in found) / shown, sum(one.hides for one in found) / shown
+
+
+def _thing(alarm: str) -> str:
+    return alarm.partition(" (")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from orchestration.month import judge, report, run
 from orchestration.month.place import Place
 from orchestration.month.plan import K, Plan
 from orchestration.month.source import Organic
+from orchestration.month.story import Day, Drift, Story
 from orchestration.month.truth import DayTruth, clicks, examination, hides, taken
 from orchestration.simulate_month import main
 from orchestration.sources.simulator import Simulator
@@ -87,6 +89,7 @@ def test_a_tiny_month_is_lived_and_told(database: str, tmp_path: Path) -> None:
         assert f"({picture}.png)" in page
         assert (out / f"{picture}.png").stat().st_size > 2_000
     told = json.loads((place.folder / "reports" / "month" / "latest.json").read_text())
+    assert set(told["drift"]) == {"began", "alarm", "severe_alarm", "alarms_before"}
     assert told["drift"]["began"] == TINY.drift_day
     assert told["experiments"]["careless"]["true_lift"] is not None
     assert len(told["days"]) == 6
@@ -121,6 +124,19 @@ def test_the_worlds_events_come_once_each() -> None:
     assert len({part.fingerprint() for part in parts}) == 4
 
 
+def test_what_had_moved_before_the_drift_does_not_pass_for_finding_it() -> None:
+    def day(number: int, alarms: list[str], severe: list[str]) -> Day:
+        return Day(number, TINY.date(number), drift=Drift(alarms, severe, 2.0))
+
+    old, new = "features: user_activity.events_30d", "vectors: taken"
+    days = [day(1, [], []), day(2, [f"{old} (ks, day)"], []), day(4, [f"{old} (psi, week)"], [f"{old} (psi, week)"])]
+    story = Story(days=[*days, day(5, [f"{old} (ks, day)", f"{new} (mmd, week)"], [])])
+    assert story.alarms_before(4) == {old: 2}
+    assert story.alarm_since(4, severe=False) == (5, [new])
+    assert story.alarm_since(4, severe=True) is None
+    assert story.alarm_since(6, severe=False) is None
+
+
 @pytest.mark.parametrize("days", [6, 7, 10, 30, 45, 60])
 def test_a_calendar_of_any_length_declares_experiments_that_can_run(days: int) -> None:
     plan = replace(TINY, days=days)
@@ -139,8 +155,6 @@ def test_a_wrong_argument_is_told_of_before_anything_is_removed(
     assert main(["--days", "3"]) == 1
     assert "give DAYS from 6 to 60" in capsys.readouterr().out
     (larder_home / "month" / "postgres").mkdir()
-    import os
-
     (larder_home / "month" / "postgres" / "postmaster.pid").write_text(f"{os.getpid()}\n")
     assert main([]) == 1
     assert "is in use" in capsys.readouterr().out.replace("\n", " ")
