@@ -7,7 +7,7 @@ PORT ?= 8080
 DATA ?=
 USER_ID ?=
 .DEFAULT_GOAL := help
-.PHONY: help install run ui backfill serve score-all simulate-month keys deploy rollback forget export data-map audit features explain training-set vacuum mend-lake test prove check bench-features bench-ranker bench-serving bench-gpu openapi format pictures clean
+.PHONY: help install run ui backfill serve score-all simulate-month keys deploy rollback forget export data-map audit features explain training-set vacuum mend-lake test prove check bench-features bench-ranker bench-serving bench-loop bench-gpu openapi format pictures clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -98,6 +98,9 @@ bench-ranker: install ## quality, size and speed of the ranker, measured; PEERS=
 
 bench-serving: install ## the function's latency, load, start, size and telemetry, measured on 100,000 items: [QUICK=1] [ONLY=section,…] [WORK=folder: keep and go on]; writes tests/benchmarks/results/
 	@$(BIN)/python -W ignore -m tests.benchmarks.bench_serving $(if $(QUICK),--quick) $(if $(ONLY),--only '$(ONLY)') $(if $(WORK),--work '$(WORK)')
+
+bench-loop: install ## experiments, drift, explanations and the page, proven on worlds whose truth is known; [QUICK=1] [ONLY=section,…] [WORK=folder: keep and go on]
+	@$(BIN)/python -W ignore -m tests.benchmarks.bench_loop $(if $(QUICK),--quick) $(if $(ONLY),--only '$(ONLY)') $(if $(WORK),--work '$(WORK)')
 
 bench-gpu: install ## the ranker on an NVIDIA GPU against PyTorch and the card's ceilings; writes tests/benchmarks/results/
 	@$(BIN)/python -W ignore -m tests.benchmarks.bench_gpu
