@@ -58,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"[red]error[/red] ({error.type}): {escape(str(error))}", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print("\ninterrupted; there is no report, and the next `make simulate-month` starts afresh")
+        console.print(
+            "\ninterrupted; there is no report, and the next `make simulate-month` starts afresh", soft_wrap=True
+        )
         return 130
     console.print(f"  the month is told in {escape(str(made / report.MARKDOWN))}", soft_wrap=True)
     return 0

@@ -24,6 +24,9 @@ K = 10
 REST_DAYS = 7
 """After a training no other is begun for so long, whatever drifts: what is new has to be seen first."""
 
+LEFT_DAYS = 3
+"""Nor in the month's last days: nothing of what it brings would be seen."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:

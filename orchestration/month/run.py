@@ -9,7 +9,7 @@ from orchestration.compute.encoder import export_encoder
 from orchestration.month.learn import learn
 from orchestration.month.night import first_night, night, watch_drift, watch_experiments
 from orchestration.month.place import Place
-from orchestration.month.plan import REST_DAYS, Plan
+from orchestration.month.plan import LEFT_DAYS, REST_DAYS, Plan
 from orchestration.month.serve import Clock, Street, application, serve_day
 from orchestration.month.source import Organic
 from orchestration.month.story import Day, Story
@@ -59,7 +59,7 @@ def _severe(place: Place, plan: Plan, story: Story, day: Day, say: Say) -> None:
     told = "; ".join(day.drift.severe[:2]) + ("; …" if len(day.drift.severe) > 2 else "")
     if story.models[-1].day and day.number < story.models[-1].day + REST_DAYS:
         return
-    if day.number >= plan.days:
+    if day.number > plan.days - LEFT_DAYS:
         return
     day.happened.append(f"severe drift alarm ({told}): a new model is trained")
     say(f"day {day.number}: severe drift alarm ({told})")
