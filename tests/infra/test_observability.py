@@ -25,7 +25,7 @@ from worlds import key_header
 
 from inference import metrics, request_log, telemetry
 from inference.handlers.asgi import create_app
-from inference.runtime import create_application
+from inference.runtime import LarderApplication, create_application
 
 FILES = Path(__file__).parents[2] / "infra" / "observability"
 CANARY = "CANARY"
@@ -101,10 +101,18 @@ def seen(world: ServedWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         kept = Seen(receiver)
         keep = Keep(kept.records)
         logging.getLogger().addHandler(keep)
+        made: list[LarderApplication] = []
+
+        def make() -> LarderApplication:
+            made.append(create_application())
+            return made[-1]
+
         try:
-            with served(create_app(create_application)) as port:
+            with served(create_app(make)) as port:
                 request_log.open_log(kept.log)
                 _ask_for_everything(port, world, kept)
+                # What is left for after the answers is counted too.
+                assert made[0].flush(20_000)
                 assert telemetry.flush(20_000)
         finally:
             request_log.open_log("off")
