@@ -90,6 +90,7 @@ def test_every_field_arrives() -> None:
         ("exclude", [], None),
         ("context", {str(n): n for n in range(64)}, {str(n): n for n in range(65)}),
         ("context", {"a": 2**53}, {"a": 2**53 + 1}),
+        ("context", {"a": -(2**53)}, {"a": 10**400}),
         ("context", {"a": 1}, {"a": [1]}),
         ("context", {"a": "x" * 2000}, {"a": "x" * 2001}),
         ("context", {"a": 1}, {"": 1}),
