@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Mapping
 from typing import NoReturn
+
+from schemas.errors import RequestError
+from schemas.events import InvalidRow, check_id
 
 
 class MakeParser(argparse.ArgumentParser):
@@ -26,3 +30,12 @@ class MakeParser(argparse.ArgumentParser):
     def _named(self, option: str) -> str:
         name = option.removeprefix("--")
         return f"{self.variables.get(name, name.upper().replace('-', '_'))}= ({option})"
+
+
+def person_id(given: str) -> str:
+    """Whom `--user` names; `-` reads the id from standard input. Raises RequestError for what cannot be anybody's."""
+    user_id = sys.stdin.readline().rstrip("\n") if given == "-" else given
+    try:
+        return check_id("user_id", user_id)
+    except InvalidRow as error:
+        raise RequestError(f"--user cannot be anybody's id: {error}") from error

@@ -12,11 +12,10 @@ from pathlib import Path
 from infra import deployment as deployments
 from infra import postgres
 from infra.feature_tables import ensure_view_tables
-from orchestration.arguments import MakeParser
+from orchestration.arguments import MakeParser, person_id
 from orchestration.compute import person_export
 from orchestration.compute.lake import Lake
-from schemas.errors import LarderError, RequestError, SettingsError
-from schemas.events import InvalidRow, check_id
+from schemas.errors import LarderError, SettingsError
 
 EXPLANATION = """\
 Writes everything held of one person: their events in the lake and in Postgres, history, profile, features, what they said
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = deployments.current()
         if deployments.load(record.name) is None:
             raise SettingsError(f"there is nothing to export in {deployments.home()}: run `make run` first")
-        user_id = _user_id(options.user)
+        user_id = person_id(options.user)
         url = postgres.prepare(record)
         ensure_view_tables(url)
         if options.request:
@@ -69,14 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = sum(len(found) for found in document["held"].values())
     print(f"written: {options.out}, {rows:,} rows from {len(document['held'])} places")
     return 0
-
-
-def _user_id(given: str) -> str:
-    user_id = sys.stdin.readline().rstrip("\n") if given == "-" else given
-    try:
-        return check_id("user_id", user_id)
-    except InvalidRow as error:
-        raise RequestError(f"--user cannot be anybody's id: {error}") from error
 
 
 def _write(file: Path, text: str) -> None:

@@ -15,12 +15,11 @@ from infra import deployment as deployments
 from infra import postgres
 from infra.deployment import Deployment
 from infra.feature_tables import ensure_view_tables
-from orchestration.arguments import MakeParser
+from orchestration.arguments import MakeParser, person_id
 from orchestration.compute import forget as erasure
 from orchestration.compute.forget import Receipt
 from orchestration.compute.lake import Lake
-from schemas.errors import LarderError, RequestError, SettingsError, UnknownPerson
-from schemas.events import InvalidRow, check_id
+from schemas.errors import LarderError, SettingsError, UnknownPerson
 
 console = Console(highlight=False)
 
@@ -61,21 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = deployments.current()
         if deployments.load(record.name) is None:
             raise SettingsError(f"there is nothing to forget in {deployments.home()}: run `make run` first")
-        return _resume(record) if options.resume else _forget(record, _user_id(options.user), options)
+        return _resume(record) if options.resume else _forget(record, person_id(options.user), options)
     except LarderError as error:
         console.print(f"[red]error[/red] ({error.type}): {escape(str(error))}", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("\ninterrupted; run it again to finish what was begun")
         return 130
-
-
-def _user_id(given: str) -> str:
-    user_id = sys.stdin.readline().rstrip("\n") if given == "-" else given
-    try:
-        return check_id("user_id", user_id)
-    except InvalidRow as error:
-        raise RequestError(f"--user cannot be anybody's id: {error}") from error
 
 
 def _database(record: Deployment) -> str:

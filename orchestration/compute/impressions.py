@@ -74,8 +74,7 @@ def load_passed_over(connection: psycopg.Connection[Any], interactions: Interact
     Bounded by the events, not by now: a training that was interrupted and goes on mines what it would have mined.
     """
     none = PassedOver(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int64))
-    (there,) = connection.execute("SELECT to_regclass('public.served_requests') IS NOT NULL").fetchone() or (False,)
-    if not there or not len(interactions):
+    if not len(interactions):
         return none
     until = int(interactions.occurred_at.max()) / 1_000_000
     rows = connection.execute(_PASSED_OVER, {"until": until}).fetchall()
