@@ -30,6 +30,10 @@ SOURCES: dict[str, int] = {
 }
 
 
+_PACKED_LIKENESS = "string_agg(float8send(coalesce({}, 0)), ''::bytea ORDER BY m.place, m.item_id)"
+"""How like the wish each candidate's text is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Filters:
     """Conditions on candidates; `categories` None means any. Of each of `groups` is told who belongs to it."""
@@ -135,8 +139,13 @@ def candidates_sql(
     audited: bool = False,
     features: bool = True,
     ahead: Ahead | None = None,
+    packed: bool = False,
 ) -> tuple[str, dict[str, Any]]:
-    """The statement of `Store.pick_candidates` and its parameters; arguments as there."""
+    """The statement of `Store.pick_candidates` and its parameters; arguments as there.
+
+    `packed` gives it for a process that has the items in memory, see inference/cached_items.py: of live reads with a
+    model and with features, none of which asks for what an item is.
+    """
     sources, parameters = _sources(filters, limit, champion, dim, user_vector, wish_text, recent, given, live, ahead)
     (view,) = CANDIDATE_VIEWS
     picked = "item_id IN (SELECT item_id FROM merged)"
@@ -165,18 +174,29 @@ def candidates_sql(
         parameters["wish_text"] = vector_literal(wish_text)
     elif ahead is not None:
         wish, wish_join = "l.score, l.model_version", f"LEFT JOIN {LISTED} AS l ON l.item_id = m.item_id"
+    if packed:
+        edges, _ = online_sql.output_columns(ITEM)
+        given_rows = statement("read_picked").format(
+            edges=", ".join([*edges, *([online_sql.SEEN] if audited else [])]),
+            wish=_PACKED_LIKENESS.format(wish) if wish_text is not None else "NULL::bytea",
+            wish_join=wish_join,
+        )
+    else:
+        given_rows = statement("read_candidates").format(
+            feature_joins=joins,
+            vector=vector,
+            vector_join=vector_join,
+            wish=wish,
+            wish_join=wish_join,
+            groups=filters.group_bits("i"),
+            columns=columns,
+        )
     sql = statement("pick_candidates").format(
         allowed=filters.allowed("i"),
         limit=limit,
         sources="\n    UNION ALL ".join(sources),
         features=read,
-        feature_joins=joins,
-        vector=vector,
-        vector_join=vector_join,
-        wish=wish,
-        wish_join=wish_join,
-        groups=filters.group_bits("i"),
-        columns=columns,
+        given=given_rows,
     )
     return sql, parameters | {"at": at, **filters.parameters()}
 

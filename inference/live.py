@@ -156,9 +156,27 @@ def live_columns(entity: Entity, rows: Sequence[tuple[Any, ...]], today: date, k
         places = np.array(sized, np.intp)[fit]
         held[places, number] = True
         states[places, span] = words[fit, 1:].view(">f8")
-    merge(layout, states, held, edges, _tiles([row[width - 1] for row in found], layout.tile_width))
+    tiles = _tiles([row[width - 1] for row in found], layout.tile_width)
+    return merged_columns(layout, [row[:keys] for row in found], states, held, edges, tiles, today, seen)
+
+
+def merged_columns(
+    layout: Layout,
+    named: list[tuple[str, ...]],
+    states: Floats,
+    held: Bools,
+    edges: tuple[int | None, ...],
+    tiles: Tiles,
+    today: date,
+    seen: str | None,
+) -> dict[str, Columns]:
+    """Columns of every view of `layout` for the keys `named`, of partitions' `states (n, c)` and what came after.
+
+    `held (n, v)` says who has a row in a view's partition, `edges` (v) are those partitions in days before today. Both
+    arrays are changed.
+    """
+    merge(layout, states, held, edges, tiles)
     midnight = midnight_of(today)
-    named = [row[:keys] for row in found]
     return {
         view.name: Columns(
             named,
@@ -168,16 +186,20 @@ def live_columns(entity: Entity, rows: Sequence[tuple[Any, ...]], today: date, k
             None if edge is None else midnight + (edge + 1) * DAY_SECONDS,
             seen,
         )
-        for number, (view, span, edge) in enumerate(zip(views, layout.spans, edges, strict=True))
+        for number, (view, span, edge) in enumerate(zip(layout.views, layout.spans, edges, strict=True))
     }
 
 
 def _tiles(packed: Sequence[bytes | None], states: int) -> Tiles:
     """The tiles of n keys: of each, its days one after the other, each day and its states."""
-    block = np.frombuffer(b"".join(raw for raw in packed if raw is not None), ">f8").reshape(-1, 1 + states)
-    many = [len(raw) // (8 * (1 + states)) if raw is not None else 0 for raw in packed]
-    values = block.astype(np.float64)
-    return Tiles(values[:, 0], np.repeat(np.arange(len(packed)), many), values[:, 1:])
+    many = [len(raw) if raw is not None else 0 for raw in packed]
+    return tiles_of(b"".join(raw for raw in packed if raw is not None), many, np.arange(len(packed)), states)
+
+
+def tiles_of(raw: bytes, long: Sequence[int] | NDArray[np.integer[Any]], owners: Places, states: int) -> Tiles:
+    """Tiles one after the other: of each of `owners` so many bytes as `long` says, each tile its day and `states` states."""
+    values = np.frombuffer(raw, ">f8").reshape(-1, 1 + states).astype(np.float64)
+    return Tiles(values[:, 0], np.repeat(owners, np.asarray(long, np.intp) // (8 * (1 + states))), values[:, 1:])
 
 
 def merge(layout: Layout, states: Floats, present: Bools, edges: tuple[int | None, ...], tiles: Tiles | None) -> None:

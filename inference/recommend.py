@@ -35,6 +35,7 @@ from inference.connections import Lost, StatementFailed
 from inference.deadline import CANDIDATES_SHARE, FLOOR_SHARE, MODEL_SHARE, READ_SHARE, Deadline, Pace
 from inference.explain import Explained
 from inference.explainer import Explainer, Ranking
+from inference.item_cache import ItemCache
 from inference.models import PopularItem
 from inference.ranker import Answer, Inputs, Ranker
 from inference.ranker_inputs import candidate_inputs, no_candidates, person_inputs
@@ -108,6 +109,8 @@ class Recommender:
     wish_parser: wishes.Parser | None = None
     """What reads wishes, where there is a language model; who has not agreed is not told of to it."""
     rules: Rules = NO_RULES
+    items: ItemCache | None = None
+    """The items in memory; None: every request looks them up."""
     explainer: Explainer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -391,8 +394,12 @@ class Recommender:
                 audited=asked.audited,
                 features=features,
                 ahead=ahead,
+                items=cached,
             )
 
+        cached = None
+        if ranker is not None and self.items is not None and asked.request.at is None:
+            cached = self.items.get(asked.person.catalogue, ranker.version, ranker.dim)
         try:
             picked = pick(asked.features)
         except StatementFailed:

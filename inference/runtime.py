@@ -16,6 +16,7 @@ from inference.access import Access, access_of
 from inference.breaker import Breaker
 from inference.candidates import Filters
 from inference.deadline import Deadline
+from inference.item_cache import ItemCache
 from inference.models import LoadedModels
 from inference.pseudonyms import Pseudonyms
 from inference.recommend import FLOOR_VERSION, Recommender
@@ -69,6 +70,7 @@ class LarderApplication:
     served: ServedLog
     trials: Trials
     access: Access
+    items: ItemCache
     unwatch: Callable[[], None] = lambda: None
     """Ends the readings that metrics take of this application."""
 
@@ -83,6 +85,7 @@ class LarderApplication:
         served = ServedLog(Store(writer_url, 1, "the database (log)"), settings.audit_per_mille)
         trials = Trials.of(settings, store.url, models, served)
         unwatch = readings.watch(models, served, trials.shadows)
+        items = ItemCache(store.url, settings.item_cache)
         recommender = Recommender(
             store,
             models,
@@ -94,8 +97,10 @@ class LarderApplication:
             consent_default=settings.consent_default,
             wish_parser=_parser(settings, store),
             rules=rules,
+            items=items,
         )
-        return cls(settings, store, writer, models, recommender, served, trials, access_of(settings, store), unwatch)
+        access = access_of(settings, store)
+        return cls(settings, store, writer, models, recommender, served, trials, access, items, unwatch)
 
     def warm(self) -> None:
         """Open a connection and load what is released, side by side, so that the first request finds it there."""
@@ -115,6 +120,7 @@ class LarderApplication:
         What is loaded stays: it is what the snapshot is for.
         """
         self.trials.flush(_WRITE_BEFORE_SNAPSHOT_MS)
+        self.items.wait(_WRITE_BEFORE_SNAPSHOT_MS / 1_000)
         self._disconnect()
         telemetry.before_snapshot()
 
@@ -152,6 +158,7 @@ class LarderApplication:
         self.unwatch()
         self.trials.close()
         self.access.close()
+        self.items.close()
         self.writer.close()
         self.store.close()
 

@@ -37,6 +37,8 @@ class Settings:
     """Of how many people in a thousand the features served are logged for the skew audit."""
     scores_hours: int = 48
     """How old a list that `make score-all` made may be for a request to fall back on it; 0: none is read."""
+    item_cache: int = 200_000
+    """So many items at most are kept in memory, about a kilobyte each, see inference/item_cache.py; 0: requests look them up."""
     request_log: Stream = "stderr"
     """Where the line of each request goes, or `off`."""
     database_read_url: str | None = None
@@ -76,6 +78,7 @@ _LIMITS: dict[str, tuple[str, int, int]] = {
     "concurrency": ("LARDER_CONCURRENCY", 1, 256),
     "audit_per_mille": ("LARDER_AUDIT_PER_MILLE", 0, 1_000),
     "scores_hours": ("LARDER_SCORES_HOURS", 0, 8_760),
+    "item_cache": ("LARDER_ITEM_CACHE", 0, 10_000_000),
     "survey_per_mille": ("LARDER_SURVEY_PER_MILLE", 0, 1_000),
     "llm_timeout_ms": ("LARDER_LLM_TIMEOUT_MS", 10, 30_000),
     "key_cache_seconds": ("LARDER_KEY_CACHE_SECONDS", 1, 3_600),

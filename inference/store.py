@@ -19,14 +19,16 @@ import psycopg
 from numpy.typing import NDArray
 from psycopg import generators
 
+from inference import cached_items
 from inference.ahead import Ahead
 from inference.breaker import Breaker
+from inference.cached_items import CachedItems
 from inference.candidates import Candidates, Filters, candidates_of, candidates_sql
 from inference.connections import Connections, StoreConnection
 from inference.live import HEAD_MOST, Columns, live_columns, snapshot_columns, utc_day
 from inference.sql_files import half_vectors, statement, vector_literal
 from inference.telemetry import span
-from schemas import online_sql, prompts
+from schemas import catalogue_sql, online_sql, prompts
 from schemas.feature_sql import read_sql
 from schemas.features import Entity, FeatureView
 from schemas.functions import SERVED_KEPT_DAYS
@@ -91,6 +93,8 @@ class PersonRow:
     """False: the person has not agreed to it, and nothing of them was read."""
     held_back: list[str] = field(default_factory=list)
     """Items shown lately without a reaction, where that was asked for."""
+    catalogue: str | None = None
+    """The state of what is kept of items, see `inference.item_cache.ItemCache.get`."""
 
 
 @dataclass(slots=True)
@@ -198,8 +202,7 @@ class Store:
             with connection.pipeline():
                 set_locally(connection, connection.server_ms(), PLAN_ONCE)
                 cursors = [
-                    _execute(connection, sql, parameters, prepare=True)
-                    for sql in (statement("read_history"), *reads, *also)
+                    _execute(connection, sql, parameters, prepare=True) for sql in (_history_sql(), *reads, *also)
                 ]
             return [cursor.fetchall() for cursor in cursors]
 
@@ -207,7 +210,7 @@ class Store:
             rows = self.ask(question, timeout_ms)
         held_back = [item_id for (item_id,) in rows.pop()] if also else []
         champion, wish_template = _released(rows[0][0])
-        history = [row[6:] for row in rows[0][::-1] if row[6] is not None]
+        history = [row[7:] for row in rows[0][::-1] if row[7] is not None]
         vectors = iter(half_vectors([row[4] for row in history if row[4] is not None]))
         if not features:
             read = {view.name: NO_COLUMNS for view in views}
@@ -230,6 +233,7 @@ class Store:
             rows[0][0][4],
             rows[0][0][5],
             held_back,
+            rows[0][0][6],
         )
 
     def pick_candidates(
@@ -249,12 +253,18 @@ class Store:
         audited: bool = False,
         features: bool = True,
         ahead: Ahead | None = None,
+        items: CachedItems | None = None,
     ) -> Candidates:
         """Candidates with titles, vectors and features, at most `limit`, from the sources that apply.
 
         `user_vector (d,)` searches the champion's item vectors, `wish_text (384,)` the text vectors; `recent` are the person's last items, newest first; `given` replaces all sources; `live`, `audited` and `features` as in `read_person`.
-        `ahead` adds the list that was scored ahead; it says nothing of a wish or of what is given.
+        `ahead` adds the list that was scored ahead; it says nothing of a wish or of what is given. With `items`, those of
+        `champion` that are in memory, only what they do not tell is read, where that is enough.
         """
+        if not (live and features and champion and user_vector is not None and given is None and ahead is None) or (
+            filters.looks_at_items or filters.groups
+        ):
+            items = None
         sql, parameters = candidates_sql(
             at=at,
             filters=filters,
@@ -269,6 +279,7 @@ class Store:
             audited=audited,
             features=features,
             ahead=ahead,
+            packed=items is not None,
         )
 
         def question(connection: StoreConnection) -> list[tuple[Any, ...]]:
@@ -277,8 +288,10 @@ class Store:
                 cursor = _execute(connection, sql, parameters, prepare=True)
             return cursor.fetchall()
 
-        with span("db pick_candidates", kind="client", attributes=_db(2)):
+        with span("db pick_candidates", kind="client", attributes=_db(2) | {"recsys.items.cached": items is not None}):
             rows = self.ask(question, timeout_ms)
+        if items is not None:
+            return cached_items.candidates_of(rows[0], items, at, utc_day(at))
         return candidates_of(rows, dim, utc_day(at) if live else None, features=features, ahead=ahead is not None)
 
     def similar(
@@ -424,6 +437,11 @@ def _live(entities: Sequence[Entity], results: Sequence[Sequence[tuple[Any, ...]
         for entity, rows in zip(entities, results, strict=True)
         for name, columns in live_columns(entity, rows, today, len(entity.keys)).items()
     }
+
+
+@cache
+def _history_sql() -> str:
+    return statement("read_history").format(catalogue=catalogue_sql.STATE)
 
 
 @cache

@@ -16,7 +16,7 @@ from sqlalchemy.schema import CreateColumn, CreateTable
 
 from infra import roles
 from infra.postgres import engine_for
-from schemas import online_sql
+from schemas import catalogue_sql, online_sql
 from schemas.declarations import STATE_COLUMNS, near
 from schemas.errors import DefinitionError
 from schemas.feature_sql import base_sql
@@ -99,7 +99,9 @@ def ensure_online_tables(connection: psycopg.Connection[Any]) -> None:
             since = tiles_since(datetime.now(UTC))
             events = f"(SELECT * FROM recent_events WHERE occurred_at >= '{since.isoformat()}')"
             connection.execute(online_sql.add_to_tiles_sql(entity, events))
-        if _renew(connection, online_sql.rows_table(entity), rows):
+        made = _renew(connection, online_sql.rows_table(entity), rows)
+        catalogue_sql.watch(connection, catalogue_sql.VECTORS, catalogue_sql.ROWS)
+        if made:
             for view in online_sql.views_of(entity):
                 newest = newest_partition(connection, view)
                 if newest is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from schemas import functions, roles
+from schemas import catalogue_sql, functions, roles
 from schemas.functions import Function
 from schemas.roles import FUNCTION, ORCHESTRATOR, OWNER, ROLES, WRITER
 from schemas.urls import shown, with_role, with_user
@@ -36,6 +36,7 @@ def ensure(connection: Connection) -> None:
         return  # an orchestrator that found the schema up to date: rights are the owner's to give
     for function in functions.fixed():
         _ensure_function(connection, function)
+    catalogue_sql.watch(connection, catalogue_sql.ITEMS)
     if not _ensure_roles(connection):
         return
     for schema in roles.SCHEMAS:

@@ -10,6 +10,7 @@
     request_export        ask for all that is held of a person
     read_export           read an export that was made
     api_key               look one request key up by its id
+    note_catalogue_change  what the triggers of schemas/catalogue_sql.py run
 
 Plain rights would not do: an INSERT with ON CONFLICT also needs to read, and who may read or write the tables could do
 far more than this. Their text lies in schemas/sql/.
@@ -85,6 +86,7 @@ def fixed() -> tuple[Function, ...]:
             "read_export", "text, text", "TABLE (document jsonb, ready_at timestamptz)", _body("read_export"), "STABLE"
         ),
         Function("api_key", "text", key, _body("api_key"), "STABLE"),
+        Function("note_catalogue_change", "", "trigger", _body("note_catalogue_change")),
     )
 
 

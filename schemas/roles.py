@@ -54,6 +54,8 @@ READS: dict[str, tuple[str, ...]] = {
         "request_id",
     ),
     "public.items": ("item_id", "title", "categories", "attributes", "available_at"),
+    # Whether the items that a process keeps in memory are still what the tables say.
+    "public.catalogue_changes": ("change_id",),
     "public.text_vectors": ("item_id", "vector"),
     "public.item_vectors": ("model_version", "item_id", "vector"),
     "public.co_visitation": ALL,
@@ -84,6 +86,7 @@ EXECUTES: dict[str, str] = {
     "request_export": WRITER,
     "read_export": FUNCTION,
     "api_key": FUNCTION,
+    "note_catalogue_change": ORCHESTRATOR,
 }
 """Who may call which function; nobody else may."""
 

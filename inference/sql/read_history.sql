@@ -4,6 +4,8 @@ SELECT m.version, m.revision, m.path, (SELECT version FROM prompt_winners WHERE 
     coalesce(%(model)s::text, m.version) AS vectors_of,
     -- Only who agrees is personalised; of all others nothing is read here, nor by the statements beside this one.
     coalesce((SELECT c.personalise FROM consents AS c WHERE c.user_id = %(user_id)s), %(unless_said)s::boolean) AS personalise,
+    -- Whether the items that a process keeps in memory are still what the tables say: schemas/catalogue_sql.py.
+    {catalogue} AS catalogue,
     h.item_id, h.kind, h.value, EXTRACT(EPOCH FROM h.occurred_at)::float8 AS occurred_at, v.vector, i.title
 FROM (SELECT 1) AS one
 LEFT JOIN (
