@@ -57,6 +57,7 @@ def latency(world: World, work: Path, sizes: Sizes, say: Say) -> Found:
                 status, answer = client.post(PATH, body(world, -1 - number, **more))
                 assert status == 200, answer
                 check(answer, world)
+        warm(client, world, sizes)
         say("answers hold; timing them")
         backends = postgres_processes(world.url)
         began, ours, theirs = time.process_time(), cpu_seconds(pid), cpu_seconds(*backends)
@@ -85,6 +86,14 @@ def latency(world: World, work: Path, sizes: Sizes, say: Say) -> Found:
     )
 
 
+def warm(client: Client, world: World, sizes: Sizes) -> None:
+    """Ask until the process has its items in memory; until then it answers from the tables."""
+    until, number = time.monotonic() + sizes.warming_seconds, 10_000
+    while time.monotonic() < until:
+        number += 1
+        timed(client, [body(world, number)])
+
+
 def timed(client: Client, bodies: Sequence[bytes]) -> list[float]:
     """Milliseconds of each request, on one connection, one after the other."""
     took = []
@@ -102,6 +111,8 @@ def replayed(world: World, bodies: Sequence[bytes], took_ms: Sequence[float]) ->
     app = world.application(concurrency=1)
     try:
         ask_all(app, bodies)  # statements are prepared, plans made
+        assert app.items.wait(60.0)
+        ask_all(app, bodies)  # those of a process that has its items in memory, too
         trips = round_trips(app, world, bodies[0])
         began = time.perf_counter()
         ask_all(app, bodies)
@@ -161,6 +172,7 @@ def load(world: World, work: Path, sizes: Sizes, say: Say) -> Found:
     with served(world.environment()) as (port, pid):
         one = Client(port, said)
         timed(one, [body(world, number) for number in range(20)])
+        warm(one, world, sizes)
         say("one client, for the sum of the parts")
         alone = parts_ms(world, pid, lambda: timed(one, [body(world, n) for n in range(max(sizes.requests // 2, 5))]))
         one.close()

@@ -99,6 +99,8 @@ class Sizes:
     requests: int = 400
     replayed: int = 100
     load_seconds: float = 60.0
+    warming_seconds: float = 6.0
+    """Twice and more what reading 100,000 items takes beside requests."""
     clients: int = 8
     starts: int = 12
     turns: int = 60
@@ -118,6 +120,7 @@ QUICK = Sizes(
     requests=20,
     replayed=5,
     load_seconds=1.5,
+    warming_seconds=0.5,
     clients=3,
     starts=2,
     turns=2,
