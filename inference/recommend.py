@@ -47,8 +47,8 @@ from inference.shipped import POPULAR_VERSION, Known
 from inference.store import Champion, History, PersonRow, Store
 from inference.telemetry import span
 from inference.trials import Trials
-from schemas import prompts
-from schemas.errors import ArtifactError, DefinitionError, Unavailable
+from inference.wish_encoding import WishEncoding
+from schemas.errors import ArtifactError, Unavailable
 from schemas.events import NEGATIVE_KINDS
 from schemas.serving import RecommendationRequest, RecommendationResponse, RecommendedItem
 from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS
@@ -170,6 +170,10 @@ class Recommender:
         current = plan.ranker or self.models.current()
         # A read at an instant that the caller names knows of later events what training does not: it is not audited.
         audited = request.at is None and self.served is not None and self.served.samples(request.user_id)
+        encoding = WishEncoding(self.models, ends)
+        if request.prompt is not None and self.wish_parser is None and current is not None:
+            manifest = current.manifest
+            encoding.begin(request.prompt, plan.wish_template or manifest.wish_template, manifest.encoder_version)
         with steps.step("read"):
             person, features = self._read(request, request_id, at, audited, current, ends)
         if not features:
@@ -187,7 +191,8 @@ class Recommender:
         template = plan.wish_template or (ranker.manifest.wish_template if ranker else person.wish_template)
         parser = self.wish_parser if person.personalise else None
         wish = wishes.understood(parser, request.prompt, ends.left_ms(), degraded, steps.step)
-        wish_text = self._encode_wish(wish, template, ranker, ends, degraded, steps)
+        space = ranker.manifest.encoder_version if ranker else None
+        wish_text = encoding.vector(wish, template, space, degraded, steps.step)
         audited = audited and features and person.personalise
         limit = plan.candidates or self.candidates
         asked = _Asked(request, at, person, self.rules, wish_text, audited, features, limit, wish)
@@ -288,31 +293,6 @@ class Recommender:
                     return ranker
         _note(degraded, "ranker")
         return None
-
-    def _encode_wish(
-        self,
-        wish: wishes.ParsedWish | None,
-        template: str,
-        ranker: Ranker | None,
-        ends: Deadline,
-        degraded: list[str],
-        steps: Steps,
-    ) -> NDArray[np.float32] | None:
-        if wish is None:
-            return None
-        space = ranker.manifest.encoder_version if ranker else None
-
-        def encode(said: str) -> NDArray[np.float32]:
-            text = prompts.render_wish(prompts.load(template), said)
-            return self.models.encode(text, ends.share_ms(MODEL_SHARE), space)
-
-        try:
-            with steps.step("encode wish"), span("encode wish"):
-                return wishes.vector_of(wish, encode)
-        except (ArtifactError, DefinitionError, Unavailable) as error:
-            logger.error("a wish was not followed: %s", error)
-            _note(degraded, "wish")
-            return None
 
     def _by_floor(
         self, asked: _Asked, ends: Deadline, steps: Steps, degraded: list[str]
