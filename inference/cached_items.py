@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from itertools import repeat
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.candidates import Candidates
+from inference.candidates import Candidates, CategoryNumbers
 from inference.live import DAY_SECONDS, Bools, Floats, layout_of, merged_columns, midnight_of, tiles_of
 from schemas.features import ITEM
 from schemas.views import CANDIDATE_VIEWS
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +31,7 @@ class CachedItems:
     item_ids: list[str]
     titles: list[str]
     categories: list[list[str]]
+    category_numbers: CategoryNumbers
     available_at: NDArray[np.float64]
     """`(N,)` in seconds since 1970, `-inf` for what has always been there."""
     vectors: NDArray[np.float16]
@@ -41,6 +44,25 @@ class CachedItems:
 
     def __len__(self) -> int:
         return len(self.item_ids)
+
+
+class _Picked(Sequence[T]):
+    """The values at some places: of most candidates nobody asks for any."""
+
+    def __init__(self, values: Sequence[T], places: NDArray[np.intp]) -> None:
+        self._values, self._places = values, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        if isinstance(index, slice):
+            return _Picked(self._values, self._places[index])
+        return self._values[int(self._places[index])]
 
 
 def candidates_of(row: Sequence[Any], items: CachedItems, at: datetime, today: date) -> Candidates:
@@ -78,7 +100,6 @@ def candidates_of(row: Sequence[Any], items: CachedItems, at: datetime, today: d
         today,
         edges[len(views)] if len(edges) > len(views) else None,
     )
-    found = places.tolist()
     (view,) = CANDIDATE_VIEWS
 
     def numbers(packed: bytes | None, kind: str) -> Any:
@@ -87,15 +108,16 @@ def candidates_of(row: Sequence[Any], items: CachedItems, at: datetime, today: d
 
     return Candidates(
         named,
-        [items.titles[place] for place in found],
-        [items.categories[place] for place in found],
+        _Picked(items.titles, places),
+        _Picked(items.categories, places),
         numbers(sources, ">i4").astype(np.int64),
         numbers(evidence, ">f8").astype(np.float64),
         items.vectors[places].astype(np.float32),
         items.has_vector[places],
-        np.zeros(len(found), np.float32) if wish is None else numbers(wish, ">f8").astype(np.float32),
+        np.zeros(len(named), np.float32) if wish is None else numbers(wish, ">f8").astype(np.float32),
         columns[view.name],
-        groups=np.zeros(len(found), np.int64),
+        groups=np.zeros(len(named), np.int64),
+        category_numbers=CategoryNumbers(items.category_numbers.rows[places], items.category_numbers.numbers),
     )
 
 

@@ -98,13 +98,21 @@ class Filters:
 
 
 @dataclass(frozen=True, slots=True)
+class CategoryNumbers:
+    """Which categories n items are in: `rows (n, c)` numbers of them, `len(numbers)` where an item has no more."""
+
+    rows: NDArray[np.int32]
+    numbers: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Candidates:
     """n candidates: parallel sequences; `vectors (n, d) float32` with zeros where an item has none yet,
     `wish (n,)` the cosine of its text and the wish's."""
 
     item_ids: list[str]
-    titles: list[str]
-    categories: list[list[str]]
+    titles: Sequence[str]
+    categories: Sequence[list[str]]
     sources: NDArray[np.int64]
     evidence: NDArray[np.float64]
     vectors: NDArray[np.float32]
@@ -119,6 +127,8 @@ class Candidates:
     """The model that made that list."""
     groups: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """`(n,)`: a bit for each of the filters' groups that the item belongs to, see `Filters.group_bits`."""
+    category_numbers: CategoryNumbers | None = None
+    """The same as `categories`, where it is at hand."""
 
     def __len__(self) -> int:
         return len(self.item_ids)

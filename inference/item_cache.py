@@ -20,6 +20,7 @@ import psycopg
 from numpy.typing import NDArray
 
 from inference.cached_items import CachedItems
+from inference.candidates import CategoryNumbers
 from inference.live import Floats, Layout, layout_of
 from inference.sql_files import statement
 from inference.store import Store
@@ -184,9 +185,19 @@ class _Reading:
         if not len(places) == len(self.titles) == len(self.categories) == len(available_at):
             raise ValueError("the parts of the items do not fit together")
         return CachedItems(
-            state, model_version, places, self.item_ids, self.titles, self.categories,
+            state, model_version, places, self.item_ids, self.titles, self.categories, self._numbered(),
             available_at, vectors, there, days, states,
         )  # fmt: skip
+
+    def _numbered(self) -> CategoryNumbers:
+        """The categories of all items as numbers."""
+        numbers = {name: number for number, name in enumerate(self._one_of_each)}
+        lists = list(self._lists.values())
+        of_list = np.full((len(lists), max(map(len, lists), default=0)), len(numbers), np.int32)
+        for row, names in enumerate(lists):
+            of_list[row, : len(names)] = [numbers[name] for name in names]
+        at = {id(names): row for row, names in enumerate(lists)}
+        return CategoryNumbers(of_list[[at[id(names)] for names in self.categories]], numbers)
 
     def _list(self, written: str) -> list[str]:
         """Items of the same categories share one list of them."""

@@ -60,7 +60,7 @@ def candidate_inputs(candidates: Candidates, views: dict[str, Columns], at: date
         values.append(value)
         masks.append(mask)
     for view in CROSS_VIEWS:
-        value, mask = _crossed(view, views[view.name], candidates.categories, at.timestamp())
+        value, mask = _crossed(view, views[view.name], candidates, at.timestamp())
         values.append(value)
         masks.append(mask)
     return {
@@ -90,17 +90,26 @@ def _one_row(view: FeatureView, columns: Columns, seconds: float) -> tuple[NDArr
 
 
 def _crossed(
-    view: FeatureView, columns: Columns, categories: list[list[str]], seconds: float
+    view: FeatureView, columns: Columns, candidates: Candidates, seconds: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    n = len(candidates)
     if not columns.keys or not columns.settled:
-        empty = np.zeros((len(categories), len(view.features)), np.float32)
+        empty = np.zeros((n, len(view.features)), np.float32)
         return empty, empty
     place = {key[-1]: index for index, key in enumerate(columns.keys)}
     value, mask = finish(
         view, columns.states, at=np.full(len(place), seconds), as_of=columns.as_of, present=np.ones(len(place), bool)
     )
     # One column more, which is left out, for the categories that the person has nothing of.
-    membership = np.zeros((len(categories), len(place) + 1), np.float32)
-    at = [place.get(name, -1) for names in categories for name in names]
-    membership[np.repeat(np.arange(len(categories)), [len(names) for names in categories]), at] = 1.0
+    membership = np.zeros((n, len(place) + 1), np.float32)
+    known = candidates.category_numbers
+    if known is not None:
+        where = np.full(len(known.numbers) + 1, len(place))
+        for name, index in place.items():
+            if name in known.numbers:
+                where[known.numbers[name]] = index
+        membership[np.arange(n)[:, None], where[known.rows]] = 1.0
+    else:
+        at = [place.get(name, -1) for names in candidates.categories for name in names]
+        membership[np.repeat(np.arange(n), [len(names) for names in candidates.categories]), at] = 1.0
     return crossed(value, mask, membership[:, :-1])

@@ -21,6 +21,7 @@ from inference import item_cache
 from inference.cached_items import CachedItems
 from inference.candidates import Candidates, Filters
 from inference.item_cache import ItemCache
+from inference.ranker_inputs import candidate_inputs
 from inference.store import Store
 from infra.roles import serving_urls
 from orchestration.compute.ingest import ingest
@@ -114,7 +115,14 @@ def picked(store: Store, world: ServedWorld, user: str, items: CachedItems | Non
 
 def assert_same(ours: Candidates, theirs: Candidates) -> None:
     assert ours.item_ids == theirs.item_ids
-    assert (ours.titles, ours.categories) == (theirs.titles, theirs.categories)
+    assert (list(ours.titles), list(ours.categories)) == (list(theirs.titles), list(theirs.categories))
+    assert (list(ours.titles[3:9:2]), ours.titles[-1]) == (list(theirs.titles[3:9:2]), theirs.titles[-1])
+    numbered = ours.category_numbers
+    assert numbered is not None
+    names = [*numbered.numbers, None]
+    assert [[names[code] for code in row if names[code] is not None] for row in numbered.rows.tolist()] == list(
+        theirs.categories
+    )
     for name in ("sources", "evidence", "vectors", "has_vector", "groups"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
     np.testing.assert_allclose(ours.wish, theirs.wish, rtol=1e-6)
@@ -160,6 +168,7 @@ def test_candidates_are_those_of_the_tables(
     assert len(items) == len(world.items) - 1
     post(store, [*odd, *world.items[::7], "nowhere"], "t")
     rng = np.random.default_rng(1)
+    at = datetime.now(UTC)
     seen = set()
     for number, user in enumerate([*world.people[:12], "nobody"]):
         more: dict[str, object] = {"limit": 300} if number % 2 else {}
@@ -169,6 +178,10 @@ def test_candidates_are_those_of_the_tables(
         ours, theirs = (picked(store, world, user, one, **more) for one in (items, None))
         assert len(ours) > 50
         assert_same(ours, theirs)
+        views = store.read_person(user, at, 5_000, live=True).views
+        one, other = (candidate_inputs(of, views, at) for of in (ours, theirs))
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
         seen |= set(ours.item_ids)
     assert seen & set(odd[::4])
     assert seen & set(odd[2::4])
@@ -382,6 +395,8 @@ def test_parts_of_any_size_make_the_same_whole(
     assert (whole.item_ids, whole.titles, whole.categories) == (parts.item_ids, parts.titles, parts.categories)
     for name in ("available_at", "vectors", "has_vector", "days", "states"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(parts, name))
+    np.testing.assert_array_equal(whole.category_numbers.rows, parts.category_numbers.rows)
+    assert whole.category_numbers.numbers == parts.category_numbers.numbers
     assert whole.days.shape == (len(whole), 1)
     assert len(VIEWS) > 1
 
