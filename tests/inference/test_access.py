@@ -205,6 +205,16 @@ def test_guessed_keys_do_not_keep_the_database_busy(access: ApiKeys, store: Coun
     access.check(known, "recommend")
 
 
+def test_an_outage_leaves_nobody_waiting_once_it_is_over(access: ApiKeys, store: CountingStore, database: str) -> None:
+    unknown = key_header(database)
+    store.away = True
+    for _ in range(400):
+        with pytest.raises(Unavailable, match="cannot be checked while the database is away"):
+            access.check(unknown, "recommend")
+    store.away = False
+    access.check(unknown, "recommend")
+
+
 def test_an_id_that_is_unknown_is_looked_up_once_in_a_while(
     access: ApiKeys, store: CountingStore, clock: Clock
 ) -> None:
