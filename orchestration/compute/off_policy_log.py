@@ -11,8 +11,9 @@ import psycopg
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from orchestration.compute.duck import duck
 from orchestration.compute.experiments.metrics import ATTRIBUTED_DAYS, CLICK_KINDS
-from orchestration.compute.lake import Lake, duck
+from orchestration.compute.lake import Lake
 from orchestration.compute.off_policy import Estimate, Evaluation, Logged, NoSupport, difference, evaluate
 from orchestration.compute.outcomes import load_outcomes
 

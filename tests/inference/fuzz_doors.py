@@ -15,7 +15,7 @@ from fuzz import Fuzzer, Sent, fault_of, slope_bytes
 
 from inference.handlers.asgi import create_app
 from inference.handlers.aws_lambda import create_handler
-from inference.http import Application
+from inference.routes import Application
 
 DOORS = ("asgi", "gateway", "direct", "sqs")
 SAMPLES = 40

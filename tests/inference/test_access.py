@@ -22,8 +22,9 @@ from worlds import key_header, serving
 from inference.access import ApiKeys, Platform, TokenBucket, access_of
 from inference.handlers.asgi import create_app
 from inference.handlers.aws_lambda import create_handler
-from inference.http import ROUTES, SCOPES, handle
+from inference.http import handle
 from inference.links import Links
+from inference.routes import ROUTES, SCOPES
 from inference.runtime import LarderApplication
 from inference.settings import Settings, read_settings
 from inference.store import Store

@@ -21,6 +21,7 @@ from worlds import key_header
 from inference import connections, http
 from inference.breaker import FAILURES, REST_SECONDS
 from inference.links import Links
+from inference.routes import Response
 from inference.runtime import LarderApplication
 from inference.settings import Settings
 from inference.store import Store
@@ -114,7 +115,7 @@ def test_who_starts_while_the_database_is_away_lets_nobody_in_unchecked_and_serv
         try:
             app.warm()
 
-            def send(path: str, headers: dict[str, str], query: str = "", method: str = "POST") -> http.Response:
+            def send(path: str, headers: dict[str, str], query: str = "", method: str = "POST") -> Response:
                 sent = {"content-type": "application/json", **headers}
                 body = b'{"user_id": "u0", "k": 10}' if path == "/recommendations" else b""
                 return http.handle(app, method, path, sent, body, deadline=None, query=query)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from orchestration.compute.beyond_accuracy import Reliability, reliability
 from orchestration.compute.drift.served import Request, Window
 from orchestration.compute.drift.sketches import CALIBRATION, LABELS, Kept, Mean, Name, mean_of
-from orchestration.compute.lake import Lake, duck
+from orchestration.compute.duck import duck
+from orchestration.compute.lake import Lake
 from orchestration.compute.outcomes import load_outcomes, outcomes_kept
 from schemas.events import NEGATIVE_KINDS
 

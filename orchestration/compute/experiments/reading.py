@@ -14,11 +14,12 @@ import numpy as np
 import psycopg
 import pyarrow as pa
 
+from orchestration.compute.duck import duck
 from orchestration.compute.experiments import metrics as m
 from orchestration.compute.experiments.declared import Experiment
 from orchestration.compute.experiments.metrics import COUNTS
 from orchestration.compute.experiments.panel import Panel
-from orchestration.compute.lake import Lake, duck
+from orchestration.compute.lake import Lake
 from orchestration.compute.outcomes import OUTCOMES, load_outcomes, load_rows
 from schemas.errors import DefinitionError
 from schemas.events import LIKED_VALUE

@@ -14,11 +14,12 @@ from experiment_log import Answer, Outcome, log
 
 from orchestration.compute.drift.outcomes import outcomes_known, read_outcomes
 from orchestration.compute.drift.served import Window
+from orchestration.compute.duck import duck
 from orchestration.compute.experiments.declared import Arm, Experiment
 from orchestration.compute.experiments.metrics import metrics
 from orchestration.compute.experiments.reading import read_panel
 from orchestration.compute.ingest import drain
-from orchestration.compute.lake import Lake, duck
+from orchestration.compute.lake import Lake
 from orchestration.compute.off_policy_log import read_explored
 from orchestration.compute.outcomes import load_outcomes, outcomes_kept
 from orchestration.compute.recent import roll_partitions
