@@ -106,6 +106,11 @@ class TokenBucket:
             self._left -= 1
             return 0.0
 
+    def put_back(self) -> None:
+        """Give back one that was taken for nothing."""
+        with self._lock:
+            self._left = min(self._most, self._left + 1)
+
 
 @dataclass(slots=True)
 class _Known:
@@ -207,6 +212,8 @@ class ApiKeys:
             try:
                 return self._read(key_id, None, self.timeout_ms)
             except Unavailable:
+                # Else those that come during an outage would keep the first ones after it waiting for their turn.
+                self._look_ups.put_back()
                 raise Unavailable("this key cannot be checked while the database is away; try again") from None
         if known.away or now < known.good_until:
             thread = threading.Thread(target=self._refresh_beside, args=(key_id, known), name="larder-key", daemon=True)

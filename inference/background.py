@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from copy import copy
 from typing import Generic, TypeVar
 
 from schemas.errors import ArtifactError, LarderError, StoreUnavailable, Unavailable
@@ -62,7 +63,8 @@ class Loading(Generic[T]):
                 return self._value
             if self._running or self._error is None:
                 raise Unavailable(f"{self.name} is still being loaded")
-            raise self._error
+            # Not that one: each time an exception is raised its traceback grows, by frames that hold a request's arrays.
+            raise copy(self._error) from self._error
 
     def _rests(self) -> bool:
         if self._error is None:

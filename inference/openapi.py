@@ -1,7 +1,7 @@
 """The OpenAPI document of the function, made from the models that read and write its bodies: `python -m inference.openapi`.
 
 What a request may hold, what an answer holds and which statuses a route gives stand here once; the routes themselves are
-those of inference/http.py.
+those of inference/routes.py.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from inference import page
-from inference.http import HISTORY_SHOWN, LINKED, SCOPES
 from inference.otel import version
+from inference.routes import HISTORY_SHOWN, LINKED, SCOPES
+from schemas.json_body import MAX_BODY_BYTES
 from schemas.serving import (
-    MAX_BODY_BYTES,
-    MAX_HISTORY_SHOWN,
-    ConsentRequest,
-    ConsentResponse,
-    ErasureResponse,
     ErrorResponse,
     EventsRequest,
     EventsResponse,
-    ExportResponse,
     HealthResponse,
     HealthStatus,
-    HistoryResponse,
-    Key,
-    PeopleResponse,
     RecommendationRequest,
     RecommendationResponse,
     SimilarRequest,
     SimilarResponse,
+)
+from schemas.serving_fields import Key
+from schemas.serving_people import (
+    MAX_HISTORY_SHOWN,
+    ConsentRequest,
+    ConsentResponse,
+    ErasureResponse,
+    ExportResponse,
+    HistoryResponse,
+    PeopleResponse,
     SurveyOutcome,
     SurveyQuestions,
     SurveyRequest,

@@ -10,7 +10,7 @@ from typing import Literal
 from inference.sql_files import statement
 from inference.store import Store
 from schemas.errors import RequestError
-from schemas.serving import (
+from schemas.serving_people import (
     ConsentResponse,
     ErasureResponse,
     ExportResponse,

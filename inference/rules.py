@@ -34,9 +34,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inference import artifacts
 from inference.predicates import Condition, read_condition
 from inference.rerank import Chosen, Limits
-from schemas.errors import SettingsError
+from schemas.errors import ArtifactError, SettingsError, Unavailable
 from schemas.serving import AttributeFilter, RuleNote
 
 FILE = "rules.toml"
@@ -144,17 +145,25 @@ NO_RULES = Rules({})
 NOT_AGAIN = "not_again_days"
 
 
-def read_rules(file: Path | None) -> Rules:
-    """The rules in `file`; none without one. Raises SettingsError that lists every fault and its way out."""
-    if file is None:
-        return NO_RULES
+def read_rules(place: str) -> Rules:
+    """The rules at `place`, a path or an `s3://bucket/key`; none without one.
+
+    Raises SettingsError that lists every fault and its way out.
+    """
+    return parse_rules(read_text(place), place) if place else NO_RULES
+
+
+def read_text(place: str) -> str:
+    """The text of the rules at `place`. Raises SettingsError if it cannot be read."""
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if place.startswith("s3://"):
+            root, _, name = place.rpartition("/")
+            return artifacts.get(root, name).decode()
+        return Path(place).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ArtifactError, Unavailable) as error:
         raise SettingsError(
-            f"the rules in {file} cannot be read ({error}); mend the file or unset LARDER_RULES"
+            f"the rules in {place} cannot be read ({error}); mend the file or unset LARDER_RULES"
         ) from error
-    return parse_rules(text, str(file))
 
 
 def parse_rules(text: str, name: str = FILE) -> Rules:

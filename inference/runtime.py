@@ -28,21 +28,23 @@ from inference.trials import Trials
 from schemas import prompts
 from schemas.errors import ArtifactError, LarderError, RequestError, Unavailable
 from schemas.serving import (
-    ConsentRequest,
-    ConsentResponse,
-    ErasureResponse,
     EventOutcome,
     EventsRequest,
     EventsResponse,
-    ExportResponse,
     HealthResponse,
-    HistoryResponse,
-    PeopleResponse,
     RecommendationRequest,
     RecommendationResponse,
     RecommendedItem,
     SimilarRequest,
     SimilarResponse,
+)
+from schemas.serving_people import (
+    ConsentRequest,
+    ConsentResponse,
+    ErasureResponse,
+    ExportResponse,
+    HistoryResponse,
+    PeopleResponse,
     SurveyOutcome,
     SurveyQuestions,
     SurveyRequest,

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from inference.links import Links
 from inference.pseudonyms import Pseudonyms
@@ -51,8 +50,8 @@ class Settings:
     """How long a key is trusted before it is looked up again: a revocation counts by then."""
     survey_per_mille: int = 0
     """Of how many people in a thousand the page asks its two questions in a week."""
-    rules: Path | None = None
-    """The file with the deployment's rules, see inference/rules.py; None: there are none."""
+    rules: str = ""
+    """Where the deployment's rules are, a path or `s3://bucket/key`, see inference/rules.py; empty: there are none."""
     link_keys: str = field(default="", repr=False)
     """Secrets of signed links, see inference/links.py; empty: none are taken."""
     experiments: str = ""
@@ -71,7 +70,25 @@ class Settings:
     """What one wish may take there; a request waits less where its own deadline is near."""
 
 
-_LIMITS: dict[str, tuple[str, int, int]] = {
+VARIABLES = {
+    "database_url": "DATABASE_URL",
+    "artifacts_url": "ARTIFACTS_URL",
+    "request_log": "LARDER_REQUEST_LOG",
+    "database_read_url": "DATABASE_READ_URL",
+    "writer_url": "LARDER_WRITER_URL",
+    "access": "LARDER_ACCESS",
+    "rules": "LARDER_RULES",
+    "link_keys": "LARDER_LINK_KEYS",
+    "experiments": "LARDER_EXPERIMENTS",
+    "exploration": "LARDER_EXPLORATION",
+    "consent_default": "LARDER_CONSENT_DEFAULT",
+    "log_keys": "LARDER_LOG_KEYS",
+    "llm_url": "LARDER_LLM_URL",
+    "llm_model": "LARDER_LLM_MODEL",
+    "llm_key": "LARDER_LLM_KEY",
+}
+"""What each setting is read from; those of `LIMITS` besides."""
+LIMITS: dict[str, tuple[str, int, int]] = {
     "timeout_ms": ("LARDER_TIMEOUT_MS", 10, 60_000),
     "candidates": ("LARDER_CANDIDATES", 10, 1_000),
     "threads": ("LARDER_THREADS", 0, 256),
@@ -89,9 +106,9 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """Settings from `environ`. Raises SettingsError that lists every fault and its way out."""
     faults: list[str] = []
     values: dict[str, int] = {}
-    for setting, (name, low, high) in _LIMITS.items():
+    for setting, (name, low, high) in LIMITS.items():
         text = environ.get(name)
-        if text is None:
+        if not text:  # what a template passes on without a value is not set
             continue
         if not re.fullmatch(r"\s*\d{1,9}\s*", text, re.ASCII) or not low <= int(text) <= high:
             faults.append(f"{name} is {text!r}; give a whole number from {low} to {high}")
@@ -126,7 +143,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         agrees = consent_default(environ)
     except LarderError as error:
         faults.append(str(error))
-    exploration = environ.get("LARDER_EXPLORATION", "0").strip()
+    exploration = (environ.get("LARDER_EXPLORATION") or "0").strip()
     if not re.fullmatch(r"0|1|[01]?\.\d{1,9}", exploration, re.ASCII) or float(exploration) > 1:
         faults.append(f"LARDER_EXPLORATION is {exploration!r}; give a share from 0 to 1, such as 0.02")
     if environ.get("LARDER_LLM_URL"):
@@ -145,7 +162,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         access=access,
         link_keys=link_keys,
         log_keys=log_keys,
-        rules=Path(environ["LARDER_RULES"]) if environ.get("LARDER_RULES") else None,
+        rules=environ.get("LARDER_RULES", ""),
         database_read_url=with_tls(environ.get("DATABASE_READ_URL", ""), environ) or None,
         request_log=stream or "stderr",
         experiments=environ.get("LARDER_EXPERIMENTS", ""),

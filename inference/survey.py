@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from inference.sql_files import statement
 from inference.store import Store
-from schemas.serving import QUESTIONS, SurveyOutcome, SurveyQuestions, SurveyRequest
+from schemas.serving_people import QUESTIONS, SurveyOutcome, SurveyQuestions, SurveyRequest
 
 
 def asks(user_id: str, at: datetime, per_mille: int) -> bool:

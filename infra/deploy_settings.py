@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from infra.deployment import Deployment
+from infra.function_settings import SECRETS, read_experiments, read_plain, read_rules
 from schemas.consent import SETTING as CONSENT_DEFAULT
 from schemas.errors import SettingsError
 
 Target = Literal["aws", "cloud-run"]
 TARGETS: tuple[Target, ...] = ("aws", "cloud-run")
 TARGET_VARIABLE = "LARDER_DEPLOY_TARGET"
+_KEEPERS = {"aws": "AWS Secrets Manager", "cloud-run": "Secret Manager"}
 
 _NUMBERS: dict[str, tuple[str, float, float]] = {
     "memory_mb": ("LARDER_FUNCTION_MEMORY_MB", 512, 10_240),
@@ -34,9 +36,6 @@ _CHOICES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 _TEXTS = {
     "image": "LARDER_IMAGE",
-    "database_secret": "LARDER_DATABASE_SECRET",
-    "writer_secret": "LARDER_WRITER_SECRET",
-    "link_keys_secret": "LARDER_LINK_KEYS_SECRET",
     "smoke_key": "LARDER_SMOKE_KEY",
     "otlp_endpoint": "LARDER_FUNCTION_OTLP_ENDPOINT",
     "subnets": "LARDER_FUNCTION_SUBNETS",
@@ -58,10 +57,17 @@ class DeploySettings:
     artifacts_url: str
     """`s3://bucket/prefix` that the function reads (AWS); empty for Cloud Run, which mounts `bucket`."""
     image: str = ""
-    database_secret: str = ""
-    """Secret whose text is the URL that the function reads by; the two after it: writes by, and the keys of signed links."""
-    writer_secret: str = ""
-    link_keys_secret: str = ""
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    """Names of secrets by the function's variable that each becomes; see `function_settings.SECRETS`."""
+    plain: Mapping[str, str] = field(default_factory=dict)
+    """What the function is told as it is, by variable."""
+    declared_url: str = ""
+    """Where this machine finds what the function reads below its ARTIFACTS_URL."""
+    rules: str = ""
+    """Name of the rules below there, `declared/rules-<hash>.toml`; empty: there are none."""
+    rules_content: bytes = b""
+    experiments: str = ""
+    """Name of the experiments' declarations below there; empty: there are none."""
     smoke_key: str = field(default="", repr=False)
     """The request key that the smoke test sends where the function asks for one."""
     otlp_endpoint: str = ""
@@ -127,10 +133,32 @@ def read_deploy_settings(record: Deployment, target: Target, environ: Mapping[st
             f"the function's name would be {name!r}; set LARDER_FUNCTION_NAME to small letters, digits and -, 40 at most"
         )
     url = (environ.get("LARDER_DEPLOY_URL") or record.artifacts_url).rstrip("/")
+    secrets = {told: environ[named].strip() for told, named in SECRETS.items() if environ.get(named, "").strip()}
+    plain = read_plain(environ, faults)
+    declared_url = url if target == "aws" else record.artifacts_url.rstrip("/")
+    rules, content = read_rules(record, faults)
+    experiments = read_experiments(environ, declared_url, faults)
     faults += _missing_for_aws(texts, url) if target == "aws" else _missing_for_cloud_run(texts)
+    if "DATABASE_URL" not in secrets:
+        faults.append(
+            f"{SECRETS['DATABASE_URL']} is not set; name the secret in {_KEEPERS[target]} whose text is the postgresql:// URL "
+            "that the function connects with"
+        )
     if faults:
         raise SettingsError("settings cannot be used: " + "; ".join(faults))
-    return DeploySettings(target, name, url if target == "aws" else "", **texts, **numbers)
+    return DeploySettings(
+        target,
+        name,
+        url if target == "aws" else "",
+        secrets=secrets,
+        plain=plain,
+        declared_url=declared_url,
+        rules=rules,
+        rules_content=content,
+        experiments=experiments,
+        **texts,
+        **numbers,
+    )
 
 
 def _missing_for_aws(texts: Mapping[str, str], url: str) -> list[str]:
@@ -138,11 +166,6 @@ def _missing_for_aws(texts: Mapping[str, str], url: str) -> list[str]:
     if not re.fullmatch(r"s3://[a-z0-9.-]{3,63}/[A-Za-z0-9._/-]+", url):
         faults.append(
             f"a function cannot read {url!r}: set LARDER_DEPLOY_URL to s3://bucket/prefix, where the model is copied to"
-        )
-    if not texts.get("database_secret"):
-        faults.append(
-            "LARDER_DATABASE_SECRET is not set; name the secret in AWS Secrets Manager whose text is the postgresql:// URL "
-            "that the function connects with"
         )
     if texts.get("image") and "@sha256:" not in texts["image"]:
         faults.append(
@@ -160,7 +183,6 @@ def _missing_for_cloud_run(texts: Mapping[str, str]) -> list[str]:
         "project": "the project that the service runs in",
         "region": "its region, such as europe-west1",
         "image": "the function's image by digest, registry/name@sha256:…",
-        "database_secret": "the secret in Secret Manager whose text is the postgresql:// URL",
         "service_account": "the service account that the service runs as",
         "bucket": "the Cloud Storage bucket that holds what lies below ARTIFACTS_URL",
     }

@@ -54,12 +54,11 @@ class Deployment:
         return os.environ.get("ARTIFACTS_URL") or (self.folder / "artifacts").as_uri()
 
     @property
-    def rules_file(self) -> Path | None:
-        """Where the rules of what may be shown are: what LARDER_RULES names, else `rules.toml` in the folder, if it is there."""
-        if named := os.environ.get("LARDER_RULES"):
-            return Path(named)
+    def rules(self) -> str:
+        """Where the rules of what may be shown are, a path or `s3://bucket/key`: what LARDER_RULES names, else `rules.toml`
+        in the folder; empty if that is not there."""
         file = self.folder / RULES
-        return file if file.exists() else None
+        return os.environ.get("LARDER_RULES") or (str(file) if file.exists() else "")
 
     @property
     def dagster_home(self) -> Path:

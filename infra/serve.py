@@ -38,8 +38,8 @@ def main() -> int:
         _tell_of_keys(record, url, options.host, options.port)
         os.environ.setdefault("ARTIFACTS_URL", record.artifacts_url)
         os.environ["LARDER_EXPERIMENTS"] = record.experiments
-        if record.rules_file is not None:
-            os.environ["LARDER_RULES"] = str(record.rules_file)
+        if record.rules:
+            os.environ["LARDER_RULES"] = record.rules
     except LarderError as error:
         print(f"error ({error.type}): {error}", file=sys.stderr)
         return 1

@@ -17,9 +17,10 @@ from typing import Any
 import uvicorn
 
 from inference import metrics, telemetry
-from inference.http import Application, Response, handle, refused
+from inference.http import handle, refused
+from inference.routes import Application, Response
 from schemas.errors import LarderError, RequestError, SettingsError, Unavailable
-from schemas.serving import MAX_BODY_BYTES, body_too_large
+from schemas.json_body import MAX_BODY_BYTES, body_too_large
 
 logger = logging.getLogger(__name__)
 

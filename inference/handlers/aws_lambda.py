@@ -21,8 +21,9 @@ from urllib.parse import unquote
 
 from inference import telemetry
 from inference.handlers import sqs
-from inference.http import JSON_TYPE, Application, Response, handle, refused
+from inference.http import handle, refused
 from inference.propagation import CARRIER_HEADERS
+from inference.routes import JSON_TYPE, Application, Response
 from schemas.errors import RequestError
 
 logger = logging.getLogger(__name__)

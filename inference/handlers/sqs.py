@@ -18,10 +18,11 @@ from typing import Any
 
 from inference import telemetry
 from inference.connections import StatementFailed
-from inference.http import Application
 from inference.propagation import of_messages
+from inference.routes import Application
 from schemas.errors import LarderError, RequestError, Unavailable
-from schemas.serving import MAX_EVENTS, EventsRequest, PostedEvent, parse
+from schemas.json_body import parse
+from schemas.serving import MAX_EVENTS, EventsRequest, PostedEvent
 
 logger = logging.getLogger(__name__)
 

@@ -35,10 +35,12 @@ REPORTS = "reports"
 EXPECTED: dict[str, str] = {
     "drift": "materialise the drift asset (asset group `monitoring`)",
     "fairness": "materialise the fairness asset (asset group `monitoring`)",
-    "experiments": "declare an experiment and materialise its analysis",
+    "experiments": "declare an experiment and materialise experiment_report once it has begun",
     "retention": "let the Dagster job `retention` run once; its schedule is off until switched on",
 }
 """Reports that a bundle should hold, and how to get one that is not there. Others that are there are taken, too."""
+EXPERIMENTS, EXPERIMENT_REPORT = "experiments", "report.json"
+"""Experiments have a report each, `reports/experiments/<name>/report.json`."""
 _REPORT_FILES = (".json", ".png", ".md")
 
 Connection = psycopg.Connection[Any]
@@ -157,14 +159,26 @@ def _reports(made: Bundle, folder: Path) -> None:
     """Copy the latest report of each name with its pictures; those that should be there and are not are missing."""
     found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
     for name in found:
-        if not (folder / name / "latest.json").is_file():
-            continue
-        for file in sorted((folder / name).iterdir()):
-            if file.is_file() and file.suffix in _REPORT_FILES and not file.name.startswith("."):
-                made.add(f"{REPORTS}/{name}/{file.name}", file.read_bytes(), f"the last report on {name}")
+        if (folder / name / "latest.json").is_file():
+            _copy(made, folder / name, f"{REPORTS}/{name}", f"the last report on {name}")
+    _experiments(made, folder / EXPERIMENTS)
     for name, how in EXPECTED.items():
-        if f"{REPORTS}/{name}/latest.json" not in made.files:
+        if not any(file.startswith(f"{REPORTS}/{name}/") for file in made.files):
             made.missing[f"{REPORTS}/{name}"] = how
+
+
+def _experiments(made: Bundle, folder: Path) -> None:
+    """Copy the latest report of each experiment: one that ended keeps its last."""
+    found = sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    for one in found:
+        if (one / EXPERIMENT_REPORT).is_file():
+            _copy(made, one, f"{REPORTS}/{EXPERIMENTS}/{one.name}", f"the last report on the experiment {one.name}")
+
+
+def _copy(made: Bundle, folder: Path, name: str, about: str) -> None:
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in _REPORT_FILES and not file.name.startswith("."):
+            made.add(f"{name}/{file.name}", file.read_bytes(), about)
 
 
 def _index(made: Bundle, connection: Connection, record: Deployment, at: datetime) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import psycopg
 
-from inference import http
+from inference import routes
 from infra import keys
 from schemas.keys import SCOPES
 from schemas.roles import ROLES, SCHEMAS
@@ -98,8 +98,10 @@ def _functions(connection: Connection) -> list[str]:
 
 def _routes() -> list[str]:
     lines = ["| route | scope | or a signed link for |", "| --- | --- | --- |"]
-    for route, (method, _) in http.ROUTES.items():
-        lines.append(f"| {method} {route} | {http.SCOPES[route] or 'open to all'} | {http.LINKED.get(route, '–')} |")
+    for route, (method, _) in routes.ROUTES.items():
+        lines.append(
+            f"| {method} {route} | {routes.SCOPES[route] or 'open to all'} | {routes.LINKED.get(route, '–')} |"
+        )
     scopes = "\n".join(f"- `{scope}`: may {what}" for scope, what in SCOPES.items())
     return [scopes, "\n".join(lines)]
 

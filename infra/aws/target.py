@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inference.declared import stopped_place
 from infra import package, release
 from infra.aws import function as functions
 from infra.aws.function import Function
 from infra.aws.stack import Stack
 from infra.deploy_settings import DeploySettings
+from infra.function_settings import PLAIN, SECRETS
 from infra.release import Progress, Pushed, Release
 from schemas.errors import DeployError
 
@@ -49,6 +51,11 @@ def _told() -> Iterator[None]:
         raise DeployError(f"AWS was not ready in time: {error}; deploy again: it goes on from here") from error
     except (boto.EndpointConnectionError, boto.HTTPClientError) as error:
         raise DeployError(f"AWS cannot be reached: {error}; check network and region") from error
+
+
+def parameter(variable: str) -> str:
+    """The template's parameter for `variable`: LARDER_LLM_URL is LlmUrl."""
+    return "".join(part.capitalize() for part in variable.removeprefix("LARDER_").split("_"))
 
 
 @dataclass(slots=True)
@@ -109,6 +116,7 @@ class Aws:
             key = self._package_key(folder)
             if key and release.head(self.session.client("s3"), self._bucket, key) is None:
                 lines.append(f"build the function's package and upload it to s3://{self._bucket}/{key}")
+            lines += [f"store s3://{self._bucket}/{name}" for name in self._undeclared()]
             parameters, stack = self._parameters(released, key), self._stack
             if stack.describe() is None:
                 lines.append(f"create the stack {self.settings.name} with, as far as its settings ask for them:")
@@ -137,6 +145,10 @@ class Aws:
             key = self._package_key(folder)
             if key:
                 changed |= self._package(folder, key, progress)
+            for name, content in self._undeclared().items():
+                self.session.client("s3").put_object(Bucket=self._bucket, Key=name, Body=content)
+                progress(f"  s3://{self._bucket}/{name} stored")
+                changed = True
             changed |= self._stack.apply(self._parameters(released, key), progress)
             function = self._function
             version = function.publish(f"model {released.version}")
@@ -196,12 +208,11 @@ class Aws:
 
     def _parameters(self, released: Release, key: str | None) -> dict[str, str]:
         given = self.settings
-        secret, version = self._secret(given.database_secret, "LARDER_DATABASE_SECRET")
-        writer, links = ("", ""), ("", "")
-        if given.writer_secret:
-            writer = self._secret(given.writer_secret, "LARDER_WRITER_SECRET")
-        if given.link_keys_secret:
-            links = self._secret(given.link_keys_secret, "LARDER_LINK_KEYS_SECRET")
+        secrets: dict[str, str] = {}
+        for told, named in SECRETS.items():
+            arn, version = self._secret(given.secrets[told], named) if told in given.secrets else ("", "")
+            name = parameter(named)
+            secrets |= {f"{name}Arn": arn, f"{name}Version": version}
         return {
             "Name": given.name,
             "CodeBucket": self._bucket if key else "none",
@@ -210,12 +221,10 @@ class Aws:
             "ArtifactsBucket": self._bucket,
             "ArtifactsPrefix": self._prefix,
             "ModelVersion": released.version,
-            "DatabaseSecretArn": secret,
-            "DatabaseSecretVersion": version,
-            "WriterSecretArn": writer[0],
-            "WriterSecretVersion": writer[1],
-            "LinkKeysSecretArn": links[0],
-            "LinkKeysSecretVersion": links[1],
+            **secrets,
+            **{parameter(name): given.plain.get(name, "") for name in PLAIN},
+            "Rules": self._url_of(given.rules),
+            "Experiments": self._url_of(given.experiments),
             "Access": given.access,
             "ConsentDefault": given.consent_default,
             "MemoryMb": f"{given.memory_mb:.0f}",
@@ -228,6 +237,23 @@ class Aws:
             "SecurityGroupIds": given.security_groups,
             "AlarmTopicArn": given.alarm_topic,
         }
+
+    def _url_of(self, name: str) -> str:
+        return f"{self.settings.artifacts_url}/{name}" if name else ""
+
+    def _undeclared(self) -> dict[str, bytes]:
+        """Keys and contents of the objects that the function reads what is declared by, as far as they are not there.
+
+        The record of what is over is one: an object that is missing is refused to a role that may not list the whole
+        bucket, and what was refused tells nothing.
+        """
+        given, client = self.settings, self.session.client("s3")
+        wanted: dict[str, bytes] = {}
+        if given.rules:
+            wanted[f"{self._prefix}/{given.rules}"] = given.rules_content
+        if given.experiments:
+            wanted[f"{self._prefix}/{stopped_place(given.experiments)}"] = b"{}\n"
+        return {key: content for key, content in wanted.items() if release.head(client, self._bucket, key) is None}
 
     def _secret(self, name: str, variable: str) -> tuple[str, str]:
         """ARN and current version of the secret `name`, which `variable` says; its text is never read here."""

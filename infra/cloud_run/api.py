@@ -63,15 +63,17 @@ class CloudRunApi:
         """Put the whole service in the place of what is there."""
         return self._call("PUT", self._path("services", service["metadata"]["name"]), service) or {}
 
-    def secret_version(self, secret: str) -> str:
-        """The number of the newest enabled version of a secret in Secret Manager; its text is never read here."""
+    def secret_version(self, secret: str, variable: str) -> str:
+        """The number of the newest enabled version of a secret in Secret Manager, which `variable` names.
+
+        Its text is never read here.
+        """
         base = os.environ.get("CLOUDSDK_API_ENDPOINT_OVERRIDES_SECRETMANAGER", "https://secretmanager.googleapis.com")
         url = f"{base.rstrip('/')}/v1/projects/{self.project}/secrets/{secret}/versions/latest"
         found = self._send("GET", url)
         if found is None:
             raise DeployError(
-                f"there is no secret {secret!r} with a value in project {self.project}; create it with the postgresql:// URL as "
-                "its text, or name another in LARDER_DATABASE_SECRET"
+                f"there is no secret {secret!r} with a value in project {self.project}; create it, or name another in {variable}"
             )
         return str(found["name"]).rpartition("/")[2]
 

@@ -14,11 +14,13 @@ from typing import Any
 
 import yaml
 
+from inference import artifacts
 from infra import smoke
 from infra.cloud_run.api import CloudRunApi
 from infra.deploy_settings import DeploySettings
+from infra.function_settings import SECRETS
 from infra.release import Progress, Release
-from schemas.errors import DeployError
+from schemas.errors import ArtifactError, DeployError
 
 TAG = "candidate"
 """The new revision's own address while it has no traffic."""
@@ -26,6 +28,8 @@ BEFORE = "larder/before"
 """Annotation of the service: the revision that answered before this one."""
 MODEL = "larder/model"
 FILES = {"no": Path(__file__).with_name("service.yaml"), "yes": Path(__file__).with_name("service-gpu.yaml")}
+MOUNTED = "/artifacts"
+"""Where the service files mount the bucket."""
 POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 900.0
 
@@ -51,9 +55,13 @@ class CloudRun:
         there = self.api.service(self.settings.name)
         wanted = self._service(released)
         revision = wanted["spec"]["template"]["metadata"]["name"]
+        given = self.settings
+        lines = []
+        if given.rules and not self._rules_are_there():
+            lines.append(f"store {given.declared_url}/{given.rules}")
         if there is None:
-            return [f"create the service {self.settings.name}", f"create its revision {revision}"]
-        lines = [] if self.api.revision(revision) is not None else [f"create the revision {revision}"]
+            return [*lines, f"create the service {given.name}", f"create its revision {revision}"]
+        lines += [] if self.api.revision(revision) is not None else [f"create the revision {revision}"]
         if _answering(there) != {revision: 100}:
             share = f", {self.settings.canary_rate:.0%} of it first" if self.settings.canary_rate else ""
             lines.append(f"move the traffic from {_told(_answering(there))} to {revision}, after a smoke test{share}")
@@ -64,6 +72,10 @@ class CloudRun:
 
         A revision is named after all that it is made of, so a repeat finds it and goes on. Raises DeployError.
         """
+        given = self.settings
+        if given.rules and not self._rules_are_there():
+            artifacts.put(given.declared_url, given.rules, given.rules_content)
+            progress(f"  the rules stored at {given.declared_url}/{given.rules}")
         wanted = self._service(released)
         revision = wanted["spec"]["template"]["metadata"]["name"]
         there = self.api.service(self.settings.name)
@@ -124,6 +136,13 @@ class CloudRun:
         progress(f"{before} answers again; `make rollback WHAT=function` once more returns to {now}")
         return str(before)
 
+    def _rules_are_there(self) -> bool:
+        try:
+            artifacts.get(self.settings.declared_url, self.settings.rules)
+        except ArtifactError:
+            return False
+        return True
+
     def urls(self) -> dict[str, str]:
         """Where the service is reached."""
         there = self.api.service(self.settings.name)
@@ -138,8 +157,8 @@ class CloudRun:
             TIMEOUT_SECONDS=f"{given.timeout_seconds:.0f}",
             SERVICE_ACCOUNT=given.service_account,
             IMAGE=given.image,
-            DATABASE_SECRET=given.database_secret,
-            DATABASE_SECRET_VERSION=self.api.secret_version(given.database_secret),
+            DATABASE_SECRET=given.secrets["DATABASE_URL"],
+            DATABASE_SECRET_VERSION=self.api.secret_version(given.secrets["DATABASE_URL"], SECRETS["DATABASE_URL"]),
             ACCESS=given.access,
             CONSENT_DEFAULT=given.consent_default,
             OTLP_ENDPOINT=given.otlp_endpoint,
@@ -150,10 +169,14 @@ class CloudRun:
         template = service["spec"]["template"]
         template["metadata"]["annotations"][MODEL] = released.version
         container = template["spec"]["containers"][0]
-        for name, secret in (("LARDER_WRITER_URL", given.writer_secret), ("LARDER_LINK_KEYS", given.link_keys_secret)):
-            if secret:
-                reference = {"name": secret, "key": self.api.secret_version(secret)}
-                container["env"].append({"name": name, "valueFrom": {"secretKeyRef": reference}})
+        for name, secret in given.secrets.items():
+            if name == "DATABASE_URL":
+                continue  # in the file, which is also filled in by hand
+            reference = {"name": secret, "key": self.api.secret_version(secret, SECRETS[name])}
+            container["env"].append({"name": name, "valueFrom": {"secretKeyRef": reference}})
+        places = {"LARDER_RULES": given.rules, "LARDER_EXPERIMENTS": given.experiments}
+        plain = dict(given.plain) | {name: f"{MOUNTED}/{place}" for name, place in places.items() if place}
+        container["env"] += [{"name": name, "value": value} for name, value in plain.items()]
         # What nothing was said of is not set at all.
         container["env"] = [one for one in container["env"] if one.get("value") != ""]
         digest = hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:8]

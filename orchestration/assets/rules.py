@@ -25,7 +25,7 @@ def rule_prices(context: dg.AssetExecutionContext, larder: Larder) -> dg.Materia
     from inference.rules import read_rules
     from orchestration.compute.rule_prices import price_rules
 
-    rules = read_rules(larder.record.rules_file)
+    rules = read_rules(larder.record.rules)
     with asset_span(context), larder.connect() as connection:
         report = price_rules(larder.lake, connection, larder.artifacts_url, rules)
     progress(context)(report.table())

@@ -12,7 +12,8 @@ from typing import Protocol, Self
 import duckdb
 import pyarrow as pa
 
-from orchestration.compute.lake import Lake, duck
+from orchestration.compute.duck import duck
+from orchestration.compute.lake import Lake
 from orchestration.compute.snapshots import snapshot_schema, snapshots
 from orchestration.compute.windows import tile_sql
 from schemas.features import FeatureView

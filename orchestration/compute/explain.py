@@ -11,7 +11,8 @@ import psycopg
 
 from inference.assemble import finish
 from inference.features import Status
-from orchestration.compute.lake import Lake, duck
+from orchestration.compute.duck import duck
+from orchestration.compute.lake import Lake
 from orchestration.compute.materialise import load_item_categories
 from schemas.errors import DefinitionError, LarderError
 from schemas.feature_sql import read_sql

@@ -22,7 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from psycopg import sql
 
-from orchestration.compute.lake import Lake, duck, list_files, open_root
+from orchestration.compute.duck import duck
+from orchestration.compute.file_roots import list_files, open_root
+from orchestration.compute.lake import Lake
 from orchestration.compute.online import rebuild_tiles
 from orchestration.compute.scratch import remove_scratch
 from orchestration.compute.stale import mark_stale

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestration.compute import online
-from orchestration.compute.lake import DAMAGED, EVENT_SCHEMA, Lake, duck
+from orchestration.compute.duck import duck
+from orchestration.compute.lake import DAMAGED, EVENT_SCHEMA, Lake
 from orchestration.compute.mend import put_aside_days
 from orchestration.compute.recent import keep_recent, roll_partitions
 from orchestration.compute.tombstones import Tombstones, hold_off_erasures, read_tombstones

@@ -11,7 +11,8 @@ import psycopg
 from numpy.typing import NDArray
 
 from orchestration.compute.consents import agreed
-from orchestration.compute.lake import Lake, duck
+from orchestration.compute.duck import duck
+from orchestration.compute.lake import Lake
 from schemas.events import KINDS
 
 

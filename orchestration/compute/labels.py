@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from orchestration.compute.lake import duck
+from orchestration.compute.duck import duck
 from schemas.errors import RequestError
 from schemas.features import FeatureView
 from schemas.views import VIEWS

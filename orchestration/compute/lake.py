@@ -8,18 +8,14 @@ A day never has more than one current file, so there is nothing to compact; `rem
 
 from __future__ import annotations
 
-import atexit
 import re
 import secrets
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
-from functools import cache
 from itertools import groupby
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import duckdb
 import psycopg
@@ -30,11 +26,11 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from orchestration.compute.event_keys import take_keys
+from orchestration.compute.file_roots import list_infos, open_root
 from orchestration.compute.stale import mark_stale
 from orchestration.compute.tombstones import leave_out_forgotten, read_tombstones
 from schemas.errors import LakeError, LarderError, SettingsError
 from schemas.personal_data import DAMAGED_SOURCE
-from schemas.urls import local_folder
 
 EVENT_SCHEMA = pa.schema(
     [
@@ -53,41 +49,12 @@ _COLUMNS = ", ".join(EVENT_SCHEMA.names)
 _REPEATED = ["user_id", "item_id", "kind", "value"]
 """What a dictionary makes smaller. With it LZ4 needs a twentieth more room than zstd with one for everything, and is read in
 three quarters of the time."""
-_MEMORY_LIMIT = "2GB"
 _WRITE_LOCK = 7_205_392
 _UNREADABLE = (duckdb.Error, pa.ArrowException, OSError)
 """What a damaged file makes its readers raise: for one that is spoiled within, DuckDB has no type of its own."""
 DAMAGED = DAMAGED_SOURCE
 """The source of quarantined rows that stand for a damaged file of the lake."""
 _FILE_NAME = re.compile(r"/day=(?P<day>\d{4}-\d{2}-\d{2})/(?P<generation>\d{6})(-[0-9a-f]{8})?\.parquet$")
-
-
-@contextmanager
-def duck(memory_limit: str = _MEMORY_LIMIT) -> Iterator[duckdb.DuckDBPyConnection]:
-    """An in-process DuckDB in UTC that spills to a temporary folder instead of growing past `memory_limit`."""
-    with (
-        tempfile.TemporaryDirectory(prefix="larder-duckdb-") as spill,
-        duckdb.connect(config={"memory_limit": memory_limit, "temp_directory": spill, "threads": "2"}) as connection,
-    ):
-        connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
-        yield connection
-
-
-def shared_duck() -> duckdb.DuckDBPyConnection:
-    """A connection of its own to the one DuckDB that this process keeps open for small questions: opening one takes longer
-    than they do. Close it when you are done."""
-    connection = _kept_open().cursor()
-    connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
-    return connection
-
-
-@cache
-def _kept_open() -> duckdb.DuckDBPyConnection:
-    kept = ExitStack()
-    # Nobody may hold it when the interpreter ends, or DuckDB complains of what is left.
-    kept.callback(_kept_open.cache_clear)
-    atexit.register(kept.close)
-    return kept.enter_context(duck())
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,36 +442,3 @@ def _split_days(reader: pa.RecordBatchReader) -> Iterator[tuple[date, pa.Table]]
 def _file_name(day: date, generation: int) -> str:
     # Never the same name twice: a writer that lost its database but still lives must not write into another's file.
     return f"events/day={day.isoformat()}/{generation:06d}-{secrets.token_hex(4)}.parquet"
-
-
-def open_root(url: str) -> tuple[str, pafs.FileSystem]:
-    """The path and the file system of a `file://` or `s3://` URL."""
-    folder = local_folder(url)
-    return _s3(url) if folder is None else (str(folder), pafs.LocalFileSystem())
-
-
-def list_files(files: pafs.FileSystem, folder: str) -> list[str]:
-    """The paths of all files below `folder`, in order; none if it is not there."""
-    return [info.path for info in list_infos(files, folder)]
-
-
-def list_infos(files: pafs.FileSystem, folder: str) -> list[pafs.FileInfo]:
-    """Path, size and time of all files below `folder`, in order of their paths; none if it is not there."""
-    found = files.get_file_info(pafs.FileSelector(folder, allow_not_found=True, recursive=True))
-    return sorted((info for info in found if info.type == pafs.FileType.File), key=lambda info: info.path)
-
-
-def _s3(url: str) -> tuple[str, pafs.FileSystem]:
-    import os
-
-    parts = urlsplit(url)
-    if not parts.netloc:
-        raise ValueError("name a bucket: s3://bucket/prefix")
-    options: dict[str, str] = {}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint:
-        options["scheme"], options["endpoint_override"] = endpoint.split("://", 1)
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if region:
-        options["region"] = region
-    return f"{parts.netloc}{parts.path}".rstrip("/"), pafs.S3FileSystem(**options)

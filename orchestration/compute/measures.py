@@ -8,7 +8,8 @@ from datetime import date, timedelta
 import duckdb
 import psycopg
 
-from orchestration.compute.lake import Lake, duck
+from orchestration.compute.duck import duck
+from orchestration.compute.lake import Lake
 from schemas.checks import Check, Measures
 from schemas.features import Feature, FeatureView, column
 

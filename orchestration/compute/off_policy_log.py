@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
 import psycopg
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from orchestration.compute.duck import duck
 from orchestration.compute.experiments.metrics import ATTRIBUTED_DAYS, CLICK_KINDS
+from orchestration.compute.lake import Lake
 from orchestration.compute.off_policy import Estimate, Evaluation, Logged, NoSupport, difference, evaluate
-from schemas.personal_data import RECENT_DAYS
+from orchestration.compute.outcomes import load_outcomes
 
 Array = NDArray[np.float64]
 
@@ -21,15 +25,17 @@ PLACES = 10
 """Of each list, at most: weights grow with every place."""
 
 _LISTS = (
-    "SELECT request_id, user_id, item_ids[:%(places)s], propensities[:%(places)s], candidate_ids, candidate_scores "
+    "SELECT request_id, user_id, served_at, item_ids[:%(places)s], propensities[:%(places)s], candidate_ids, candidate_scores "
     "FROM served_requests WHERE propensities IS NOT NULL AND candidate_ids IS NOT NULL AND cardinality(item_ids) > 0 "
     "AND served_at >= %(since)s AND served_at < %(until)s AND (%(asked)s::text[] IS NULL OR request_id = ANY(%(asked)s)) "
     f"ORDER BY served_at DESC LIMIT {MOST_LISTS}"
 )
 _CLICKS = (
-    "SELECT DISTINCT request_id, item_id FROM recent_events JOIN served_requests USING (request_id, user_id) "
-    "WHERE propensities IS NOT NULL AND served_at >= %(since)s AND served_at < %(until)s AND kind = ANY(%(kinds)s) "
-    "AND occurred_at >= %(since)s AND occurred_at < served_at + %(window)s"
+    "SELECT DISTINCT o.request_id, o.item_id FROM outcomes AS o JOIN explored AS e USING (request_id, user_id) "
+    f"WHERE o.kind = ANY(?) AND o.occurred_at < e.served_at + INTERVAL {ATTRIBUTED_DAYS} DAY"
+)
+_EXPLORED = pa.schema(
+    [("request_id", pa.string()), ("user_id", pa.string()), ("served_at", pa.timestamp("us", tz="UTC"))]
 )
 _SHADOWS = (
     "SELECT request_id, item_ids FROM shadow_requests WHERE experiment = %(experiment)s AND arm = %(arm)s "
@@ -39,6 +45,7 @@ _SHADOWS = (
 
 def read_explored(
     connection: psycopg.Connection[Any],
+    lake: Lake,
     since: datetime,
     until: datetime,
     *,
@@ -47,19 +54,13 @@ def read_explored(
 ) -> tuple[Logged, list[str], list[list[str]]]:
     """The explored lists of those days with their clicks; their request ids; their pools' item ids.
 
-    None is older than what `recent_events` keeps: its clicks would be missing. `asked` keeps those requests only. Lists that show what their pool lacks are left out: nothing can be said of them.
+    `asked` keeps those requests only. Lists that show what their pool lacks are left out: nothing can be said of them.
     """
-    window = timedelta(days=ATTRIBUTED_DAYS)
-    since = max(since, datetime.now(UTC) - timedelta(days=RECENT_DAYS))
     values = {"since": since, "until": until, "places": places, "asked": asked}
     rows = connection.execute(_LISTS, values).fetchall()
-    clicks = set(
-        connection.execute(
-            _CLICKS, {"since": since, "until": until, "kinds": list(CLICK_KINDS), "window": window}
-        ).fetchall()
-    )
+    clicks = _clicks(connection, lake, [row[:3] for row in rows])
     kept, requests, pools = [], [], []
-    for request_id, user_id, item_ids, propensities, pool, scores in rows:
+    for request_id, user_id, _, item_ids, propensities, pool, scores in rows:
         index = {item_id: place for place, item_id in enumerate(pool)}
         if all(item_id in index for item_id in item_ids):
             shown = [index[item_id] for item_id in item_ids]
@@ -82,6 +83,22 @@ def read_explored(
     return Logged(shown_at, chance, there, logged_scores, rewards, person.astype(np.int64)), requests, pools
 
 
+def _clicks(
+    connection: psycopg.Connection[Any], lake: Lake, lists: Sequence[tuple[str, str, datetime]]
+) -> set[tuple[str, str]]:
+    """Request and item of every click of the person whom one of the `lists` (request, person, when) was served to."""
+    if not lists:
+        return set()
+    served = [at for _, _, at in lists]
+    with duck() as db:
+        load_outcomes(db, connection, lake, min(served), max(served) + timedelta(days=ATTRIBUTED_DAYS))
+        columns = [
+            pa.array(column, kind) for column, kind in zip(zip(*lists, strict=True), _EXPLORED.types, strict=True)
+        ]
+        db.register("explored", pa.table(columns, schema=_EXPLORED))
+        return set(db.execute(_CLICKS, [list(CLICK_KINDS)]).fetchall())
+
+
 def shadow_scores(
     connection: psycopg.Connection[Any], experiment: str, arm: str, since: datetime, until: datetime
 ) -> dict[str, list[str]]:
@@ -91,14 +108,14 @@ def shadow_scores(
 
 
 def judge_shadow(
-    connection: psycopg.Connection[Any], experiment: str, arm: str, since: datetime, until: datetime
+    connection: psycopg.Connection[Any], lake: Lake, experiment: str, arm: str, since: datetime, until: datetime
 ) -> tuple[Evaluation, Estimate]:
     """What a shadow's lists would be worth, and how much more than the lists of the ranker that was explored.
 
     Judged are as many places as the log supports. Raises NoSupport if that is none.
     """
     lists = shadow_scores(connection, experiment, arm, since, until)
-    logged, requests, pools = read_explored(connection, since, until, asked=list(lists))
+    logged, requests, pools = read_explored(connection, lake, since, until, asked=list(lists))
     scores = np.full(logged.scores.shape, -1.0)
     for row, (request_id, pool) in enumerate(zip(requests, pools, strict=True)):
         rank = {item_id: place for place, item_id in enumerate(lists[request_id])}

@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 from psycopg import sql
 
 from orchestration.compute import forget as erasure
-from orchestration.compute.lake import Lake, duck, open_root
+from orchestration.compute.duck import duck
+from orchestration.compute.file_roots import open_root
+from orchestration.compute.lake import Lake
 from schemas.errors import LarderError, UnknownPerson
 
 LAKE, TRAINING = "events in the lake", "training sets"

@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from inference.assemble import finish, natural
+from orchestration.compute.duck import shared_duck
 from orchestration.compute.exact import millionths
-from orchestration.compute.lake import Lake, shared_duck
+from orchestration.compute.lake import Lake
 from orchestration.compute.materialise import load_item_categories
 from orchestration.compute.timeline import DAY, Timeline
 from orchestration.compute.variants import variants

@@ -18,7 +18,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from orchestration.compute.lake import open_root
+from orchestration.compute.file_roots import open_root
 
 _FOLDER = "scratch"
 _NAME = re.compile(r"^(?P<erasures>\d+)-(?P<made>\d{8}T\d{6})-[0-9a-f]+$")

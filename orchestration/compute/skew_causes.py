@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
-from orchestration.compute.lake import EVENT_SCHEMA, Lake, duck
+from orchestration.compute.duck import duck
+from orchestration.compute.lake import EVENT_SCHEMA, Lake
 from orchestration.compute.point_in_time import PointInTime
 from orchestration.compute.skew import (
     BUG,

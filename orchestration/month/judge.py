@@ -75,7 +75,7 @@ def judge_exploration(place: Place, plan: Plan, street: Street) -> OffPolicy:
     """What the explored lists say of the unexplored ranking, and what is true of it."""
     since, until = plan.midnight(max(plan.explores_from, plan.days - WINDOW_DAYS + 1)), plan.midnight(plan.days + 1)
     with place.connect() as connection:
-        logged, requests, pools = read_explored(connection, since, until)
+        logged, requests, pools = read_explored(connection, place.lake, since, until)
         try:
             found, _ = judge_most(logged, logged.scores)
         except NoSupport as error:

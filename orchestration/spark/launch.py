@@ -25,8 +25,9 @@ import dagster as dg
 import duckdb
 import pyarrow as pa
 
+from orchestration.compute.duck import duck
 from orchestration.compute.engines import DuckDB, Engine, SnapshotJob
-from orchestration.compute.lake import EVENT_SCHEMA, duck
+from orchestration.compute.lake import EVENT_SCHEMA
 from orchestration.compute.scratch import open_scratch
 from orchestration.compute.spark_sql import compile_view
 from orchestration.spark.java import java_home

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 
 from inference.features import FeatureBlock, read_features
 from inference.store import Store
+from orchestration.compute.duck import duck
 from orchestration.compute.engines import DuckDB, SnapshotJob
 from orchestration.compute.label_features import write_label_features
-from orchestration.compute.lake import duck
 from orchestration.compute.materialise import materialise
 from orchestration.compute.measures import failed
 from orchestration.compute.point_in_time import PointInTime

@@ -212,7 +212,8 @@ def fill(where: Place, sizes: Sizes, count: int) -> None:
 
 
 def _fill(url: str, folder: Path, lake_url: str, sizes: Sizes, count: int) -> None:
-    from orchestration.compute.lake import Lake, duck
+    from orchestration.compute.duck import duck
+    from orchestration.compute.lake import Lake
 
     file = stage(events(sizes, count), folder / "staged.parquet")
     with Place(url, folder, Lake(lake_url)).connect() as connection, duck() as db:

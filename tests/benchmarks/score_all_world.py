@@ -18,11 +18,12 @@ import torch
 from infra import registry
 from orchestration.compute.artifact import describe_file
 from orchestration.compute.copy_rows import copy_rows
+from orchestration.compute.duck import duck
 from orchestration.compute.export import export_fp32, quantise, random_inputs
 from orchestration.compute.folded import fold
 from orchestration.compute.half import half
 from orchestration.compute.interactions import load_interactions
-from orchestration.compute.lake import EVENT_SCHEMA, Lake, duck
+from orchestration.compute.lake import EVENT_SCHEMA, Lake
 from orchestration.compute.lists import refresh_co_visitation, refresh_popular_items
 from orchestration.compute.materialise import materialise
 from schemas import prompts

@@ -203,24 +203,23 @@ def promotions(world: World, work: Path, sizes: Sizes, say: Say) -> Found:
 def fuzz(world: World, work: Path, sizes: Sizes, say: Say) -> Found:
     """What nobody would send, through each door: errors, the slowest answer, and the slope of memory."""
     with _released(world, work) as made:
-        from fuzz import Fuzzer  # type: ignore[import-not-found]
         from fuzz_doors import DOORS  # type: ignore[import-not-found]
-        from fuzz_doors import fuzz as asked
-        from released import ITEMS, PEOPLE
-        from worlds import key_header, serving  # type: ignore[import-not-found]
+        from fuzz_process import fuzz_apart  # type: ignore[import-not-found]
+        from worlds import key_header  # type: ignore[import-not-found]
 
-        from inference.runtime import LarderApplication
-
-        app = LarderApplication.from_settings(serving(made.url, made.artifacts_url, request_log="off"))
-        app.warm()
-        try:
-            fuzzer = Fuzzer(7, PEOPLE, ITEMS, key_header(made.url, per_minute=1_000_000))
-            reports = {}
-            for door in DOORS:
-                say(f"{sizes.fuzzed:,} requests to {door}")
-                reports[door] = asked(door, app, fuzzer, sizes.fuzzed)
-        finally:
-            app.close()
+        key = key_header(made.url, per_minute=1_000_000)
+        reports = {}
+        for door in DOORS:
+            say(f"{sizes.fuzz_warm_up + sizes.fuzzed:,} requests to {door}")
+            reports[door] = fuzz_apart(
+                door,
+                made.url,
+                made.artifacts_url,
+                key,
+                seed=7,
+                requests=sizes.fuzzed,
+                warm_up=sizes.fuzz_warm_up,
+            )
     return found(
         {
             "fuzz_errors": sum(report.errors for report in reports.values()),

@@ -108,6 +108,8 @@ class Sizes:
     flips: int = 100
     fuzzed: int = 4_000
     """Of each door: what two minutes allow. The long proof asks twenty thousand."""
+    fuzz_warm_up: int = 10_000
+    """So many before memory is watched, see `WARM_UP` of tests/inference/fuzz_doors.py."""
 
 
 QUICK = Sizes(
@@ -127,6 +129,7 @@ QUICK = Sizes(
     block=8,
     flips=6,
     fuzzed=120,
+    fuzz_warm_up=40,
 )
 
 

@@ -9,21 +9,23 @@ from datetime import UTC, datetime
 from inference.access import Access, Platform
 from schemas.errors import Unavailable
 from schemas.serving import (
-    ConsentRequest,
-    ConsentResponse,
-    ErasureResponse,
     EventOutcome,
     EventsRequest,
     EventsResponse,
-    ExportResponse,
     HealthResponse,
-    HistoryResponse,
-    PeopleResponse,
     RecommendationRequest,
     RecommendationResponse,
     RecommendedItem,
     SimilarRequest,
     SimilarResponse,
+)
+from schemas.serving_people import (
+    ConsentRequest,
+    ConsentResponse,
+    ErasureResponse,
+    ExportResponse,
+    HistoryResponse,
+    PeopleResponse,
     SurveyOutcome,
     SurveyQuestions,
     SurveyRequest,

@@ -8,7 +8,7 @@ import time
 from door_app import SmallApplication
 
 from inference.handlers.aws_lambda import create_handler
-from inference.http import Application
+from inference.routes import Application
 
 attempts = 0
 

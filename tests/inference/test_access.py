@@ -22,8 +22,9 @@ from worlds import key_header, serving
 from inference.access import ApiKeys, Platform, TokenBucket, access_of
 from inference.handlers.asgi import create_app
 from inference.handlers.aws_lambda import create_handler
-from inference.http import ROUTES, SCOPES, handle
+from inference.http import handle
 from inference.links import Links
+from inference.routes import ROUTES, SCOPES
 from inference.runtime import LarderApplication
 from inference.settings import Settings, read_settings
 from inference.store import Store
@@ -203,6 +204,16 @@ def test_guessed_keys_do_not_keep_the_database_busy(access: ApiKeys, store: Coun
     assert outcomes[-1] is Unavailable
     assert store.asked <= 1 + 200
     access.check(known, "recommend")
+
+
+def test_an_outage_leaves_nobody_waiting_once_it_is_over(access: ApiKeys, store: CountingStore, database: str) -> None:
+    unknown = key_header(database)
+    store.away = True
+    for _ in range(400):
+        with pytest.raises(Unavailable, match="cannot be checked while the database is away"):
+            access.check(unknown, "recommend")
+    store.away = False
+    access.check(unknown, "recommend")
 
 
 def test_an_id_that_is_unknown_is_looked_up_once_in_a_while(

@@ -22,7 +22,7 @@ from door_app import SmallApplication
 
 from inference.handlers.asgi import AsgiApp, create_app, main
 from inference.http import handle
-from schemas.serving import MAX_BODY_BYTES
+from schemas.json_body import MAX_BODY_BYTES
 
 JSON = {"content-type": "application/json"}
 HERE = Path(__file__).parent

@@ -301,7 +301,7 @@ def test_the_function_reads_its_rules_from_the_file_that_is_named(world: ServedW
     with pytest.raises(SettingsError, match="no rule 'nothing'"):
         LarderApplication.from_settings(settings)
     with pytest.raises(SettingsError, match="cannot be read"):
-        LarderApplication.from_settings(replace(settings, rules=tmp_path / "missing.toml"))
+        LarderApplication.from_settings(replace(settings, rules=str(tmp_path / "missing.toml")))
 
 
 def test_mean_diversity_never_falls_as_its_setting_rises(app: LarderApplication, world: ServedWorld) -> None:

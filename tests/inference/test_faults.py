@@ -16,9 +16,12 @@ import psycopg
 import pytest
 from fault_proxy import FaultProxy, faulty
 from released import Released, released
+from worlds import key_header
 
 from inference import connections, http
-from inference.breaker import REST_SECONDS
+from inference.breaker import FAILURES, REST_SECONDS
+from inference.links import Links
+from inference.routes import Response
 from inference.runtime import LarderApplication
 from inference.settings import Settings
 from inference.store import Store
@@ -98,6 +101,48 @@ def test_each_fault_is_answered_in_time_and_forgotten_after_one_probe(
     proxy.mend()
     time.sleep(REST_SECONDS)
     assert ask(app)[0]["degraded"] == []
+
+
+def test_who_starts_while_the_database_is_away_lets_nobody_in_unchecked_and_serves_after_one_probe(
+    world: Released,
+) -> None:
+    key = key_header(world.url)
+    link_keys = f"a:{'0' * 64}"
+    with faulty(world.url) as (url, proxy):
+        proxy.refuse()
+        settings = Settings(url, world.artifacts_url, audit_per_mille=0, access="keys", link_keys=link_keys)
+        app = LarderApplication.from_settings(settings)
+        try:
+            app.warm()
+
+            def send(path: str, headers: dict[str, str], query: str = "", method: str = "POST") -> Response:
+                sent = {"content-type": "application/json", **headers}
+                body = b'{"user_id": "u0", "k": 10}' if path == "/recommendations" else b""
+                return http.handle(app, method, path, sent, body, deadline=None, query=query)
+
+            for _ in range(2 * FAILURES):
+                refused = send("/recommendations", key)
+                assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+                error = json.loads(refused.body)["error"]
+                assert error["type"] == "unavailable"
+                assert error["message"] == "this key cannot be checked while the database is away; try again"
+            # What needs no look-up says what it is, and a platform's probe that the process is of use.
+            assert send("/recommendations", {}).status == 401
+            assert json.loads(send("/health", {}, method="GET").body) == {"status": "degraded"}
+            token = f"token={Links.read(link_keys).make('u0', 'forget', 1)}"
+            forged = send("/people/u1/forget", {}, token)
+            assert forged.status == 401
+            # The link is good; what it asks for has to be written down, and cannot be.
+            unwritten = send("/people/u0/forget", {}, token)
+            assert unwritten.status == 503
+            assert "key" not in json.loads(unwritten.body)["error"]["message"]
+            proxy.mend()
+            time.sleep(REST_SECONDS)
+            served = send("/recommendations", key)
+            assert served.status == 200, served.body
+            assert json.loads(served.body)["degraded"] == []
+        finally:
+            app.close()
 
 
 def test_once_the_breaker_is_open_nobody_waits(proxied: tuple[LarderApplication, FaultProxy]) -> None:

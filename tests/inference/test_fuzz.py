@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from fuzz import Fuzzer, fault_of, slope_bytes
-from fuzz_doors import DOORS, Report
+from fuzz_doors import DOORS, WARM_UP, Report
 from fuzz_doors import fuzz as fuzzed
+from fuzz_process import fuzz_apart
 from released import ITEMS, PEOPLE, Released, released
 from worlds import key_header, serving
 
@@ -52,11 +53,21 @@ def test_some_hundred_requests(door: str, app: LarderApplication, key: dict[str,
     assert sum(report.statuses.values()) - report.statuses[200] > 100, report.statuses
 
 
+def test_a_process_of_its_own_finds_the_same(world: Released, key: dict[str, str]) -> None:
+    report = fuzz_apart("gateway", world.url, world.artifacts_url, key, seed=1, requests=60, warm_up=20)
+    assert (report.requests, report.errors) == (80, 0), report.faults
+    assert sum(report.statuses.values()) == 80
+    assert len(report.statuses) > 2
+    with pytest.raises(RuntimeError, match=r"(?s)that fuzzed nowhere ended with 1: .*KeyError: 'nowhere'"):
+        fuzz_apart("nowhere", world.url, world.artifacts_url, key, seed=1, requests=1)
+
+
 @pytest.mark.prove
 @pytest.mark.timeout(3_600)
 @pytest.mark.parametrize("door", DOORS)
-def test_twenty_thousand_requests(door: str, app: LarderApplication, key: dict[str, str]) -> None:
-    report = run(door, app, key, 2, 20_000)
+def test_twenty_thousand_requests(door: str, world: Released, key: dict[str, str]) -> None:
+    report = fuzz_apart(door, world.url, world.artifacts_url, key, seed=2, requests=20_000)
+    assert report.requests == 20_000 + WARM_UP
     assert report.errors == 0, report.faults
     assert report.slowest_seconds < 10
     assert report.slope_bytes_per_request < GROWTH_BYTES

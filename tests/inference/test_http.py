@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from door_app import SmallApplication
 
-from inference.http import Response, handle
+from inference.http import handle
+from inference.routes import Response
 from schemas.serving import HealthResponse, RecommendationRequest, RecommendationResponse
 
 JSON = {"content-type": "application/json"}

@@ -21,8 +21,10 @@ from worlds import key_header
 
 from inference import openapi
 from inference.handlers.asgi import create_app
-from inference.http import ROUTES, handle
-from schemas.serving import KEY_FORMAT, MAX_ID_BYTES
+from inference.http import handle
+from inference.routes import ROUTES
+from schemas.events import MAX_ID_BYTES
+from schemas.serving_fields import KEY_FORMAT
 
 # Characters of up to four bytes: as many as the limit allows in any of them.
 KEYS = st.text(

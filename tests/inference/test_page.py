@@ -17,7 +17,8 @@ from test_lambda_door import gateway_event
 
 from inference import page
 from inference.handlers.asgi import create_app
-from inference.http import Response, handle
+from inference.http import handle
+from inference.routes import Response
 
 WEB = Path(page.__file__).parent / "web"
 MOST_BYTES = 200_000

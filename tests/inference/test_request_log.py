@@ -12,8 +12,9 @@ import pytest
 from door_app import SmallApplication
 
 from inference import request_log
-from inference.http import Response, handle
+from inference.http import handle
 from inference.pseudonyms import Pseudonyms
+from inference.routes import Response
 from inference.settings import read_settings
 from infra import keys
 from schemas.errors import SettingsError

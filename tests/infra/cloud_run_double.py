@@ -116,8 +116,8 @@ class _Requests(BaseHTTPRequestHandler):
             self._serve(body)
         elif self.headers.get("Authorization") != "Bearer access":
             self._reply(401, {"error": {"message": "who are you?"}})
-        elif self.path == "/v1/projects/shop-project/secrets/shop-database/versions/latest":
-            self._reply(200, {"name": f"projects/1/secrets/shop-database/versions/{double.secret_version}"})
+        elif found := re.fullmatch(r"/v1/projects/shop-project/secrets/(shop-[a-z-]+)/versions/latest", self.path):
+            self._reply(200, {"name": f"projects/1/secrets/{found[1]}/versions/{double.secret_version}"})
         elif self.path.startswith(f"{NAMESPACE}/"):
             self._admin(self.path.removeprefix(f"{NAMESPACE}/"), body)
         else:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from inference.access import Access, Platform
 from schemas.errors import Unavailable
 from schemas.serving import (
-    ErasureResponse,
     EventsRequest,
     EventsResponse,
     HealthResponse,
@@ -18,6 +17,7 @@ from schemas.serving import (
     SimilarRequest,
     SimilarResponse,
 )
+from schemas.serving_people import ErasureResponse
 
 
 @dataclass

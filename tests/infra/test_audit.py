@@ -116,6 +116,29 @@ def test_it_holds_what_it_says_and_names_what_is_missing(
     assert "checked" in capsys.readouterr().out
 
 
+def test_it_holds_the_last_report_of_each_experiment(record: Deployment, tmp_path: Path) -> None:
+    place = record.folder / "reports" / "experiments"
+    for name in ("canary", "wording", "unfinished"):
+        (place / name).mkdir(parents=True)
+    for name in ("canary", "wording"):
+        # As `orchestration.compute.experiments.reports` writes them, while it writes the next.
+        (place / name / "report.json").write_text(json.dumps({"experiment": name}))
+        (place / name / "picture.png").write_bytes(b"\x89PNG")
+        (place / name / ".report.json.123").write_text("{")
+    folder = tmp_path / "bundle"
+    assert main(["--out", str(folder)]) == 0
+    there = {file.relative_to(folder / "reports").as_posix() for file in (folder / "reports").rglob("*.*")}
+    assert there == {"drift/latest.json", "drift/psi.png"} | {
+        f"experiments/{name}/{file}" for name in ("canary", "wording") for file in ("report.json", "picture.png")
+    }
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["missing"]) == {"reports/fairness", "reports/retention"}
+    assert "the last report on the experiment wording" in (folder / "index.md").read_text()
+    assert main(["--verify", str(folder)]) == 0
+    (folder / "reports/experiments/canary/report.json").write_text("{}")
+    assert main(["--verify", str(folder)]) == 1
+
+
 def test_it_names_nobody_and_holds_no_secret(folder: Path, larder_home: Path) -> None:
     parts = take_apart((larder_home / "secret").read_text())
     assert parts is not None

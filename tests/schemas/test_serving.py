@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from schemas.errors import RequestError
+from schemas.json_body import MAX_BODY_BYTES, cut, parse, render
 from schemas.serving import (
-    MAX_BODY_BYTES,
     EventOutcome,
     EventsRequest,
     EventsResponse,
@@ -19,9 +19,6 @@ from schemas.serving import (
     RecommendationResponse,
     RecommendedItem,
     SimilarRequest,
-    cut,
-    parse,
-    render,
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from numpy.typing import NDArray
 from orchestration.compute.beyond_accuracy import Reliability, reliability
 from orchestration.compute.drift.served import Request, Window
 from orchestration.compute.drift.sketches import CALIBRATION, LABELS, Kept, Mean, Name, mean_of
+from orchestration.compute.duck import duck
+from orchestration.compute.lake import Lake
+from orchestration.compute.outcomes import load_outcomes, outcomes_kept
 from schemas.events import NEGATIVE_KINDS
 
 LEAST_PICKED = 50
@@ -31,29 +35,23 @@ class Calibrated:
     curve: Reliability
 
 
-def read_outcomes(connection: psycopg.Connection[Any], window: Window) -> Outcomes:
-    """What requests of the window led to: events that carry their id, hides left out.
-
-    They are read from `recent_events`, which keeps two weeks.
-    """
+def read_outcomes(connection: psycopg.Connection[Any], lake: Lake, window: Window) -> Outcomes:
+    """What requests of the window led to: events that carry their id, hides left out."""
     found: Outcomes = {}
-    for request_id, item_id in connection.execute(
-        "SELECT DISTINCT request_id, item_id FROM recent_events WHERE request_id IS NOT NULL AND occurred_at >= %s "
+    with duck() as db:
         # A list that was shown late in the evening is picked from after midnight.
-        "AND occurred_at < %s + INTERVAL '1 day' AND NOT kind = ANY(%s)",
-        (window.since, window.until, sorted(NEGATIVE_KINDS)),
-    ):
+        load_outcomes(db, connection, lake, window.since, window.until + timedelta(days=1))
+        rows = db.execute(
+            "SELECT DISTINCT request_id, item_id FROM outcomes WHERE NOT kind = ANY(?)", [sorted(NEGATIVE_KINDS)]
+        ).fetchall()
+    for request_id, item_id in rows:
         found.setdefault(request_id, set()).add(item_id)
     return found
 
 
-def outcomes_known(connection: psycopg.Connection[Any], window: Window) -> bool:
+def outcomes_known(connection: psycopg.Connection[Any], lake: Lake, window: Window) -> bool:
     """False where events of the window's first day are gone: whatever was picked then would seem not to have been."""
-    row = connection.execute(
-        "SELECT EXISTS (SELECT FROM recent_events WHERE occurred_at >= %s AND occurred_at < %s + INTERVAL '1 day')",
-        (window.since, window.since),
-    ).fetchone()
-    return bool(row and row[0])
+    return outcomes_kept(connection, lake, window.first)
 
 
 def picked(request: Request, outcomes: Outcomes) -> NDArray[np.bool_]:

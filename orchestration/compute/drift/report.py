@@ -158,8 +158,8 @@ def drift_report(
                 **request_sketches(served, version, categories),
             }
             found = None
-            if outcomes_known(connection, window):
-                outcomes = read_outcomes(connection, window)
+            if outcomes_known(connection, lake, window):
+                outcomes = read_outcomes(connection, lake, window)
                 means, found = calibrated(served, outcomes, version, champion.calibration if champion else None)
                 current |= label_means(served, outcomes, version) | means
             sketches.keep(connection, day, span_days, current)

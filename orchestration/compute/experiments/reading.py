@@ -1,12 +1,11 @@
 """From the served log and the outcomes that carry its request ids to a Panel. Here are the queries, and nothing is judged.
 
-Outcomes come from `recent_events` and, where the lake keeps the request an event belongs to, from the lake's older days.
 What a person did before the experiment comes from both logs, for the weeks before its start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -15,11 +14,13 @@ import numpy as np
 import psycopg
 import pyarrow as pa
 
+from orchestration.compute.duck import duck
 from orchestration.compute.experiments import metrics as m
 from orchestration.compute.experiments.declared import Experiment
 from orchestration.compute.experiments.metrics import COUNTS
 from orchestration.compute.experiments.panel import Panel
-from orchestration.compute.lake import Lake, duck
+from orchestration.compute.lake import Lake
+from orchestration.compute.outcomes import OUTCOMES, load_outcomes, load_rows
 from schemas.errors import DefinitionError
 from schemas.events import LIKED_VALUE
 
@@ -31,7 +32,6 @@ LIGHT_EVENTS = 20
 """Events in those weeks up to which a person counts as a light user."""
 SEGMENT_VALUES = 8
 """A profile's field with more values than this makes no segments."""
-_ROWS = 50_000
 
 _SERVED = pa.schema(
     [
@@ -41,17 +41,6 @@ _SERVED = pa.schema(
         ("served_at", pa.timestamp("us", tz="UTC")),
         ("item_ids", pa.list_(pa.string())),
         ("degraded", pa.bool_()),
-    ]
-)
-_OUTCOMES = pa.schema(
-    [
-        ("event_id", pa.string()),
-        ("request_id", pa.string()),
-        ("user_id", pa.string()),
-        ("item_id", pa.string()),
-        ("kind", pa.string()),
-        ("value", pa.float64()),
-        ("occurred_at", pa.timestamp("us", tz="UTC")),
     ]
 )
 
@@ -72,18 +61,17 @@ def read_panel(
     start, changed = _start(connection, experiment, until)
     before = experiment.start - timedelta(days=BEFORE_DAYS)
     with duck() as db:
-        _load(db, "served", _SERVED, connection, _SERVED_SQL, (experiment.name, start, until, names))
+        load_rows(db, "served", _SERVED, connection, _SERVED_SQL, (experiment.name, start, until, names))
         [(people,)] = db.execute("SELECT count(DISTINCT user_id) FROM served").fetchall()
         if not people:
             raise DefinitionError(
                 f"experiment {experiment.name!r}: nobody was served by it between {start:%Y-%m-%d %H:%M} and "
                 f"{until:%Y-%m-%d %H:%M} UTC; is its file where the function reads it, and is the served log written?"
             )
-        _load(
+        load_rows(
             db, "earlier", _SERVED, connection, _EARLIER_SQL, (before, experiment.start, experiment.name, start, until)
         )
-        _load(db, "outcomes", _OUTCOMES, connection, _OUTCOMES_SQL, (before, known_until))
-        _old_outcomes(db, connection, lake, before)
+        load_outcomes(db, connection, lake, before, known_until)
         _survey(db, connection, before, known_until)
         db.execute(_PEOPLE)
         _habits(db, connection, lake, before, experiment.start)
@@ -129,10 +117,6 @@ _EARLIER_SQL = (
     "WHERE served_at >= %s AND served_at < %s AND coalesce(arm_share, 1) > 0 AND user_id IN "
     "(SELECT user_id FROM served_requests WHERE experiment = %s AND served_at >= %s AND served_at < %s)"
 )
-_OUTCOMES_SQL = (
-    "SELECT event_id, request_id, user_id, item_id, kind, value, occurred_at FROM recent_events "
-    "WHERE request_id IS NOT NULL AND occurred_at >= %s AND occurred_at < %s"
-)
 _PEOPLE = (
     "CREATE TABLE people AS SELECT user_id, row_number() OVER (ORDER BY user_id) - 1 AS person, arg_min(arm, served_at) AS arm, "
     "CAST(min(served_at) AS DATE) AS first_day, count(DISTINCT arm) AS arms FROM served GROUP BY user_id"
@@ -161,44 +145,6 @@ def _start(
     return changed + timedelta(microseconds=1), changed
 
 
-def _load(
-    db: duckdb.DuckDBPyConnection,
-    name: str,
-    schema: pa.Schema,
-    connection: psycopg.Connection[Any],
-    query: str,
-    parameters: Sequence[Any],
-) -> None:
-    """What `query` gives as the table `name` of `db`, read in pieces."""
-    empty = schema.empty_table()
-    db.register(f"no_{name}", empty)
-    db.execute(f"CREATE TABLE {name} AS SELECT * FROM no_{name}")
-    # In a transaction of its own where none is open: a cursor with a name needs one.
-    with connection.transaction(), connection.cursor(name=f"larder_{name}") as cursor:
-        cursor.itersize = _ROWS
-        cursor.execute(query, parameters)
-        while rows := cursor.fetchmany(_ROWS):
-            columns = [
-                pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), schema.types, strict=True)
-            ]
-            db.register("piece", pa.table(columns, schema=schema))
-            db.execute(f"INSERT INTO {name} SELECT * FROM piece")
-
-
-def _old_outcomes(
-    db: duckdb.DuckDBPyConnection, connection: psycopg.Connection[Any], lake: Lake, since: datetime
-) -> None:
-    """Add what the lake knows and `recent_events` no longer holds; a lake without request ids adds nothing."""
-    events = lake.events(connection, since.date())
-    if "request_id" not in events.schema.names:
-        return
-    db.register("lake_outcomes", events)
-    db.execute(
-        f"INSERT INTO outcomes SELECT {', '.join(_OUTCOMES.names)} FROM lake_outcomes WHERE request_id IS NOT NULL "
-        "AND event_id NOT IN (SELECT event_id FROM outcomes)"
-    )
-
-
 def _survey(
     db: duckdb.DuckDBPyConnection, connection: psycopg.Connection[Any], since: datetime, until: datetime
 ) -> None:
@@ -209,10 +155,8 @@ def _survey(
         (since, until),
     ).fetchall()
     if rows:
-        columns = [
-            pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), _OUTCOMES.types, strict=True)
-        ]
-        db.register("answers", pa.table(columns, schema=_OUTCOMES))
+        columns = [pa.array(column, kind) for column, kind in zip(zip(*rows, strict=True), OUTCOMES.types, strict=True)]
+        db.register("answers", pa.table(columns, schema=OUTCOMES))
         db.execute("INSERT INTO outcomes SELECT * FROM answers")
 
 

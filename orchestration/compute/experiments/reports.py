@@ -106,7 +106,7 @@ def _report(
     shadows = {}
     for arm in experiment.shadows:
         try:
-            value, lead = judge_shadow(connection, experiment.name, arm.name, experiment.start, until)
+            value, lead = judge_shadow(connection, lake, experiment.name, arm.name, experiment.start, until)
             shadows[arm.name] = (
                 f"{arm.name} would get {value.words()}; {lead.value:+.3f} ({lead.low:+.3f} to {lead.high:+.3f}) against the ranker "
                 "that was explored"

@@ -123,7 +123,7 @@ def fairness_report(
         report = FairnessReport(day, len(requests), len({one.user_id for one in requests}))
         if not requests:
             return report
-        outcomes = read_outcomes(connection, window)
+        outcomes = read_outcomes(connection, lake, window)
         hits = [picked(one, outcomes) for one in requests]
         interactions = load_interactions(lake, connection)
         progress(f"{window.first} to {window.last}: {len(requests):,} requests of {report.people:,} people")

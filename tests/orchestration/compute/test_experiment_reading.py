@@ -6,7 +6,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg
-import pyarrow as pa
 import pytest
 from conftest import TODAY
 from experiment_log import Answer, Outcome, log
@@ -170,31 +169,6 @@ def test_answers_under_other_shares_are_left_out(connection: psycopg.Connection,
     panel = read(connection, lake)
     assert panel.people == 2
     assert panel.shares_changed == NOON.strftime("%Y-%m-%d %H:%M UTC")
-
-
-def test_what_the_lake_remembers_of_requests_counts(
-    connection: psycopg.Connection, lake: Lake, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log(
-        connection,
-        [Answer("r1", "u1", NOON, ["a", "b"], "control", 0.5)],
-        [Outcome("e1", "u1", "a", "click", NOON + HOUR, "r1")],
-    )
-    old = pa.table(
-        {
-            "event_id": ["e1", "e2", "e3"],
-            "request_id": ["r1", "r1", None],
-            "user_id": ["u1"] * 3,
-            "item_id": ["a", "b", "b"],
-            "kind": ["click"] * 3,
-            "value": pa.array([None] * 3, pa.float64()),
-            "occurred_at": pa.array([NOON + HOUR] * 3, pa.timestamp("us", tz="UTC")),
-        }
-    )
-    import pyarrow.dataset as ds
-
-    monkeypatch.setattr(lake, "events", lambda *days: ds.dataset(old))
-    assert read(connection, lake).counts["clicks"].sum() == 2
 
 
 def test_answers_to_the_survey_are_read_where_there_is_one(connection: psycopg.Connection, lake: Lake) -> None:

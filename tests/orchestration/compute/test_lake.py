@@ -21,8 +21,9 @@ import pytest
 from conftest import TODAY, days_ago
 from worlds import ListSource, post
 
+from orchestration.compute.file_roots import list_files
 from orchestration.compute.ingest import drain, ingest
-from orchestration.compute.lake import EVENT_SCHEMA, Lake, list_files
+from orchestration.compute.lake import EVENT_SCHEMA, Lake
 from orchestration.compute.vacuum import vacuum
 from schemas.errors import LarderError, SettingsError
 from schemas.events import Event

@@ -11,6 +11,7 @@ import pytest
 from experiment_log import Answer, Outcome, log
 
 from orchestration.compute import off_policy
+from orchestration.compute.lake import Lake
 from orchestration.compute.off_policy import Logged, NoSupport, difference, evaluate, mean_of, target_steps
 from orchestration.compute.off_policy_log import judge_most, judge_shadow, read_explored
 from orchestration.compute.reward_model import RewardModel
@@ -130,7 +131,7 @@ def test_lists_without_exploration_are_no_log() -> None:
 NOW = datetime.now(UTC).replace(microsecond=0)
 
 
-def test_explored_lists_are_read_with_their_clicks(connection: psycopg.Connection) -> None:
+def test_explored_lists_are_read_with_their_clicks(connection: psycopg.Connection, lake: Lake) -> None:
     at = NOW - timedelta(days=2)
     pool, scores = ["a", "b", "c"], [2.0, 1.0, 0.0]
     explored = {"propensities": [0.6, 0.7], "candidate_ids": pool, "candidate_scores": scores}
@@ -149,7 +150,7 @@ def test_explored_lists_are_read_with_their_clicks(connection: psycopg.Connectio
             Outcome("e4", "u9", "c", "click", at + timedelta(hours=2), "r2"),
         ],
     )
-    logged, requests, pools = read_explored(connection, NOW - timedelta(days=9), NOW)
+    logged, requests, pools = read_explored(connection, lake, NOW - timedelta(days=9), NOW)
     order = [requests.index(name) for name in ("r1", "r2")]
     assert len(requests) == 2
     assert logged.shown[order].tolist() == [[1, 0], [2, -1]]
@@ -160,7 +161,7 @@ def test_explored_lists_are_read_with_their_clicks(connection: psycopg.Connectio
     assert len(set(logged.person)) == 2
 
 
-def test_a_shadow_is_judged_by_what_it_would_have_shown(connection: psycopg.Connection) -> None:
+def test_a_shadow_is_judged_by_what_it_would_have_shown(connection: psycopg.Connection, lake: Lake) -> None:
     logged, scores = explored_lists(np.random.default_rng((900, 6)), 300)
     names = np.array([f"i{place}" for place in range(logged.scores.shape[1])])
     at = NOW - timedelta(days=1)
@@ -180,7 +181,7 @@ def test_a_shadow_is_judged_by_what_it_would_have_shown(connection: psycopg.Conn
         ]
     log(connection, answers, outcomes)
     with pytest.raises(NoSupport, match="no explored list"):
-        judge_shadow(connection, "trial", "next", NOW - timedelta(days=9), NOW)
+        judge_shadow(connection, lake, "trial", "next", NOW - timedelta(days=9), NOW)
     connection.execute(
         "CREATE TABLE IF NOT EXISTS shadow_requests (request_id text, arm text, experiment text NOT NULL, user_id text NOT NULL, "
         "served_at timestamptz NOT NULL, model_version text NOT NULL, item_ids text[] NOT NULL, scores real[] NOT NULL, "
@@ -191,7 +192,7 @@ def test_a_shadow_is_judged_by_what_it_would_have_shown(connection: psycopg.Conn
         "sources, degraded) VALUES (%s, 'next', 'trial', 'u', %s, 'm2', %s, '{}', 12, '{}', '{}')",
         [(name, at, shown) for name, shown in shadows],
     )
-    found, lead = judge_shadow(connection, "trial", "next", NOW - timedelta(days=9), NOW)
+    found, lead = judge_shadow(connection, lake, "trial", "next", NOW - timedelta(days=9), NOW)
     direct, direct_lead = judge_most(logged, scores)
     assert found.places == direct.places
     assert found.dr.value == pytest.approx(direct.dr.value, abs=0.05)

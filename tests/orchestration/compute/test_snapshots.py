@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from orchestration.compute import snapshots as module
+from orchestration.compute.duck import duck
 from orchestration.compute.exact import millionths, summable
-from orchestration.compute.lake import duck
 from orchestration.compute.snapshots import snapshots
 from orchestration.compute.windows import snapshot_sql, tile_sql
 from schemas.features import (

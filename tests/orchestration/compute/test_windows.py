@@ -28,8 +28,9 @@ from inference.features import FeatureBlock, block_of, read_features
 from inference.live import Columns
 from inference.store import Store
 from infra.feature_tables import ensure_view_tables
+from orchestration.compute.duck import duck
 from orchestration.compute.ingest import ingest
-from orchestration.compute.lake import Lake, duck
+from orchestration.compute.lake import Lake
 from orchestration.compute.materialise import materialise
 from orchestration.compute.point_in_time import PointInTime
 from orchestration.compute.windows import snapshot_sql, tile_sql
