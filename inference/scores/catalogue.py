@@ -18,7 +18,7 @@ from inference.assemble import finish
 from inference.live import Columns, live_columns, utc_day
 from inference.sql_files import half_vectors, statement
 from schemas import online_sql
-from schemas.errors import ArtifactError
+from schemas.errors import ArtifactError, ScoresError
 from schemas.features import ITEM
 from schemas.views import CANDIDATE_VIEWS
 
@@ -136,8 +136,10 @@ def read_catalogue(connection: psycopg.Connection, version: str, dim: int, at: d
     numbers: dict[str, int] = {}
     for item_id in chain((row[0] for row in items), (row[0] for row in found), (row[1] for row in listed)):
         numbers.setdefault(item_id, len(numbers))
-    neighbours = _neighbours(connection, numbers)
-    item_ids, n = list(numbers), len(numbers)
+    neighbours, strangers = _neighbours(connection, numbers)
+    # Nobody is given what is nothing but somebody's neighbour, so that its id is not wanted.
+    item_ids = [*numbers, *[""] * strangers]
+    n = len(item_ids)
     vectors, has_vector = np.zeros((n, dim), np.float32), np.zeros(n, bool)
     places = np.fromiter((numbers[row[0]] for row in found), np.int64, len(found))
     read = half_vectors([row[1] for row in found])
@@ -162,7 +164,7 @@ def read_catalogue(connection: psycopg.Connection, version: str, dim: int, at: d
             name: np.array([numbers[row[1]] for row in listed if row[0] == name], np.int64)
             for name in ("trending", "fresh")
         },
-        _features(connection, numbers, at),
+        _features(connection, numbers, n, at),
     )
 
 
@@ -176,44 +178,63 @@ def _categories(named: Sequence[Sequence[str]], n: int) -> tuple[Numbers, list[s
     return padded, names
 
 
-def _neighbours(connection: psycopg.Connection, numbers: dict[str, int]) -> Neighbours:
-    """All of co-visitation, a row per item and in parts: there may be millions. `numbers` learns the items it names."""
-    owners: list[int] = []
+def _neighbours(connection: psycopg.Connection, numbers: dict[str, int]) -> tuple[Neighbours, int]:
+    """All of co-visitation, a row per item and in parts, as there may be millions; and how many items only it names.
+
+    `numbers` learns the items that have neighbours; those that are nothing but neighbours get the numbers after all of it.
+    """
+    owners: list[str] = []
     many: list[int] = []
-    items: list[Numbers] = []
+    keys: list[NDArray[np.int64]] = []
     scores: list[NDArray[np.float64]] = []
     with connection.transaction(), connection.cursor("neighbours", binary=True) as cursor:
         cursor.itersize = _ITEMS_AT_ONCE
         cursor.execute(statement("read_neighbours"))
         while rows := cursor.fetchmany(_ITEMS_AT_ONCE):
-            for item_id, _, _ in rows:
-                owners.append(numbers.setdefault(item_id, len(numbers)))
-            named = [row[1].decode().split("\0") for row in rows]
-            many += [len(names) for names in named]
-            try:
-                found = np.fromiter(
-                    map(numbers.__getitem__, chain.from_iterable(named)), np.int64, sum(map(len, named))
-                )
-            except KeyError:  # rarely: items that are nowhere else
-                found = np.array(
-                    [numbers.setdefault(name, len(numbers)) for name in chain.from_iterable(named)], np.int64
-                )
-            items.append(found)
+            owners += [row[0] for row in rows]
+            many += [len(row[1]) // 8 for row in rows]
+            keys.append(np.frombuffer(b"".join(row[1] for row in rows), ">i8").astype(np.int64))
             scores.append(np.frombuffer(b"".join(row[2] for row in rows), ">f8").astype(np.float64))
-    counts = np.zeros(len(numbers), np.int64)
-    counts[owners] = many
-    begins = np.zeros(len(numbers) + 1, np.int64)
+    of = np.array([numbers.setdefault(owner, len(numbers)) for owner in owners], np.int64)
+    items, strangers = _numbered(connection, numbers, np.concatenate(keys) if keys else np.zeros(0, np.int64))
+    counts = np.zeros(len(numbers) + strangers, np.int64)
+    counts[of] = many
+    begins = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=begins[1:])
     # Read in the order of ids; put in that of numbers.
-    places = np.repeat(begins[owners] - (np.cumsum(many) - many), many) + np.arange(begins[-1])
+    places = np.repeat(begins[of] - (np.cumsum(many) - many), many) + np.arange(begins[-1])
     by_item, by_score = np.empty(begins[-1], np.int64), np.empty(begins[-1])
     if len(places):
-        by_item[places], by_score[places] = np.concatenate(items), np.concatenate(scores)
-    return Neighbours(begins, by_item, by_score)
+        by_item[places], by_score[places] = items, np.concatenate(scores)
+    return Neighbours(begins, by_item, by_score), strangers
 
 
-def _features(connection: psycopg.Connection, numbers: dict[str, int], at: datetime) -> Columns:
-    """The candidate view's states, one row per item; NaN for those of which there is nothing."""
+def _numbered(connection: psycopg.Connection, numbers: dict[str, int], keys: NDArray[np.int64]) -> tuple[Numbers, int]:
+    """The numbers of items by the hashes `keys` of their ids, and how many of them are not in `numbers`.
+
+    Millions of texts to be looked up would take as long as all the rest. That two ids of 10 million share a hash of 64
+    bits happens once in 400,000 catalogues; then it is said, as a list could then name the wrong one.
+    """
+    (hashed,) = connection.cursor(binary=True).execute(
+        "SELECT string_agg(int8send(hashtextextended(item_id, 0)), ''::bytea ORDER BY place) "
+        "FROM unnest(%s::text[]) WITH ORDINALITY AS u (item_id, place)",
+        (list(numbers),),
+    ).fetchone() or (None,)
+    known = np.frombuffer(hashed or b"", ">i8").astype(np.int64)
+    order = np.argsort(known)
+    known = known[order]
+    if len(known) > 1 and not np.diff(known).all():
+        raise ScoresError("two items share a hash of their ids, so nobody can be scored ahead; give one another id")
+    at = np.minimum(np.searchsorted(known, keys), max(len(known) - 1, 0))
+    strange = known[at] != keys if len(known) else np.ones(len(keys), bool)
+    found: Numbers = order[at] if len(known) else np.zeros(len(keys), np.int64)
+    strangers = np.unique(keys[strange])
+    found[strange] = len(numbers) + np.searchsorted(strangers, keys[strange])
+    return found, len(strangers)
+
+
+def _features(connection: psycopg.Connection, numbers: dict[str, int], n: int, at: datetime) -> Columns:
+    """The candidate view's states, one row for each of n items; NaN for those of which there is nothing."""
     (view,) = CANDIDATE_VIEWS
     today = utc_day(at)
     sql = online_sql.read_entity_sql(ITEM, "true")
@@ -221,10 +242,10 @@ def _features(connection: psycopg.Connection, numbers: dict[str, int], at: datet
     read = live_columns(ITEM, rows, today, 1)[view.name]
     places = np.fromiter((numbers.get(key[0], -1) for key in read.keys), np.int64, len(read.keys))
     known = places >= 0
-    as_of = np.full(len(numbers), np.nan)
+    as_of = np.full(n, np.nan)
     as_of[places[known]] = read.as_of[known]
     states = {}
     for name, column in read.states.items():
-        states[name] = np.full(len(numbers), np.nan)
+        states[name] = np.full(n, np.nan)
         states[name][places[known]] = column[known]
     return Columns([], states, as_of, read.settled, read.settled_at)

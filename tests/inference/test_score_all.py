@@ -154,6 +154,36 @@ def test_a_list_is_what_a_request_of_the_same_instant_answers(
     assert lists >= 0.95 * len(world.people)
 
 
+def test_what_is_nothing_but_a_neighbour_takes_its_place_and_is_given_to_nobody(
+    world: ServedWorld, connection: psycopg.Connection
+) -> None:
+    ranker, at = open_ranker(folder(world), None, SIZES.candidates), datetime.now(UTC)
+    plain = read_catalogue(connection, world.version, ranker.dim, at)
+    # One that was an item once, one with neighbours of its own, and one that is named twice.
+    connection.execute("UPDATE co_visitation SET neighbour_id = 'ghost' WHERE rank = 1")
+    connection.execute(
+        "UPDATE co_visitation SET neighbour_id = 'gone' WHERE rank = 2 AND item_id < %s", (world.items[40],)
+    )
+    connection.execute("INSERT INTO co_visitation VALUES ('owner', 1, %s, 2.5, 3)", (world.items[0],))
+    haunted = read_catalogue(connection, world.version, ranker.dim, at)
+    assert len(haunted.item_ids) == len(haunted.vectors) == len(haunted.available_at) == len(plain.item_ids) + 3
+    names = [*haunted.numbers, "ghost or gone", "ghost or gone"]
+
+    def of(item: str) -> list[tuple[str, float]]:
+        number = haunted.numbers[item]
+        span = slice(*haunted.neighbours.begins[number : number + 2])
+        items, scores = haunted.neighbours.items[span].tolist(), haunted.neighbours.scores[span].tolist()
+        return [(names[other], score) for other, score in zip(items, scores, strict=True)]
+
+    for item in [*world.items[:60], "owner"]:
+        rows = connection.execute(
+            "SELECT neighbour_id, score FROM co_visitation WHERE item_id = %s ORDER BY rank", (item,)
+        ).fetchall()
+        assert of(item) == [("ghost or gone" if name in ("ghost", "gone") else name, score) for name, score in rows]
+    run(world)
+    assert {item for row in kept(connection).values() for item in row[3]} <= set(world.items)  # type: ignore[attr-defined]
+
+
 def test_everybody_gets_a_list_of_what_they_have_not_had(world: ServedWorld, connection: psycopg.Connection) -> None:
     heard: list[Progress] = []
     report = run(world, chunk=16, say=heard.append)
