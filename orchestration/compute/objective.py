@@ -1,7 +1,8 @@
 """Next-item softmax: personal taste through vectors, what everybody wants at the time through the item's features.
 
 Logits are ⟨u, v⟩/τ + trend(features of the item then). The second part carries popularity, so the vectors need not:
-they learn what a person wants more than others do, and that lasts when the fashion of the training weeks is over.
+they learn what a person wants more than others do, and that lasts when the fashion of the training weeks is over. It is
+solved for before the vectors are learned: descended together, they memorise each week's fashion faster than it is weighed.
 Items that were not there by then take no part, or every newcomer would have been taught to be a mistake.
 """
 

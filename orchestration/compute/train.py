@@ -1,8 +1,9 @@
 """Training: next item at every position, then slates of hard candidates; repeatable by seed, resumable by checkpoint.
 
-Stage 1 learns item and user vectors, and what every item gains by its features, by a softmax over the items of the day
-at every position of every history. Stage 2 takes recent labels with what was known at their time (features, wish,
-slate) and teaches the second head.
+Stage 1 solves for what every item gains by its features, then learns item and user vectors beside that, by a softmax over
+the items of the day at every position of every history; the newest labels it leaves out. Stage 2 takes those, and others of
+the recent ones, with what was known at their time (features, wish, slate): it weighs vectors and features against each other
+on the labels that stage 1 never saw, and teaches the second head.
 """
 
 from __future__ import annotations
