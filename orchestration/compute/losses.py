@@ -40,10 +40,15 @@ class Losses:
         calibration: Tensor,
         config: TrainConfig,
         devices: Devices,
+        held: NDArray[np.int64],
     ) -> None:
-        """`counts (items,) float32` is the items' popularity; `calibration (2,)` scale and offset of slate scores."""
+        """`counts (items,) float32` is the items' popularity; `calibration (2,)` scale and offset of slate scores.
+
+        The events `held (h,)` are no labels of stage 1.
+        """
         self.interactions = interactions
-        self.positive = positive(interactions.kind)
+        self.learned = positive(interactions.kind)
+        self.learned[held] = False
         self.seconds_at = interactions.occurred_at / 1e6
         self.counts = counts
         self.wishes = wishes
@@ -76,7 +81,7 @@ class Losses:
             # Column 0 is the prompt's position: it predicts the first event of a person.
             first = np.where(begin[:, 0] < stop[:, 0], begin[:, 0], 0)
             target_row = np.concatenate([first[:, None], target_row], axis=1)  # (b, 1 + h)
-            counted = np.concatenate([starts > 0, real], axis=1) & self.positive[target_row]
+            counted = np.concatenate([starts > 0, real], axis=1) & self.learned[target_row]
             prompt, prompt_mask = self._window_wishes(target_row, counted, generator)
             vectors, text_only = self.tower()
             tokens = self.ranker.prefix(

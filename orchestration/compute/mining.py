@@ -46,12 +46,25 @@ def newest_labels(interactions: Interactions, config: TrainConfig) -> Queries:
     return newest.take(np.sort(chosen))
 
 
-def slate_labels(interactions: Interactions, recent: NDArray[np.int64], config: TrainConfig) -> Queries:
-    """Some of the `recent` rows at random, with the history that was visible in an earlier second: as a request would see it."""
+def held_rows(interactions: Interactions, config: TrainConfig) -> NDArray[np.int64]:
+    """Rows of the newest `config.held_rate` of the events, ascending, which only stage 2 learns; none where there is no stage 2."""
+    return (
+        _newest_rows(interactions, config.held_rate)
+        if config.slate_epochs and config.slate_rows
+        else np.empty(0, np.int64)
+    )
+
+
+def slate_labels(
+    interactions: Interactions, recent: NDArray[np.int64], held: NDArray[np.int64], config: TrainConfig
+) -> Queries:
+    """Rows of stage 2, those `held` before others of the `recent` ones, else at random, with the history that was visible in
+    an earlier second: as a request would see it."""
     # Mining costs a pass of the ranker per label: none is mined that no epoch will use.
     most = config.slate_rows * max(config.slate_epochs, 1)
-    rows = np.sort(np.random.default_rng((config.seed, 6)).permutation(recent)[:most])
-    return queries_for(interactions, rows, strictly_earlier=True)
+    drawn = np.random.default_rng((config.seed, 6)).permutation(recent)
+    rows = drawn[np.argsort(~np.isin(drawn, held), kind="stable")][:most]
+    return queries_for(interactions, np.sort(rows), strictly_earlier=True)
 
 
 def random_slates(

@@ -31,6 +31,9 @@ GAP_BUCKETS = 32
 """Powers of two of a second: the last one starts at 68 years."""
 CLIP = 5.0
 """Standardised features are cut here: one wild value of a drifting feature must not move a score without limit."""
+TEXT_START = 4.0
+"""Scale of the first projection of texts. Vectors have length 1 whatever it is, but steps are of one size: a direction that
+starts large is not lost within the first of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +65,25 @@ class ItemTower(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("whitening", whitening)
         self.project = nn.Linear(TEXT_DIM, dim)
+        self._start_as_texts()
         self.residual = nn.Embedding(len(text_vectors), dim)
         # A new id starts as its text; what the text cannot say is learned on top.
         nn.init.normal_(self.residual.weight, std=0.02 / math.sqrt(dim))
+
+    def _start_as_texts(self) -> None:
+        """Likeness of items begins as likeness of their texts, unwhitened, in its widest directions.
+
+        A random projection of whitened texts is likeness in what hardly varies: a few thousand steps of noise.
+        """
+        shrunk = self.whitening.norm(dim=0)  # (384,) by how much each direction was scaled; the widest least
+        widest = torch.argsort(shrunk, stable=True)[: self.project.out_features]
+        back = 1 / shrunk[widest]
+        with torch.no_grad():
+            self.project.weight.zero_()
+            self.project.weight[torch.arange(len(widest)), widest] = (
+                back * TEXT_START * math.sqrt(len(back)) / back.norm()
+            )
+            self.project.bias.zero_()
 
     def text_only(self) -> Tensor:
         """`(items, d)`: every item as if it had just arrived."""
@@ -256,6 +275,11 @@ class Ranker(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
         for table in (self.kind, self.gap):
             nn.init.normal_(table.weight, std=0.1)
+        # The retriever starts with what lies near a person's events. From a random start its gradient is noise until it
+        # has found that by chance: on events with much of that it stood still for six epochs of ten.
+        for layer in (self.event, self.user):
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
         # Zero: the ranker starts equal to its own retriever and can only learn to be better. Features start silent for
         # the same reason: the first stage never sees them.
         for encoder in (self.context, self.candidate_features):

@@ -1,7 +1,8 @@
 """Next-item softmax: personal taste through vectors, what everybody wants at the time through the item's features.
 
 Logits are ⟨u, v⟩/τ + trend(features of the item then). The second part carries popularity, so the vectors need not:
-they learn what a person wants more than others do, and that lasts when the fashion of the training weeks is over.
+they learn what a person wants more than others do, and that lasts when the fashion of the training weeks is over. It is
+solved for before the vectors are learned: descended together, they memorise each week's fashion faster than it is weighed.
 Items that were not there by then take no part, or every newcomer would have been taught to be a mistake.
 """
 
@@ -19,6 +20,7 @@ from torch.nn import functional
 from orchestration.compute.co_visitation import DAY_MICROSECONDS
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.model import FeatureEncoder
+from orchestration.compute.stacking import popularity_weights
 from orchestration.compute.train_config import TrainConfig
 
 MOST_CELLS = {"cpu": 1 << 21, "cuda": 1 << 24}
@@ -64,6 +66,17 @@ class Trends:
         if not self.learned:
             return self._features[..., 0]
         return functional.linear(self._features, weight).squeeze(-1)
+
+    def fit(self, interactions: Interactions, labels: NDArray[np.int64], weight: Tensor) -> None:
+        """Set `weight (1, 2 g)` to what says best, by itself, which items the events `labels (m,)` are of."""
+        if not self.learned:
+            return
+        shape = tuple(self._absent.shape)
+        cell = self.when(interactions.occurred_at[labels]) * shape[1] + interactions.item[labels]
+        chosen = torch.from_numpy(np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)).to(weight.device)
+        with torch.no_grad():
+            found = popularity_weights(self._features, self._absent, chosen, weight[0])
+            weight[0].copy_(found)
 
     def present(self, gains: Tensor) -> Tensor:
         """The same gains; hopeless for an item that was not there by then."""

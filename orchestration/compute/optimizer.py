@@ -10,9 +10,18 @@ from torch import nn
 from orchestration.compute.train_config import TrainConfig
 
 SECOND_STAGE = frozenset(
-    {"context", "candidate", "candidate_features", "self_bias", "candidate_norm", "correction_hidden", "correction"}
+    {
+        "context",
+        "candidate",
+        "candidate_features",
+        "self_bias",
+        "candidate_norm",
+        "correction_hidden",
+        "correction",
+        "trend",
+    }
 )
-"""Parts of the ranker that stage 1 leaves as they were initialised."""
+"""Parts of the ranker that stage 1 leaves as it found them."""
 
 
 def adamw(

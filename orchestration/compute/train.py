@@ -1,8 +1,9 @@
 """Training: next item at every position, then slates of hard candidates; repeatable by seed, resumable by checkpoint.
 
-Stage 1 learns item and user vectors, and what every item gains by its features, by a softmax over the items of the day
-at every position of every history. Stage 2 takes recent labels with what was known at their time (features, wish,
-slate) and teaches the second head.
+Stage 1 solves for what every item gains by its features, then learns item and user vectors beside that, by a softmax over
+the items of the day at every position of every history; the newest labels it leaves out. Stage 2 takes those, and others of
+the recent ones, with what was known at their time (features, wish, slate): it weighs vectors and features against each other
+on the labels that stage 1 never saw, and teaches the second head.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,22 @@ from orchestration.compute.evaluate import (
 from orchestration.compute.impressions import PassedOver
 from orchestration.compute.interactions import Interactions
 from orchestration.compute.losses import Losses, to_tensor
-from orchestration.compute.mining import SLATE, Sources, mine, newest_labels, random_slates, recent_rows, slate_labels
+from orchestration.compute.mining import (
+    NEVER,
+    SLATE,
+    Sources,
+    held_rows,
+    mine,
+    newest_labels,
+    random_slates,
+    recent_rows,
+    slate_labels,
+)
 from orchestration.compute.model import ItemTower, Ranker, RankerShape
 from orchestration.compute.objective import Trends
 from orchestration.compute.optimizer import adamw
 from orchestration.compute.splits import Queries
+from orchestration.compute.stacking import stack
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import Progress, TrainedRanker
 from orchestration.compute.training_features import FiniteFeatures, LabelFeatures
@@ -131,6 +143,7 @@ class _Run:
         checkpoint: Path | None,
         device: str | None,
     ) -> None:
+        self.interactions = interactions
         self.rows = rows  # (n,) where each training event stands in the caller's table
         self.config = config
         self.features = features
@@ -146,7 +159,8 @@ class _Run:
             score_windowed_popularity(self.trending),
             score_co_visitation(self.neighbours, self.counts),
         )
-        self.labels = slate_labels(interactions, recent, config)
+        self.held = held_rows(interactions, config)
+        self.labels = slate_labels(interactions, recent, self.held, config)
         self.texts = text_vectors
         self.wished = np.zeros((len(self.labels), TEXT_DIM), np.float32)
         if wishes is not None:
@@ -184,6 +198,7 @@ class _Run:
             self.calibration,
             config,
             self.devices,
+            self.held,
         )
         self.modules = nn.ModuleDict({"ranker": self.ranker, "tower": self.tower})
         self.stage, self.epoch, self.stale = 1, 0, 0
@@ -204,8 +219,12 @@ class _Run:
     def train(self) -> TrainedRanker:
         steps = self.config.epochs * len(self.losses.window_batches(0))
         optimizer, schedule = adamw(self.modules, self.calibration, self.config, self.config.learning_rate, steps)
-        if self._resume() and self.stage == 1:
+        if not self._resume():
+            self.trends.fit(self.interactions, np.flatnonzero(self.losses.learned), self.ranker.trend.weight)
+        elif self.stage == 1:
             self._load_optimizer(optimizer, schedule)
+        # What everybody wants is known; stage 1 learns what a person wants beside it.
+        self.ranker.trend.requires_grad_(False)
         if self.stage == 1:
             while self.epoch < self.config.epochs and self.stale < self.config.patience:
                 self._epoch(
@@ -216,7 +235,7 @@ class _Run:
         if self.config.slate_epochs and len(self.labels):
             self._train_slates()
         self._restore_best()
-        self.modules.eval().to("cpu")
+        self.modules.requires_grad_(True).eval().to("cpu")
         scale, offset = self.calibration.detach().cpu().tolist()
         return TrainedRanker(
             self.ranker,
@@ -245,6 +264,7 @@ class _Run:
             self.mined = mine(self.labels, offered, self.trends.absent, self.config.seed, self.passed_over)
         candidates, log_q = self.mined
         features = self._all_features(self.labels.label, candidates)
+        resumed = self._pending is not None
         steps = len(self.losses.slate_batches(self.labels, 0)) * self.config.slate_epochs
         optimizer, schedule = adamw(
             self.modules,
@@ -260,10 +280,40 @@ class _Run:
             # What stage 2 is compared with is stage 1 under stage 2's own measure.
             gains = self._validation_gains(self._slate_scorer)
             self.best = {"ndcg": float(gains.mean()), "state": self._state(), "gains": torch.from_numpy(gains)}
+        if not resumed:
+            self._stack(candidates, log_q, features)
+        self.ranker.trend.requires_grad_(True)
         self.elapsed += time.monotonic() - began
         while self.epoch < self.config.slate_epochs:
             losses = self.losses.slates(self.labels, candidates, log_q, self.wished, features, self.epoch)
             self._epoch(optimizer, schedule, losses, self.config.slate_epochs, self._slate_scorer)
+
+    def _stack(self, candidates: NDArray[np.int32], log_q: NDArray[np.float32], features: SlateFeatures) -> None:
+        """Weigh retriever and trend against each other on labels that stage 1 was not taught, before anything else is
+        learned beside them. None of these people said what they want: a wish made up from the label would be trusted."""
+        chosen = np.flatnonzero(np.isin(self.labels.label, self.held) & ~self.wished.any(1))
+        chosen = chosen[np.argsort((self.labels.stop - self.labels.start)[chosen], kind="stable")]
+        similarity = np.empty((len(chosen), candidates.shape[1]), np.float32)
+        for begin in range(0, len(chosen), 256):
+            rows = chosen[begin : begin + 256]
+            logits = self._similarity(self.labels.take(rows))
+            similarity[begin : begin + 256] = np.take_along_axis(logits, candidates[rows], axis=1)
+        slate = candidates[chosen]
+        again = slate == slate[:, :1]  # as in `Losses.slates`
+        again[:, 0] = False
+        with torch.no_grad():
+            known = (features.candidate_features[chosen], features.candidate_mask[chosen])
+            standardised = self.ranker.candidate_features.standardise(*(to_tensor(part, self.device) for part in known))
+            trend = self.ranker.trend.weight[0]
+            found = stack(
+                torch.from_numpy(similarity),
+                standardised.cpu(),
+                torch.from_numpy(np.where(again, np.float32(NEVER), log_q[chosen])),
+                trend.cpu(),
+            )
+            found = self.devices.agreed(found).to(trend)
+            trend.copy_(found[1:])
+        self._set_temperature(self.config.temperature / float(found[0]))
 
     def _epoch(
         self,
@@ -418,12 +468,21 @@ class _Run:
 
     def _state(self) -> dict[str, Any]:
         state = {name: value.detach().cpu().clone() for name, value in self.modules.state_dict().items()}
-        return {"modules": state, "calibration": self.calibration.detach().cpu().clone()}
+        return {
+            "modules": state,
+            "calibration": self.calibration.detach().cpu().clone(),
+            "temperature": self.ranker.shape.temperature,
+        }
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.modules.load_state_dict(state["modules"])
         with torch.no_grad():
             self.calibration.copy_(state["calibration"])
+        self._set_temperature(state["temperature"])
+
+    def _set_temperature(self, temperature: float) -> None:
+        """By which the ranker divides what its retriever says; the retriever itself is trained at that of `config`."""
+        self.ranker.shape = replace(self.ranker.shape, temperature=temperature)
 
     def _restore_best(self) -> None:
         if self.best["state"] is not None:

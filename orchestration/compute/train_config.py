@@ -28,6 +28,9 @@ class TrainConfig:
     text_only_rate: float = 0.25  # of the positions: the second softmax need not cost as much as the first
     prompt_rate: float = 0.25  # of stage-1 windows that carry a wish
     null_rate: float = 0.3  # context and wish are each withheld this often in stage 2: both may be missing when serving
+    held_rate: float = (
+        0.05  # the newest labels, this share of them, are stage 2's alone: what it weighs is then no memory
+    )
     slate_epochs: int = 1
     slate_rows: int = 20_000  # labels an epoch at most
     slate_learning_rate: float = 5e-3  # for the parts that start here; see slate_body_rate for the rest

@@ -89,6 +89,31 @@ def test_the_score_starts_as_the_retriever_and_the_trend(ranker: Ranker) -> None
     np.testing.assert_allclose(scores, retrieval + trend, atol=1e-4)
 
 
+def test_the_retriever_starts_near_what_the_person_had() -> None:
+    torch.manual_seed(0)
+    new = Ranker(RankerShape("small", 1, 1)).eval()
+    d = new.user.out_features
+    vectors = np.random.default_rng(0).standard_normal((50, d)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    for last in range(5):
+        events = new.event_tokens(
+            *(
+                torch.from_numpy(part)
+                for part in (
+                    vectors[None, last : last + 1],
+                    np.ones((1, 1), np.int64),
+                    np.zeros((1, 1), np.float32),
+                    np.ones((1, 1), np.float32),
+                )
+            )
+        )
+        with torch.no_grad():
+            user = new.user_vectors(new.encode(events, None, (torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)))[0])[
+                0, 0
+            ]
+        assert int((vectors @ user.numpy()).argmax()) == last
+
+
 def test_padding_changes_nothing(trained: Ranker) -> None:
     given = inputs()
     padded = {

@@ -92,6 +92,7 @@ def parameters(trained: TrainedRanker) -> dict[str, torch.Tensor]:
 def assert_same(one: TrainedRanker, two: TrainedRanker) -> None:
     for name, value in parameters(one).items():
         assert torch.equal(value, parameters(two)[name]), name
+    assert one.ranker.shape == two.ranker.shape  # its temperature is fitted
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +260,61 @@ def test_validation_labels_are_not_trained_on() -> None:
     changed.item[newest] = (changed.item[newest] + 1) % ITEMS
     one, two = (train(world_, texts(), config).item_vectors() for world_ in (events, changed))
     np.testing.assert_array_equal(one, two)
+
+
+def test_stage_1_is_not_taught_what_stage_2_weighs_it_on(tmp_path: Path) -> None:
+    """Whatever the newest labels are, stage 1 ends alike; stage 2 sees them."""
+    events = world()
+    newest = np.argsort(events.occurred_at)[-3:]
+    config = replace(QUICK, epochs=1, held_rate=2.5 / len(events), min_item_events=0)
+    changed = replace(events, item=events.item.copy())
+    changed.item[newest] = (changed.item[newest] + 1) % ITEMS
+    ends = []
+    for number, (events_, epochs) in enumerate(((events, 1), (changed, 1), (events, 0), (changed, 0))):
+        checkpoint = tmp_path / f"{number}.ckpt"
+
+        def stop(progress: Progress) -> None:
+            if progress.stage == 1:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train(
+                events_,
+                texts(),
+                replace(config, slate_epochs=epochs),
+                validation=newest_labels(events_, QUICK).take(slice(0)),
+                on_progress=stop,
+                checkpoint=checkpoint,
+            )
+        ends.append(torch.load(checkpoint, weights_only=True)["state"]["modules"]["ranker.user.weight"])
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[2], ends[3])  # without a stage 2 they are learned
+
+
+def test_what_everybody_wants_is_solved_for_and_stays_in_stage_1() -> None:
+    """Ten items are chosen by everybody, and one feature says which: its weight is there before the first step."""
+
+    class Telling(Features):
+        def trends(self, instants: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            values, mask = super().trends(instants)
+            values[..., 0] = np.arange(ITEMS) < 10
+            return values, mask
+
+        def __call__(self, rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
+            known = super().__call__(rows, candidates)
+            known.candidate_features[..., 0] = candidates < 10
+            return known
+
+    events = world()
+    events = replace(events, item=np.where(np.arange(len(events)) % 2 == 0, events.item % 10, events.item))
+    one, two = (
+        train(events, texts(), replace(QUICK, epochs=epochs, slate_epochs=0), features=Telling(), validation=None)
+        .ranker.trend.weight[0]
+        .detach()
+        for epochs in (1, 2)
+    )
+    assert torch.equal(one, two)
+    assert float(one[0]) > 2 * float(one[1:3].abs().max())
 
 
 def test_slates_hold_the_positive_first_and_nothing_the_person_had() -> None:
