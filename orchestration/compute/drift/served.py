@@ -177,8 +177,11 @@ def _reads(
         cursor.itersize = _BATCH
         cursor.execute(
             "SELECT keys, numbers FROM served_features WHERE view = %s AND read_at >= %s AND read_at < %s "
-            "AND definition_hash = %s AND features = %s ORDER BY read_at, read_id",
-            (view.name, window.since, window.until, fingerprint((view,)), names),
+            "AND definition_hash = %s AND features = %s "
+            # What a changed arm shows has other features by right.
+            "AND NOT EXISTS (SELECT FROM served_requests AS r WHERE r.request_id = served_features.request_id AND r.arm <> %s) "
+            "ORDER BY read_at, read_id",
+            (view.name, window.since, window.until, fingerprint((view,)), names, CONTROL),
         )
         for keys, numbers in cursor:
             block = np.array(numbers, np.float32).reshape(-1, len(names))  # NULL is NaN

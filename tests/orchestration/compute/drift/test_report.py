@@ -217,8 +217,8 @@ def test_a_deployment_that_served_nothing_waits_for_it(database: str, lake: Lake
 def test_what_an_experiment_changes_is_no_drift(served: psycopg.Connection, database: str, lake: Lake) -> None:
     for back in range(7):
         serve_day(served, YESTERDAY - timedelta(days=back))
-        serve_day(served, YESTERDAY - timedelta(days=back), seed=1, pick_rate=0.0)
-    # Half of what was served is an arm's in which nobody picks anything.
+        serve_day(served, YESTERDAY - timedelta(days=back), seed=1, pick_rate=0.0, moved=2.0)
+    # Half of what was served is an arm's in which nobody picks anything, and a feature is another.
     served.execute(
         "UPDATE served_requests SET experiment = 'e', arm = CASE WHEN request_id LIKE '%%-1' THEN 'new' ELSE 'control' END "
         "WHERE served_at >= %s",
@@ -231,7 +231,8 @@ def test_what_an_experiment_changes_is_no_drift(served: psycopg.Connection, data
     assert ("labels", "pick_rate") in names(report, "quiet")
     served.execute("UPDATE served_requests SET experiment = NULL, arm = NULL")
     served.commit()
-    assert ("labels", "pick_rate") in names(drift_report(database, lake, "file:///nothing", YESTERDAY))
+    found = names(drift_report(database, lake, "file:///nothing", YESTERDAY))
+    assert {("labels", "pick_rate"), ("features", "user_activity.events_7d")} <= found
 
 
 def test_a_week_in_which_serving_began_is_compared_with_nothing(
