@@ -32,7 +32,7 @@ TINY = Plan(
     TODAY.date(),
     days=6,
     people=150,
-    items=150,
+    items=300,
     events_per_person=25.0,
     most_lists=24,
     epochs=1,
@@ -50,7 +50,7 @@ def test_a_tiny_month_is_lived_and_told(database: str, tmp_path: Path) -> None:
 
     assert [day.number for day in story.days] == [1, 2, 3, 4, 5, 6]
     assert all(0 < day.visits <= 24 for day in story.days)
-    assert all(day.shown == day.visits * K for day in story.days)
+    assert [(day.number, day.visits, day.shown) for day in story.days if day.shown != day.visits * K] == []
     assert all(day.drift is not None and not day.degraded * story.models[0].passed for day in story.days)
     # The truth brackets what was shown, and what was clicked is drawn from it.
     assert all(day.best >= max(day.relevance, day.popular) for day in story.days)
