@@ -23,7 +23,7 @@ from schemas.manifest import CHAMPION_POINTER
 Say = Callable[[str], None]
 
 
-def learn(place: Place, plan: Plan, day: int, say: Say) -> Learned:
+def learn(place: Place, plan: Plan, day: int, encoder: TextEncoder, say: Say) -> Learned:
     """Train on everything that is known, judge, export, and release what passes its gate; what does not stays on the shelf."""
     start = time.monotonic()
     config = TrainConfig(
@@ -48,6 +48,7 @@ def learn(place: Place, plan: Plan, day: int, say: Say) -> Learned:
         connection.commit()
         say("judging it against counts, neighbours and matrix factorisation")
         evaluate_ranker(place.lake, connection, place.artifacts_url, progress=lambda _: None, most=plan.judged)
+        say("exporting it, and comparing the exported graphs with it")
         folder = Path(scratch) / "ranker"
         exported = export_ranker(place.lake, connection, place.artifacts_url, folder)
         version = exported.manifest.version
@@ -55,7 +56,7 @@ def learn(place: Place, plan: Plan, day: int, say: Say) -> Learned:
         artifacts.publish(place.artifacts_url, path, folder)
         registry.register(connection, exported.manifest, path)
         registry.record_gate(connection, version, exported.passed, exported.record)
-        refresh_item_vectors(connection, place.artifacts / path, TextEncoder(place.encoder, precision="fp32"))
+        refresh_item_vectors(connection, place.artifacts / path, encoder)
         if exported.passed:
             registry.promote(connection, version)
             connection.commit()

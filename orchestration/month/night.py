@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from inference.encoder import TextEncoder
 from inference.runtime import LarderApplication
-from orchestration.compute.drift.judge import USUAL_ROOM, WAITING, Finding
+from orchestration.compute.drift.judge import WAITING, Finding
 from orchestration.compute.drift.report import CURED_BY_TRAINING, drift_report
 from orchestration.compute.engines import DuckDB
 from orchestration.compute.experiments.reports import Reported, report_all
@@ -26,21 +26,23 @@ Say = Callable[[str], None]
 METRIC = "click_rate"
 
 
-def first_night(place: Place, plan: Plan, street: Street, say: Say) -> None:
+def first_night(place: Place, plan: Plan, street: Street, encoder: TextEncoder, say: Say) -> None:
     """Load everything from before the month, and build what the first training and the first day read."""
     part = street.organic.part(None, plan.midnight(1))
     with place.connect() as connection:
         report = ingest(part, place.lake, connection, now=plan.midnight(1))
     say(f"{report.stored:,} events of {report.people:,} people with {report.items:,} items before the first day")
     street.remember((event.user_id, event.item_id) for event in part.happened)
-    _make_anew(place, plan, 1)
+    say("features, lists and text vectors for the first day")
+    _make_anew(place, plan, 1, encoder)
 
 
-def night(app: LarderApplication, place: Place, plan: Plan, street: Street, number: int) -> None:
+def night(app: LarderApplication, place: Place, plan: Plan, street: Street, number: int, encoder: TextEncoder) -> None:
     """End day `number`: the next one knows what happened on it."""
     app.flush(60_000)
     end = plan.midnight(number + 1)
-    part = street.organic.part(plan.midnight(number), end)
+    part = street.organic.part(plan.midnight(number), end, street.taken)
+    street.taken.clear()
     with place.connect() as connection:
         # The database's own clock wrote when these were known: the time of this simulation, months away from theirs. In
         # the month's story they were known at once.
@@ -51,13 +53,12 @@ def night(app: LarderApplication, place: Place, plan: Plan, street: Street, numb
         drain(connection, place.lake, plan.date(number), plan.date(number), now=end)
         ingest(part, place.lake, connection, now=end)
     street.remember((event.user_id, event.item_id) for event in part.happened)
-    _make_anew(place, plan, number + 1)
+    _make_anew(place, plan, number + 1, encoder)
 
 
-def _make_anew(place: Place, plan: Plan, number: int) -> None:
+def _make_anew(place: Place, plan: Plan, number: int, encoder: TextEncoder) -> None:
     """What day `number` reads: texts, lists, yesterday's features, item vectors of every version that may serve."""
     yesterday = plan.date(number - 1)
-    encoder = TextEncoder(place.encoder, precision="fp32")
     with place.connect() as connection:
         refresh_text_vectors(connection, encoder)
         interactions = load_interactions(place.lake, connection)
@@ -76,11 +77,14 @@ def watch_drift(place: Place, plan: Plan, number: int) -> Drift:
     report = drift_report(place.url, place.lake, place.artifacts_url, plan.date(number))
     if report.alarms:
         write_report(place.folder, "drift", report.day, report.to_dict(), report.plots())
-    compared = [one for one in report.findings if one.state != WAITING and one.kind in CURED_BY_TRAINING]
+    reach: dict[str, float] = {}
+    for one in report.findings:
+        if one.state != WAITING and one.kind in CURED_BY_TRAINING:
+            reach[one.kind] = max(reach.get(one.kind, 0.0), abs(one.distance) / max(one.enough, 1e-9))
     return Drift(
         [_told(one) for one in report.alarms],
         [_told(one) for one in report.severe],
-        max((abs(one.distance) / max(one.least, USUAL_ROOM * one.usual, 1e-9) for one in compared), default=None),
+        reach,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 
@@ -23,9 +24,14 @@ K = 10
 """Items of a list. The item at place r, from 1, is looked at with probability 1 / log2(1 + r), as NDCG discounts."""
 REST_DAYS = 7
 """After a training no other is begun for so long, whatever drifts: what is new has to be seen first."""
-
 LEFT_DAYS = 3
 """Nor in the month's last days: nothing of what it brings would be seen."""
+AS_IF_EVERY = 3
+"""Of an experiment's requests each so manieth is answered again as the other arm would have, for the truth."""
+
+
+GUARDRAILS = ("hide_rate", "click_rate")
+"""Of both experiments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +58,10 @@ class Plan:
     people: int = 1_400
     items: int = 900
     events_per_person: float = 68.0
-    drift_strength: float = 0.7
-    visits: int = 160
-    """People who ask for a list in a day, once each."""
+    drift_strength: float = 1.0
+    lists_per_visit: int = 2
+    most_lists: int = 400
+    """In a day."""
     size: str = "small"
     epochs: int = 10
     slate_rows: int = 3_000
@@ -71,12 +78,12 @@ class Plan:
             raise SettingsError(
                 f"a month of {self.days} days cannot be told; give DAYS from {LEAST_DAYS} to {MOST_DAYS}"
             )
-        parted = self._at(9)
+        parted = self._at(5)
         trials = (
-            Trial("variety", "mixed", self._at(2), parted, 0.5, 0.6, None, "lists are made more varied (diversity 0.6)"),
+            Trial("variety", "mixed", self._at(2), parted, 0.5, 0.3, None, "lists are made a little more varied (diversity 0.3)"),
             Trial(
-                "careless", "hasty", parted + 1, max(parted + 1, self._at(16)), 0.5, 1.0, 10,
-                "a careless change: 10 candidates only, ordered by variety alone",
+                "careless", "hasty", parted + 1, max(parted + 1, self._at(18)), 0.5, 1.0, 1_000,
+                "a careless change: lists are made for variety alone, of everything there is (diversity 1, candidates 1000)",
             ),
         )  # fmt: skip
         object.__setattr__(self, "trials", trials)
@@ -87,7 +94,7 @@ class Plan:
     @property
     def drift_day(self) -> int:
         """The first day on which everybody wants something else than the day before."""
-        return self._at(18)
+        return self._at(22)
 
     @property
     def rollback_day(self) -> int:
@@ -125,14 +132,12 @@ class Plan:
         """What is declared in experiments.toml."""
         tables = []
         for trial in self.trials:
-            change = f"diversity = {trial.diversity}" + (
-                f"\ncandidates = {trial.candidates}" if trial.candidates else ""
-            )
+            pool = f"candidates = {trial.candidates}\n" if trial.candidates else ""
             tables.append(
                 f"[experiments.{trial.name}]\n"
                 f"start = {self.midnight(trial.first):%Y-%m-%dT%H:%M:%SZ}\nend = {self.midnight(trial.last + 1):%Y-%m-%dT%H:%M:%SZ}\n"
-                'metrics = ["click_rate"]\nguardrails = ["hide_rate", "click_rate"]\n'
+                f'metrics = ["click_rate"]\nguardrails = {json.dumps(GUARDRAILS)}\n'
                 f"[experiments.{trial.name}.arms.control]\nshare = {1 - trial.share:g}\nexploration = 0\n"
-                f"[experiments.{trial.name}.arms.{trial.arm}]\nshare = {trial.share:g}\nexploration = 0\n{change}\n"
+                f"[experiments.{trial.name}.arms.{trial.arm}]\nshare = {trial.share:g}\nexploration = 0\ndiversity = {trial.diversity}\n{pool}"
             )
         return "\n".join(tables)

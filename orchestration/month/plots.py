@@ -1,4 +1,4 @@
-"""Pictures of the month: quality, experiments, drift and fairness, truth beside estimates."""
+"""Pictures of the month: quality, experiments, drift and fairness, truth beside estimates; large enough to read on a phone."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from orchestration.compute.drift.plots import BLUE, GREEN, GREY, RED
+from orchestration.compute.drift.sketches import CALIBRATION, FEATURES, LABELS, SCORES
+from orchestration.compute.drift.vectors import VECTORS
 from orchestration.month.judge import Segment
 from orchestration.month.plan import K, Plan
 from orchestration.month.story import Story
+
+FONT = 11
 
 
 def draw_quality(plan: Plan, story: Story, axes: Axes) -> None:
     """True relevance of what was shown, of the popular and of the best list, by day."""
     days = [day.number for day in story.days]
-    axes.plot(
-        days, [day.best for day in story.days], color=GREY, ls="--", label="best possible (known to the simulator)"
-    )
+    axes.plot(days, [day.best for day in story.days], color=GREY, ls="--", label="best possible")
     axes.plot(days, [day.relevance for day in story.days], color=GREEN, lw=2, label="shown")
     axes.plot(days, [day.popular for day in story.days], color=BLUE, label="what is trending")
     _mark(plan, story, axes)
-    axes.set_xlabel("day", fontsize=8)
-    axes.set_ylabel("mean true relevance of a list", fontsize=8)
+    axes.tick_params(labelsize=FONT - 1)
+    axes.set_xlabel("day", fontsize=FONT)
+    axes.set_ylabel("mean true relevance of a list", fontsize=FONT)
     axes.set_ylim(bottom=min(0.0, *(day.popular for day in story.days)))
-    axes.legend(fontsize=7, loc="lower left", ncols=3)
+    axes.legend(fontsize=FONT - 1, loc="lower left", ncols=3)
 
 
 def draw_clicks(plan: Plan, story: Story, axes: Axes) -> None:
@@ -45,11 +48,12 @@ def draw_clicks(plan: Plan, story: Story, axes: Axes) -> None:
         label="what is trending",
     )
     _mark(plan, story, axes)
-    axes.set_xlabel("day", fontsize=8)
-    axes.set_ylabel("clicks per shown item", fontsize=8)
+    axes.tick_params(labelsize=FONT - 1)
+    axes.set_xlabel("day", fontsize=FONT)
+    axes.set_ylabel("clicks per shown item", fontsize=FONT)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.legend(fontsize=7, loc="lower left", ncols=4)
+    axes.legend(fontsize=FONT - 1, loc="lower left", ncols=4)
 
 
 def draw_experiments(plan: Plan, story: Story, axes: Axes) -> None:
@@ -83,27 +87,39 @@ def draw_experiments(plan: Plan, story: Story, axes: Axes) -> None:
                 label=f"{trial.name}: true lift",
             )
     axes.axhline(0, color=GREY, lw=0.8)
+    axes.tick_params(labelsize=FONT - 1)
     axes.set_xlim(plan.trials[0].first - 1, plan.trials[-1].last + 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("day", fontsize=8)
-    axes.set_ylabel("lift in clicks per shown item", fontsize=8)
+    axes.set_xlabel("day", fontsize=FONT)
+    axes.set_ylabel("lift in clicks per shown item", fontsize=FONT)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=FONT - 1)
+
+
+KINDS = {FEATURES: GREY, SCORES: "#b58900", VECTORS: BLUE, LABELS: GREEN, CALIBRATION: RED}
 
 
 def draw_drift(plan: Plan, story: Story, axes: Axes) -> None:
-    """How far the drift report's largest finding reaches by day: 1 is an alarm's distance, 2 a severe one's."""
+    """How far each kind of drift reaches by day: 1 is an alarm's distance, 2 a severe one's. A dot is an alarm, a large one severe."""
     told = [(day.number, day.drift) for day in story.days if day.drift is not None]
-    axes.bar(
-        [number for number, _ in told],
-        [drift.reach or 0.0 for _, drift in told],
-        color=[RED if drift.severe else GREEN if not drift.alarms else BLUE for _, drift in told],
-    )
+    for kind, color in KINDS.items():
+        line = [(number, drift.reach[kind]) for number, drift in told if kind in drift.reach]
+        if line:
+            axes.plot(*zip(*line, strict=True), color=color, lw=1.2, label=kind)
+        for number, drift in told:
+            if any(alarm.startswith(kind) for alarm in drift.alarms):
+                severe = any(alarm.startswith(kind) for alarm in drift.severe)
+                axes.plot([number], [drift.reach[kind]], "o", color=color, ms=9 if severe else 5)
     for value in (1, 2):
         axes.axhline(value, color=GREY, lw=0.8, ls=":")
+    axes.set_xlim(0.5, plan.days + 0.5)
+    axes.set_ylim(bottom=0)
     _mark(plan, story, axes)
-    axes.set_xlabel("day (blue: an alarm, red: a severe one)", fontsize=8)
-    axes.set_ylabel("largest distance, in alarms", fontsize=8)
+    axes.tick_params(labelsize=FONT - 1)
+    axes.set_xlabel("day (dot: an alarm, large: a severe one)", fontsize=FONT)
+    axes.set_ylabel("distance, in alarms", fontsize=FONT)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=FONT - 1, loc="upper left")
 
 
 def draw_fairness(segments: list[Segment], axes: Axes) -> None:
@@ -111,11 +127,12 @@ def draw_fairness(segments: list[Segment], axes: Axes) -> None:
     places = list(range(len(segments)))
     axes.barh([n - 0.2 for n in places], [one.reported for one in segments], height=0.38, color=GREEN, label="reported")
     axes.barh([n + 0.2 for n in places], [one.true for one in segments], height=0.38, color=GREY, label="true")
-    axes.set_yticks(places, [f"{one.name} ({one.lists:,} lists)" for one in segments], fontsize=8)
+    axes.set_yticks(places, [f"{one.name} ({one.lists:,} lists)" for one in segments], fontsize=FONT)
     axes.invert_yaxis()
-    axes.set_xlabel("lists with a click, last two weeks", fontsize=8)
+    axes.tick_params(axis="x", labelsize=FONT - 1)
+    axes.set_xlabel("lists with a click, last two weeks", fontsize=FONT)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=FONT - 1)
 
 
 def _mark(plan: Plan, story: Story, axes: Axes) -> None:
@@ -128,4 +145,4 @@ def _mark(plan: Plan, story: Story, axes: Axes) -> None:
         marks.append((plan.rollback_day - 0.5, "rolled back", RED))
     for at, words, color in marks:
         axes.axvline(at, color=color, lw=0.9)
-        axes.text(at, 1.0, words, fontsize=7, color=color, rotation=30, transform=axes.get_xaxis_transform())
+        axes.text(at, 1.0, words, fontsize=FONT - 1, color=color, rotation=20, transform=axes.get_xaxis_transform())

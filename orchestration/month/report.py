@@ -64,12 +64,22 @@ def to_dict(
         "days": [asdict(day) | {"date": day.date.isoformat()} for day in story.days],
         "plan": {
             name: getattr(plan, name)
-            for name in ("seed", "people", "items", "visits", "epochs", "drift_day", "rollback_day")
+            for name in (
+                "seed",
+                "people",
+                "items",
+                "most_lists",
+                "epochs",
+                "drift_day",
+                "drift_strength",
+                "rollback_day",
+            )
         },
         "models": [asdict(model) for model in story.models],
         "experiments": {
             trial.name: {
                 "estimates": [asdict(one) for one in story.estimates.get(trial.name, [])],
+                "power": asdict(story.power[trial.name]) if trial.name in story.power else None,
                 "true_lift": _true_lift(story, trial, 0),
                 "true_lift_of_hides": _true_lift(story, trial, 1),
             }
@@ -180,7 +190,13 @@ def _experiments(plan: Plan, story: Story) -> str:
             final = stopped or verdict
             lines.append(f"The product's verdict on day {final.day}: **{final.verdict}**. {final.words}.")
         if stopped:
-            lines.append(f"Done by itself: {'; '.join(stopped.done)}.")
+            lines.append(f"Done by itself at the end of day {stopped.day}: {'; '.join(stopped.done)}.")
+        if (power := story.power.get(trial.name)) is not None:
+            lines.append(
+                f"Reckoned before the month from the truth: its arm would lose {power.harm:.1%} of the clicks, and by the last day "
+                f"{power.people:,} people with {power.lists:,} lists would let the guardrail see that with a probability of "
+                f"{power.power:.0%} at least."
+            )
         lines.append(
             f"True lift, had everybody been in {trial.arm}: clicks {_percent(_true_lift(story, trial, 0))}, hides "
             f"{_percent(_true_lift(story, trial, 1))}."
@@ -207,7 +223,8 @@ def _drift(plan: Plan, story: Story) -> str:
     for severe, words in ((False, "an alarm"), (True, "a severe alarm")):
         if found := story.alarm_since(plan.drift_day, severe=severe):
             lines.append(
-                f"The first day with {words} of something that had raised none before: {found[0]} ({', '.join(found[1])})."
+                f"The first day with {words} of something that had raised none before: {found[0]}, "
+                f"{_days_after(found[0] - plan.drift_day)} ({', '.join(found[1])})."
             )
         else:
             lines.append(
@@ -241,6 +258,10 @@ def _drift(plan: Plan, story: Story) -> str:
         if "roll" in line or "forward" in line
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _days_after(days: int) -> str:
+    return "the day it began" if days == 0 else f"{days} day{'s' if days > 1 else ''} after it began"
 
 
 def _quality(story: Story, first: int, last: int) -> str:

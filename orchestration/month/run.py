@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from inference.encoder import TextEncoder
 from infra.deploy import roll_back_model
 from orchestration.compute.encoder import export_encoder
 from orchestration.month.learn import learn
 from orchestration.month.night import first_night, night, watch_drift, watch_experiments
 from orchestration.month.place import Place
 from orchestration.month.plan import LEFT_DAYS, REST_DAYS, Plan
+from orchestration.month.power import rehearse
 from orchestration.month.serve import Clock, Street, application, serve_day
 from orchestration.month.source import Organic
 from orchestration.month.story import Day, Story
@@ -24,29 +26,33 @@ def simulate(place: Place, plan: Plan, say: Say) -> tuple[Story, Street]:
     street = Street(plan, Organic(plan.world, until), Simulator(plan.world, until))
     story = Story()
     export_encoder(place.encoder)
-    first_night(place, plan, street, say)
-    story.models.append(learn(place, plan, 0, say))
+    encoder = TextEncoder(place.encoder, precision="fp32")
+    first_night(place, plan, street, encoder, say)
+    story.models.append(learn(place, plan, 0, encoder, say))
     place.experiments.write_text(plan.experiments())
     clock = Clock(plan.midnight(1))
     with application(place, plan, clock) as app:
+        for trial in plan.trials:
+            story.power[trial.name] = rehearse(app.recommender, clock, street, trial)
+            say(story.power[trial.name].words)
         for number in range(1, plan.days + 1):
             day = serve_day(app, clock, street, place, story, number)
-            night(app, place, plan, street, number)
-            _watch(place, plan, story, day, say)
+            night(app, place, plan, street, number, encoder)
+            _watch(place, plan, story, day, encoder, say)
             say(_told(day))
             for line in day.happened:
                 say(f"  {line}")
     return story, street
 
 
-def _watch(place: Place, plan: Plan, story: Story, day: Day, say: Say) -> None:
+def _watch(place: Place, plan: Plan, story: Story, day: Day, encoder: TextEncoder, say: Say) -> None:
     """Reports of the day that ended, and what is done about them before the next begins."""
     if day.number == plan.drift_day:
         day.happened.append("everybody's taste begins to move (known to the simulator alone)")
     watch_experiments(place, plan, story, day)
     day.drift = watch_drift(place, plan, day.number)
     if day.drift.severe:
-        _severe(place, plan, story, day, say)
+        _severe(place, plan, story, day, encoder, say)
     if day.number == plan.rollback_day - 1:
         _roll_back(place, day, None)
     elif day.number == plan.rollback_day:
@@ -54,7 +60,7 @@ def _watch(place: Place, plan: Plan, story: Story, day: Day, say: Say) -> None:
         _roll_back(place, day, newest[-1] if newest else None, again=True)
 
 
-def _severe(place: Place, plan: Plan, story: Story, day: Day, say: Say) -> None:
+def _severe(place: Place, plan: Plan, story: Story, day: Day, encoder: TextEncoder, say: Say) -> None:
     assert day.drift is not None
     told = "; ".join(day.drift.severe[:2]) + ("; …" if len(day.drift.severe) > 2 else "")
     if story.models[-1].day and day.number < story.models[-1].day + REST_DAYS:
@@ -63,7 +69,7 @@ def _severe(place: Place, plan: Plan, story: Story, day: Day, say: Say) -> None:
         return
     day.happened.append(f"severe drift alarm ({told}): a new model is trained")
     say(f"day {day.number}: severe drift alarm ({told})")
-    made = learn(place, plan, day.number, say)
+    made = learn(place, plan, day.number, encoder, say)
     story.models.append(made)
     day.happened.append(
         f"model {made.version[:8]} released: it passed its gate"

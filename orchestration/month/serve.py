@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,15 +15,15 @@ from inference.recommend import Recommender
 from inference.runtime import LarderApplication
 from inference.settings import Settings
 from orchestration.month.place import Place
-from orchestration.month.plan import K, Plan, Trial
+from orchestration.month.plan import AS_IF_EVERY, K, Plan, Trial
 from orchestration.month.source import Organic
 from orchestration.month.story import Arm, Day, Story, Visit
 from orchestration.month.truth import DayTruth, clicks, hides
-from orchestration.sources.simulator import Simulator, user_id
-from orchestration.sources.simulator_world import DAY, PEOPLE_BLOCK, people_block
+from orchestration.sources.simulator import Simulator
 from schemas.serving import RecommendationRequest
 
-AWAKE_HOURS = (6.0, 23.5)
+BETWEEN = timedelta(minutes=2)
+"""From a list to the next one of the same visit."""
 _FLUSH_EVERY = 32
 """Requests between two waits for the log: its queue holds 256 reads, and here nobody pauses between two requests."""
 _PATIENCE_MS = 60_000
@@ -71,25 +72,19 @@ class Street:
     organic: Organic
     simulator: Simulator
     had: dict[str, set[str]] = field(default_factory=dict)
-
-    def present(self, day: int) -> list[str]:
-        """Who has come before that day and not left for good."""
-        begin = self.plan.midnight(day)
-        second = int((begin - self.plan.world.started_at).total_seconds())
-        numbers = sorted(int(who.removeprefix("user-")) for who, at in self.organic.first_event.items() if at < begin)
-        blocks = {number // PEOPLE_BLOCK for number in numbers}
-        leaves = {block: people_block(self.plan.world, block).leaves for block in blocks}
-        return [user_id(n) for n in numbers if leaves[n // PEOPLE_BLOCK][n % PEOPLE_BLOCK] > second + DAY]
+    taken: Counter[str] = field(default_factory=Counter)
+    """How much each took from today's lists: what a list gives a person, they do not look for elsewhere."""
 
     def visitors(self, day: int) -> list[tuple[datetime, str]]:
-        """Who asks on that day and when, in order."""
-        rng = self.plan.world.generator(VISITS_STREAM, day)
-        present = self.present(day)
-        who = rng.choice(len(present), min(self.plan.visits, len(present)), replace=False)
-        hours = np.sort(rng.uniform(*AWAKE_HOURS, len(who)))
-        return [
-            (self.plan.midnight(day) + timedelta(hours=float(h)), present[n]) for h, n in zip(hours, who, strict=True)
-        ]
+        """Who asks on that day and when, in order: who has come by before, at the beginning of each of their visits and
+        `lists_per_visit` times in all. Of more than `most_lists` some visits, drawn at random, ask for none."""
+        last = self.plan.midnight(day + 1) - self.plan.lists_per_visit * BETWEEN  # all of it on one day
+        visits = [(at, who) for at, who in self.organic.sessions(self.plan.date(day)) if at < last]
+        most = self.plan.most_lists // self.plan.lists_per_visit
+        if len(visits) > most:
+            rng = self.plan.world.generator(VISITS_STREAM, day)
+            visits = [visits[n] for n in np.sort(rng.choice(len(visits), most, replace=False))]
+        return sorted((at + n * BETWEEN, who) for at, who in visits for n in range(self.plan.lists_per_visit))
 
     def remember(self, pairs: Iterator[tuple[str, str]]) -> None:
         """Add what people took, as (person, item)."""
@@ -104,7 +99,7 @@ def serve_day(app: LarderApplication, clock: Clock, street: Street, place: Place
     visitors = street.visitors(number)
     # Each looks at what there is when the day begins: what arrives on it is in no truth, and shown from tomorrow on.
     items = street.organic.available(plan.midnight(number))
-    truth = DayTruth.of(street.simulator, [who for _, who in visitors], items, plan.noon(number))
+    truth = DayTruth.of(street.simulator, sorted({who for _, who in visitors}), items, plan.noon(number))
     with place.connect() as connection:
         trending = [
             item
@@ -124,10 +119,11 @@ def serve_day(app: LarderApplication, clock: Clock, street: Street, place: Place
         shown = [item.item_id for item in answer.items]
         relevance = truth.of_list(who, shown)
         arm = answer.experiment.arm if answer.experiment else None
-        if trial is not None and answer.experiment is not None and answer.experiment.name == trial.name:
+        inside = trial is not None and answer.experiment is not None and answer.experiment.name == trial.name
+        if trial is not None and inside and turn % AS_IF_EVERY == 0:
             for name in ("control", trial.arm):
                 kept = day.arms.setdefault(trial.name, {}).setdefault(name, Arm())
-                worth = relevance if name == arm else truth.of_list(who, _as_if(app.recommender, request, trial, name))
+                worth = relevance if name == arm else truth.of_list(who, as_if(app.recommender, request, trial, name))
                 kept.asked += 1
                 kept.shown += len(worth)
                 kept.clicks += float(clicks(worth).sum())
@@ -138,8 +134,9 @@ def serve_day(app: LarderApplication, clock: Clock, street: Street, place: Place
         _post(app, clock.at, who, request_id, shown, clicked, hidden)
         _count(day, story, answer.model_version or "none", who, relevance, chance, clicked, hidden)
         day.degraded += bool(answer.degraded)
-        if trial is not None and arm is not None:
-            mine = day.arms[trial.name][arm]
+        street.taken[who] += int(clicked.sum())
+        if trial is not None and inside and arm is not None:
+            mine = day.arms.setdefault(trial.name, {}).setdefault(arm, Arm())
             mine.lists += 1
             mine.clicked += int(clicked.sum())
             mine.hidden += int(hidden.sum())
@@ -157,15 +154,11 @@ def serve_day(app: LarderApplication, clock: Clock, street: Street, place: Place
     return day
 
 
-def _as_if(recommender: Recommender, request: RecommendationRequest, trial: Trial, arm: str) -> Sequence[str]:
+def as_if(recommender: Recommender, request: RecommendationRequest, trial: Trial, arm: str) -> Sequence[str]:
     """The list that this very request would get in that arm: nothing of it is shown, logged or drawn at random."""
     new = arm == trial.arm
-    beside = replace(
-        recommender,
-        served=None,
-        trials=None,
-        candidates=(trial.candidates if new else None) or recommender.candidates,
-    )
+    pool = (trial.candidates if new else None) or recommender.candidates
+    beside = replace(recommender, served=None, trials=None, candidates=pool)
     asked = request.model_copy(update={"diversity": trial.diversity if new else None})
     return [item.item_id for item in beside.recommend(asked).items]
 

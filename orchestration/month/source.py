@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 
 from orchestration.sources import BadRow
-from orchestration.sources.simulator import Simulator
+from orchestration.sources.simulator import SAME_SESSION_SECONDS, Simulator
 from orchestration.sources.simulator_world import World
 from schemas.errors import SourceError
 from schemas.events import Event, Item, Person
@@ -65,19 +65,41 @@ class Organic:
         self.first_event = first
         """When each person was seen first."""
 
-    def part(self, since: datetime | None, until: datetime) -> Part:
-        """What became known from midnight `since` to midnight `until`."""
+    def sessions(self, day: date) -> list[tuple[datetime, str]]:
+        """When somebody begins to look around on that day, and who, in order; nobody on the day they are first seen."""
+        last: dict[str, datetime] = {}
+        found = []
+        for event in sorted(self._events.get(day, ()), key=lambda event: event.occurred_at):
+            at, who = event.occurred_at, event.user_id
+            before = last.get(who)
+            if (before is None or (at - before).total_seconds() >= SAME_SESSION_SECONDS) and self.first_event[
+                who
+            ].astimezone(UTC).date() < day:
+                found.append((at, who))
+            last[who] = at
+        return found
+
+    def part(self, since: datetime | None, until: datetime, instead: Mapping[str, int] | None = None) -> Part:
+        """What became known from midnight `since` to midnight `until`; of each of `instead` as many of the last events did not
+        happen."""
 
         def new(at: datetime | None) -> bool:
             return (since is None or (at is not None and at >= since)) and (at is None or at < until)
 
+        left_out = Counter(instead or {})
+        happened = []
         days = sorted(day for day in self._events if day < until.date() and (since is None or day >= since.date()))
+        for event in (event for day in reversed(days) for event in reversed(self._events[day])):
+            if left_out[event.user_id] > 0:
+                left_out[event.user_id] -= 1
+            else:
+                happened.append(event)
         return Part(
             since,
             until,
             tuple(item for item in self._items if new(item.available_at)),
             tuple(self._people[user_id] for user_id, at in self.first_event.items() if new(at)),
-            tuple(event for day in days for event in self._events[day]),
+            tuple(reversed(happened)),
         )
 
     def profile(self, user_id: str) -> dict[str, object]:

@@ -37,12 +37,12 @@ class Estimate:
 
 @dataclass(slots=True)
 class Drift:
-    """What the product's drift report said at the end of a day. `reach` is the largest distance that a new model may cure, in
-    multiples of what an alarm needs; None while nothing can be compared."""
+    """What the product's drift report said at the end of a day. `reach` is the largest distance of each kind that a new model may
+    cure, in multiples of what an alarm needs; a kind of which nothing can be compared yet is not in it."""
 
     alarms: list[str]
     severe: list[str]
-    reach: float | None
+    reach: dict[str, float]
 
 
 @dataclass(slots=True)
@@ -101,6 +101,26 @@ class Learned:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Power:
+    """What is expected of an experiment's guardrail `click_rate`: the true harm, who will come, how often it sees the harm by
+    the last day. A floor: looks before the last, and the other guardrail, can only add to it."""
+
+    trial: str
+    harm: float
+    people: int
+    lists: int
+    se: float
+    power: float
+
+    @property
+    def words(self) -> str:
+        return (
+            f"experiment {self.trial}: in truth its arm loses {self.harm:.0%} of the clicks; {self.people:,} people with "
+            f"{self.lists:,} lists let the guardrail see that with a probability of {self.power:.0%} at least"
+        )
+
+
 @dataclass(slots=True)
 class Story:
     """The month."""
@@ -109,6 +129,8 @@ class Story:
     models: list[Learned] = field(default_factory=list)
     estimates: dict[str, list[Estimate]] = field(default_factory=dict)
     visits: list[Visit] = field(default_factory=list)
+    power: dict[str, Power] = field(default_factory=dict)
+    """By experiment: what its guardrail could be expected to see, said before the month."""
 
     def alarms_before(self, day: int) -> dict[str, int]:
         """What had an alarm before that day, and on which it was first. Something is a kind and a name, whatever the test."""

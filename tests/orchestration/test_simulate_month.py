@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,13 @@ import pytest
 from conftest import TODAY
 
 from inference.experiment import read_experiments
+from orchestration.compute.experiments.metrics import METRICS
+from orchestration.compute.experiments.ratios import lift_of, moments
+from orchestration.compute.experiments.sequential import one_sided_width, tune
 from orchestration.month import judge, report, run
 from orchestration.month.place import Place
-from orchestration.month.plan import K, Plan
+from orchestration.month.plan import AS_IF_EVERY, K, Plan
+from orchestration.month.power import guardrail_power
 from orchestration.month.source import Organic
 from orchestration.month.story import Day, Drift, Story
 from orchestration.month.truth import DayTruth, clicks, examination, hides, taken
@@ -27,9 +32,9 @@ TINY = Plan(
     TODAY.date(),
     days=6,
     people=150,
-    items=150,
+    items=300,
     events_per_person=25.0,
-    visits=25,
+    most_lists=24,
     epochs=1,
     slate_rows=200,
     history_days=40,
@@ -44,25 +49,27 @@ def test_a_tiny_month_is_lived_and_told(database: str, tmp_path: Path) -> None:
     story, street = run.simulate(place, TINY, said.append)
 
     assert [day.number for day in story.days] == [1, 2, 3, 4, 5, 6]
-    assert all(day.visits == 25 for day in story.days)
-    # Ten candidates, which is what the careless arm has, are not always ten items.
-    assert all(0 < day.shown <= 25 * K and (day.shown == 25 * K or "careless" in day.arms) for day in story.days)
+    assert all(0 < day.visits <= 24 for day in story.days)
+    assert [(day.number, day.visits, day.shown) for day in story.days if day.shown != day.visits * K] == []
     assert all(day.drift is not None and not day.degraded * story.models[0].passed for day in story.days)
     # The truth brackets what was shown, and what was clicked is drawn from it.
     assert all(day.best >= max(day.relevance, day.popular) for day in story.days)
     clicked, expected = sum(day.clicked for day in story.days), sum(day.clicks for day in story.days)
     assert abs(clicked - expected) < 4 * math.sqrt(expected)
-    # Both experiments ran with everybody, and what each arm is worth to everybody is known.
+    # Both experiments ran with everybody, and what each arm is worth is known of some of the same people in both.
     for trial in TINY.trials:
-        arms = [day.arms[trial.name] for day in story.days if trial.name in day.arms]
-        assert arms
-        assert all(set(one) == {"control", trial.arm} for one in arms)
-        assert all(sum(arm.lists for arm in one.values()) == 25 for one in arms)
-        assert all(arm.asked == 25 for one in arms for arm in one.values())
+        days = [day for day in story.days if trial.name in day.arms]
+        assert days
+        assert all(set(day.arms[trial.name]) <= {"control", trial.arm} for day in days)
+        assert all(sum(arm.lists for arm in day.arms[trial.name].values()) == day.visits for day in days)
+        asked = [day.arms[trial.name][arm].asked for day in days for arm in ("control", trial.arm)]
+        assert asked[::2] == asked[1::2] == [-(-day.visits // AS_IF_EVERY) for day in days]
+        assert 0 <= story.power[trial.name].power <= 1
+        assert story.power[trial.name].lists == sum(day.visits for day in days)
         assert story.estimates[trial.name][-1].people > 0
     with place.connect() as connection:
         count = "SELECT count(*), count(*) FILTER (WHERE item_ids IS NULL) FROM served_requests"
-        assert connection.execute(count).fetchone() == (150, 0)
+        assert connection.execute(count).fetchone() == (sum(day.visits for day in story.days), 0)
         assert connection.execute("SELECT count(*) FROM served_features").fetchone() != (0,)
         # Every click is an event with its list's id, known when it happened, and in the lake.
         posted = connection.execute(
@@ -124,9 +131,57 @@ def test_the_worlds_events_come_once_each() -> None:
     assert len({part.fingerprint() for part in parts}) == 4
 
 
+def test_people_ask_when_they_come_by_and_what_they_take_they_do_not_look_for() -> None:
+    organic = Organic(TINY.world, TINY.midnight(4))
+    day = TINY.date(2)
+    part = organic.part(TINY.midnight(2), TINY.midnight(3))
+    sessions = organic.sessions(day)
+    active = {event.user_id for event in part.happened}
+    known = {who for who in active if organic.first_event[who] < TINY.midnight(2)}
+    assert {who for _, who in sessions} == known < active
+    assert sessions == sorted(sessions)
+    begins = {(event.occurred_at, event.user_id) for event in part.happened}
+    assert set(sessions) <= begins
+    assert len(known) <= len(sessions) < len(part.happened)
+
+    who = max(active, key=lambda one: sum(event.user_id == one for event in part.happened))
+    mine = [event for event in part.happened if event.user_id == who]
+    fewer = organic.part(TINY.midnight(2), TINY.midnight(3), {who: 2})
+    assert [event for event in fewer.happened if event.user_id == who] == mine[:-2]
+    assert len(fewer.happened) == len(part.happened) - 2
+    none = organic.part(TINY.midnight(2), TINY.midnight(3), {who: 1_000})
+    assert len(none.happened) == len(part.happened) - len(mine)
+
+
+def test_the_reckoned_power_is_how_often_the_products_own_guardrail_breaks() -> None:
+    """Experiments drawn as the reckoning supposes, each judged by the product at its last look."""
+    trial, rng = TINY.trials[1], np.random.default_rng(1)
+    visits = Counter({f"p{n}": 1 + n % 4 for n in range(700)})
+    taste = {"control": rng.gamma(8, 0.15, 4_000), trial.arm: rng.gamma(8, 0.105, 4_000)}
+    told = guardrail_power(trial, visits, taste, {arm: 0.88 * clicks for arm, clicks in taste.items()})
+    assert told.harm == pytest.approx(0.3, abs=0.03)
+    assert (told.people, told.lists) == (700, 1_750)
+    times = np.array(list(visits.values()))
+    metric, alpha, broken, runs = METRICS["click_rate"], 0.05 / 2, 0, 400
+    for _ in range(runs):
+        arm = rng.permutation(700) < 350
+        rate = np.where(arm, rng.choice(taste[trial.arm], 700), rng.choice(taste["control"], 700))
+        # Clicks on ten places: a mean of `rate` and, by a binomial, 0.88 of it as the variance.
+        got = rng.binomial(10 * times, rate / 10)
+        lift = lift_of(*(moments(got[part], K * times[part]) for part in (~arm, arm)))
+        width = one_sided_width(lift.se, tune(metric.smallest_lift, 2 * alpha), alpha)
+        broken += bool(-lift.lift - width > 0)
+    assert broken / runs == pytest.approx(told.power, abs=0.07)
+    assert 0.3 < told.power < 0.99
+    sooner = guardrail_power(
+        trial, Counter(dict.fromkeys(visits, 1)), taste, {arm: 0.88 * v for arm, v in taste.items()}
+    )
+    assert sooner.power < told.power
+
+
 def test_what_had_moved_before_the_drift_does_not_pass_for_finding_it() -> None:
     def day(number: int, alarms: list[str], severe: list[str]) -> Day:
-        return Day(number, TINY.date(number), drift=Drift(alarms, severe, 2.0))
+        return Day(number, TINY.date(number), drift=Drift(alarms, severe, {}))
 
     old, new = "features: user_activity.events_30d", "vectors: taken"
     days = [day(1, [], []), day(2, [f"{old} (ks, day)"], []), day(4, [f"{old} (psi, week)"], [f"{old} (psi, week)"])]

@@ -3,8 +3,8 @@
 An alarm needs three things at once. **Not chance**: the p-value is below this report's share of `FALSE_ALARM_RATE`, which is
 for a week of daily reports with all their comparisons together (Bonferroni: neighbouring days and features hang together,
 and a bound that needs no independence is the honest one). **Large enough to matter**: at least `LEAST` of its test.
-**Unusual**: `USUAL_ROOM` times what the windows before lie apart from each other, so that a trend that has always been
-there, such as a history that grows, is no news.
+**Unusual**: `room` times what the windows before lie apart from each other, so that a trend that has always been there, such
+as a history that grows, is no news.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ LOOKS = 7
 """Reports a week."""
 LEAST_REFERENCES = 2
 """Windows before that must be there: with one alone nothing tells what is usual."""
-USUAL_ROOM = 1.25
 
 KS, PSI, CHI_SQUARE, MEANS, MMD = "ks", "psi", "chi-square", "means", "mmd"
 
@@ -80,12 +79,18 @@ class Finding:
     usual: float = 0.0
     clusters: int = 0
     reference_clusters: int = 0
+    references: int = 0
     words: str = ""
+
+    @property
+    def enough(self) -> float:
+        """The distance from which on it is an alarm, if it is not chance."""
+        return max(self.least, room(self.references) * self.usual)
 
     @property
     def severe(self) -> bool:
         """An alarm at twice the distance that would have been enough."""
-        return self.state == ALARM and abs(self.distance) >= 2 * max(self.least, USUAL_ROOM * self.usual)
+        return self.state == ALARM and abs(self.distance) >= 2 * self.enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +143,19 @@ def tests_of(kept: Kept) -> tuple[str, ...]:
     return (CHI_SQUARE,) if isinstance(kept, Counts) else (MEANS,)
 
 
-def decide(distance: float, p: float, *, least: float, usual: float, alpha: float, room: float = USUAL_ROOM) -> str:
+def room(references: int) -> float:
+    """How many times what the windows before lie apart from each other is still usual: 1.25 with four, 1.5 with three, 2 with two.
+
+    Of n windows a week apart that move at one pace, the outermost lies n / 2 weeks from the mean of the others and the next one
+    (n + 1) / 2 weeks from the mean of them all: a trend alone brings (n + 1) / n. And of few windows the furthest is a poor
+    measure of what is usual, so that few leave more room than that.
+    """
+    return 1 + 0.5 ** max(references - 2, 0)
+
+
+def decide(distance: float, p: float, *, least: float, usual: float, references: int, alpha: float) -> str:
     """Alarm or quiet, by the three conditions."""
-    return ALARM if p < alpha and abs(distance) >= max(least, room * usual) else QUIET
+    return ALARM if p < alpha and abs(distance) >= max(least, room(references) * usual) else QUIET
 
 
 def _judge(one: Comparison, name: Name, test: str, alpha: float) -> Finding:
@@ -162,13 +177,14 @@ def _judge(one: Comparison, name: Name, test: str, alpha: float) -> Finding:
     least = one.least[test]
     return Finding(
         *about,
-        decide(distance, p, least=least, usual=usual, alpha=alpha),
+        decide(distance, p, least=least, usual=usual, references=len(references), alpha=alpha),
         distance,
         p,
         least,
         usual,
         current.clusters,
         sum(found.clusters for found in references),
+        len(references),
     )
 
 

@@ -8,7 +8,7 @@ from datetime import date
 from matplotlib.axes import Axes
 
 from orchestration.compute.beyond_accuracy import Reliability
-from orchestration.compute.drift.judge import ALARM, USUAL_ROOM, WAITING, Finding
+from orchestration.compute.drift.judge import ALARM, WAITING, Finding
 from orchestration.compute.drift.sketches import FEATURES, Mean
 
 RED, GREY, GREEN, BLUE = "#c0392b", "#9aa5ab", "#0a8f5b", "#2c6fbb"
@@ -20,7 +20,7 @@ def draw_distances(findings: Sequence[Finding], axes: Axes) -> None:
     furthest: dict[str, tuple[float, Finding]] = {}
     for one in findings:
         if one.state != WAITING:
-            over = abs(one.distance) / max(one.least, USUAL_ROOM * one.usual, 1e-12)
+            over = abs(one.distance) / max(one.enough, 1e-12)
             label = f"{one.name if one.kind == FEATURES else f'{one.kind} {one.name}'} ({one.test})"
             if label not in furthest or over > furthest[label][0]:
                 furthest[label] = (over, one)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
@@ -148,11 +148,13 @@ def drift_report(
         champion = read_champion(connection)
         version = champion.version if champion else None
         categories = load_categories(connection)
+        since = serving_since(connection)
         comparisons: list[Comparison] = []
         curve, requests = None, 0
         for span_days in (DAY, WEEK):
             window = Window.ending(day, span_days)
-            served = read_requests(connection, window)
+            answered = read_requests(connection, window)
+            served = [one for one in answered if one.usual]
             current: dict[Name, Kept] = {
                 **feature_sketches(connection, window),
                 **request_sketches(served, version, categories),
@@ -163,16 +165,16 @@ def drift_report(
                 means, found = calibrated(served, outcomes, version, champion.calibration if champion else None)
                 current |= label_means(served, outcomes, version) | means
             sketches.keep(connection, day, span_days, current)
-            references = sketches.kept_windows(connection, days_before(day), span_days)
+            references = sketches.kept_windows(connection, whole(days_before(day), span_days, since), span_days)
             comparisons.append(comparison(span_days, current, references))
-            progress(f"{window.first} to {window.last}: {len(served):,} requests, {len(current)} things to compare")
+            progress(f"{window.first} to {window.last}: {len(answered):,} requests, {len(current)} things to compare")
             if span_days == WEEK:
-                curve, requests = found, len(served)
+                curve, requests = found, len(answered)
                 if champion and champion.trained_until:
-                    comparisons.append(_since_training(connection, day, current, champion.trained_until))
+                    comparisons.append(_since_training(connection, day, current, champion.trained_until, since))
         asked = sum(len(tests_of(kept)) for one in comparisons for kept in one.current.values())
         findings = judge(comparisons, others=2)
-        findings += _vectors(connection, lake, day, version, level(asked + 2))
+        findings += _vectors(connection, lake, day, version, level(asked + 2), since)
         days = [day - timedelta(days=back) for back in range(SHOWN_DAYS - 1, -1, -1)]
         kept = sketches.kept_windows(connection, days, DAY)
         return DriftReport(
@@ -203,6 +205,25 @@ def read_champion(connection: psycopg.Connection[Any]) -> Champion | None:
     return Champion(version, known, (float(told["scale"]), float(told["offset"])) if told else None)
 
 
+def serving_since(connection: psycopg.Connection[Any]) -> date | None:
+    """The first day (UTC) known to have been served: its answers are logged, or were, and a sketch of it is left; else None."""
+    row = connection.execute(
+        "SELECT least((SELECT (min(served_at) AT TIME ZONE 'UTC')::date FROM served_requests), "
+        "(SELECT min(day) FROM drift_sketches WHERE span_days = %s))",
+        (DAY,),
+    ).fetchone()
+    return row[0] if row else None
+
+
+def whole(ends: Sequence[date], span_days: int, since: date | None) -> list[date]:
+    """Those of the windows' last days whose window lies within what was served since the first day `since`.
+
+    What people do changes on the day that lists begin to be served: before it, and in a week that it cuts in two, they are
+    not those that today's are to be like. None: nothing was served yet, so nothing can be compared.
+    """
+    return [] if since is None else [end for end in ends if end - timedelta(days=span_days - 1) >= since]
+
+
 def freshness(connection: psycopg.Connection[Any], day: date) -> dict[str, int | None]:
     """How many days behind `day` the newest events and each view's newest partition are."""
     newest = dict(
@@ -216,10 +237,15 @@ def freshness(connection: psycopg.Connection[Any], day: date) -> dict[str, int |
 
 
 def _since_training(
-    connection: psycopg.Connection[Any], day: date, current: Mapping[Name, Kept], trained_until: datetime
+    connection: psycopg.Connection[Any],
+    day: date,
+    current: Mapping[Name, Kept],
+    trained_until: datetime,
+    since: date | None,
 ) -> Comparison:
     """The week against the last ones that the champion learned from."""
-    references = sketches.kept_windows(connection, days_of_training(day, trained_until), WEEK)
+    ends = whole(days_of_training(day, trained_until), WEEK, since)
+    references = sketches.kept_windows(connection, ends, WEEK)
     return since_training(current, references)
 
 
@@ -253,13 +279,13 @@ def _from_training_set(artifacts_url: str, current: Mapping[Name, Kept]) -> dict
 
 
 def _vectors(
-    connection: psycopg.Connection[Any], lake: Lake, day: date, version: str | None, alpha: float
+    connection: psycopg.Connection[Any], lake: Lake, day: date, version: str | None, alpha: float, since: date | None
 ) -> list[Finding]:
     """What people took, and what they were shown, in the week and in the weeks before."""
-    windows = [Window.ending(last, WEEK) for last in (*days_before(day), day)]
+    windows = [Window.ending(last, WEEK) for last in (*whole(days_before(day), WEEK, since), day)]
     reads: dict[str, Callable[[Window], Mapping[str, list[str]]]] = {
         "taken": lambda window: taken(lake, connection, window),
-        "shown": lambda window: shown(read_requests(connection, window), version),
+        "shown": lambda window: shown([one for one in read_requests(connection, window) if one.usual], version),
     }
     found = []
     for name, read in reads.items():

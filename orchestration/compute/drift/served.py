@@ -23,6 +23,8 @@ from schemas.views import VIEWS, fingerprint
 MOST_REQUESTS = 200_000
 """Requests of a window that are looked at, about: more would make nothing clearer."""
 _BATCH = 2_000
+CONTROL = "control"
+"""The arm that gets what everybody gets. Of an experiment without one every arm counts as changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,13 @@ class Request:
     scores: tuple[float, ...]
     sources: dict[str, int]
     degraded: tuple[str, ...]
+    arm: str | None = None
+    """The arm of the experiment that the person is in; None: they are in none."""
+
+    @property
+    def usual(self) -> bool:
+        """False for what an experiment changed: that it differs is meant, and its report says by how much."""
+        return self.arm is None or self.arm == CONTROL
 
     @property
     def plain(self) -> bool:
@@ -71,14 +80,16 @@ def read_requests(connection: psycopg.Connection[Any], window: Window, *, most: 
         "SELECT count(*) FROM served_requests WHERE served_at >= %s AND served_at < %s", (window.since, window.until)
     ).fetchone() or (0,)
     rows = connection.execute(
-        "SELECT request_id, user_id, served_at, wish_hash IS NOT NULL, model_version, item_ids, scores, sources, degraded "
+        "SELECT request_id, user_id, served_at, wish_hash IS NOT NULL, model_version, item_ids, scores, sources, degraded, arm "
         "FROM served_requests WHERE served_at >= %s AND served_at < %s "
         "AND ('x' || left(md5(user_id), 8))::bit(32)::bigint %% %s = 0 ORDER BY served_at, request_id",
         (window.since, window.until, max(1, -(-logged // most))),
     )
     return [
-        Request(who, user, at, wish, model, tuple(items), tuple(scores), dict(sources or {}), tuple(degraded or ()))
-        for who, user, at, wish, model, items, scores, sources, degraded in rows
+        Request(
+            who, user, at, wish, model, tuple(items), tuple(scores), dict(sources or {}), tuple(degraded or ()), arm
+        )
+        for who, user, at, wish, model, items, scores, sources, degraded, arm in rows
     ]
 
 
@@ -166,8 +177,11 @@ def _reads(
         cursor.itersize = _BATCH
         cursor.execute(
             "SELECT keys, numbers FROM served_features WHERE view = %s AND read_at >= %s AND read_at < %s "
-            "AND definition_hash = %s AND features = %s ORDER BY read_at, read_id",
-            (view.name, window.since, window.until, fingerprint((view,)), names),
+            "AND definition_hash = %s AND features = %s "
+            # What a changed arm shows has other features by right.
+            "AND NOT EXISTS (SELECT FROM served_requests AS r WHERE r.request_id = served_features.request_id AND r.arm <> %s) "
+            "ORDER BY read_at, read_id",
+            (view.name, window.since, window.until, fingerprint((view,)), names, CONTROL),
         )
         for keys, numbers in cursor:
             block = np.array(numbers, np.float32).reshape(-1, len(names))  # NULL is NaN

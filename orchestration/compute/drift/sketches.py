@@ -49,7 +49,7 @@ class Sketch:
         return np.asarray(self.missing + (1 - self.missing) * rank)
 
     def to_body(self) -> dict[str, Any]:
-        return {"missing": self.missing, "quantiles": [float(f"{value:.6g}") for value in self.quantiles]}
+        return {"missing": self.missing, "quantiles": _rounded(self.quantiles).tolist()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,13 @@ def sketch(values: NDArray[np.floating[Any]], clusters: int) -> Sketch:
     if not len(there):
         return Sketch(clusters, missing, there)
     place = ((np.arange(QUANTILES) + 0.5) / QUANTILES * len(there)).astype(np.int64)
-    return Sketch(clusters, missing, there[np.minimum(place, len(there) - 1)])
+    return Sketch(clusters, missing, _rounded(there[np.minimum(place, len(there) - 1)]))
+
+
+def _rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """With as many digits as are kept: values that many share, such as the log of a count, must meet their own kind in a
+    sketch that was read back, or each lies beside it and all of them have moved."""
+    return np.array([float(f"{value:.6g}") for value in values.tolist()], np.float64)
 
 
 def counts_of(by_cluster: Iterable[Mapping[str, float]]) -> Counts:

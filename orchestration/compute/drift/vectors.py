@@ -15,10 +15,10 @@ from pgvector.psycopg import register_vector
 from orchestration.compute.drift.judge import (
     LEAST_REFERENCES,
     MMD,
-    USUAL_ROOM,
     WAITING,
     Finding,
     decide,
+    room,
 )
 from orchestration.compute.drift.mmd import PERMUTATIONS, median_distance, mmd
 from orchestration.compute.drift.served import Request, Window
@@ -109,10 +109,10 @@ def compare_vectors(
         )
     )
     # What is too near to matter needs no exact p-value.
-    matters = distance >= max(LEAST_DISCREPANCY, USUAL_ROOM * usual)
+    matters = distance >= max(LEAST_DISCREPANCY, room(len(references)) * usual)
     found = mmd(current, before, width=width, permutations=PERMUTATIONS if matters else FEW_PERMUTATIONS, seed=seed)
-    state = decide(distance, found.p, least=LEAST_DISCREPANCY, usual=usual, alpha=alpha, room=USUAL_ROOM)
-    sizes = (len(current), len(before))
+    state = decide(distance, found.p, least=LEAST_DISCREPANCY, usual=usual, references=len(references), alpha=alpha)
+    sizes = (len(current), len(before), len(references))
     return Finding(*about, state, distance, found.p, LEAST_DISCREPANCY, usual, *sizes)
 
 

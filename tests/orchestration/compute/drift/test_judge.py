@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, date, datetime, timedelta
 
 import numpy as np
+import pytest
 
 from orchestration.compute.drift.judge import (
     ALARM,
@@ -55,6 +56,18 @@ def test_a_trend_that_has_always_been_there_is_no_news() -> None:
     growing = [window(0.5 * step, 3_000) for step in range(5)]
     assert judged(growing[4], growing[:4]).state == QUIET
     assert judged(window(4.5, 3_000), growing[:4]).state == ALARM
+
+
+@pytest.mark.parametrize("before", [2, 3])
+def test_a_steady_trend_is_no_news_with_few_windows_either(before: int) -> None:
+    """Each window is the one before it with a step more: on average, which one draw of windows cannot promise."""
+    steps, jumps = 0, 0
+    for _ in range(20):
+        growing = [window(0.4 * step, 3_000) for step in range(before + 1)]
+        steps += judged(growing[before], growing[:before]).state == ALARM
+        jumps += judged(window(0.4 * before + 1.0, 3_000), growing[:before]).state == ALARM
+    assert steps <= 1
+    assert jumps == 20
 
 
 def test_what_waits_says_for_what() -> None:

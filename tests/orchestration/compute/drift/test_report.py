@@ -19,6 +19,7 @@ from orchestration.compute.drift.judge import ALARM, WAITING
 from orchestration.compute.drift.report import DriftReport, drift_report
 from orchestration.compute.drift.served import Window, feature_sketches, read_requests
 from orchestration.compute.drift.sketches import DAY, WEEK, Counts, Mean, Name, Sketch, days_before
+from orchestration.compute.drift.statistics import ks, psi
 from orchestration.compute.ingest import ingest
 from orchestration.compute.lake import Lake
 from orchestration.compute.report_files import write_report
@@ -129,6 +130,18 @@ def test_what_is_kept_comes_back_as_it_was(connection: psycopg.Connection) -> No
     assert after[Name("labels", "pick_rate", "m")] == Mean(301, 0.4, 0.01)
 
 
+def test_what_was_kept_of_counts_is_like_the_same_counts_again(connection: psycopg.Connection) -> None:
+    """The logs of counts have many digits and few values; what is kept has six digits."""
+    name, counts = Name("features", "v.f", "1"), np.log1p(np.random.default_rng(4).poisson(2.0, 400))
+    now = sketches.sketch(counts, 400)
+    sketches.keep(connection, date(2026, 5, 4), DAY, {name: now})
+    [before] = sketches.kept_windows(connection, [date(2026, 5, 4)], DAY)
+    kept = before[name]
+    assert isinstance(kept, Sketch)
+    assert ks(now, [kept])[0] == 0
+    assert psi(now, [kept])[0] == pytest.approx(0)
+
+
 def test_a_person_counts_once_by_their_newest_read(connection: psycopg.Connection) -> None:
     names = [feature.name for feature in USER_ACTIVITY.features]
     rows = [("a", hour, 1.0) for hour in range(9)] + [("a", 9, 5.0), ("b", 3, 2.0)]
@@ -199,3 +212,48 @@ def test_a_deployment_that_served_nothing_waits_for_it(database: str, lake: Lake
     assert not report.alarms
     assert report.waits("features") == "nothing was logged of it"
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["requests"] == 0
+
+
+def test_what_an_experiment_changes_is_no_drift(served: psycopg.Connection, database: str, lake: Lake) -> None:
+    for back in range(7):
+        serve_day(served, YESTERDAY - timedelta(days=back))
+        serve_day(served, YESTERDAY - timedelta(days=back), seed=1, pick_rate=0.0, moved=2.0)
+    # Half of what was served is an arm's in which nobody picks anything, and a feature is another.
+    served.execute(
+        "UPDATE served_requests SET experiment = 'e', arm = CASE WHEN request_id LIKE '%%-1' THEN 'new' ELSE 'control' END "
+        "WHERE served_at >= %s",
+        (TODAY - timedelta(days=7),),
+    )
+    served.commit()
+    report = drift_report(database, lake, "file:///nothing", YESTERDAY)
+    assert names(report) == set()
+    assert report.requests == 2 * 7 * 120
+    assert ("labels", "pick_rate") in names(report, "quiet")
+    served.execute("UPDATE served_requests SET experiment = NULL, arm = NULL")
+    served.commit()
+    found = names(drift_report(database, lake, "file:///nothing", YESTERDAY))
+    assert {("labels", "pick_rate"), ("features", "user_activity.events_7d")} <= found
+
+
+def test_a_week_in_which_serving_began_is_compared_with_nothing(
+    served: psycopg.Connection, database: str, lake: Lake
+) -> None:
+    """Reports were made for the weeks that ended 13 and 6 days ago; of the older one's days the first is taken away."""
+    assert not newest_week(served, database, lake).waits("features")
+    began = YESTERDAY - timedelta(days=19)
+    served.execute("DELETE FROM served_requests WHERE served_at < %s", (began,))
+    served.commit()
+    report = drift_report(database, lake, "file:///nothing", YESTERDAY)
+    weekly = [one for one in report.findings if one.kind == "features" and one.against == "week"]
+    assert {one.state for one in weekly} == {WAITING}
+    assert {one.words for one in weekly} == {"1 windows before with 100 people or items; 2 are needed"}
+    # What was served before the log's own memory is known by its sketches.
+    served.execute(
+        "INSERT INTO drift_sketches (day, span_days, kind, name, version, clusters, body) VALUES (%s, 1, 'labels', 'x', '', 100, '{}')",
+        (YESTERDAY - timedelta(days=40),),
+    )
+    served.commit()
+    again = drift_report(database, lake, "file:///nothing", YESTERDAY)
+    assert not [
+        one for one in again.findings if one.against == "week" and one.state == WAITING and one.kind == "features"
+    ]
