@@ -32,6 +32,7 @@ from infra.deploy_settings import (
     read_target,
 )
 from infra.deployment import Deployment
+from infra.function_settings import DECLARED
 from infra.release import Progress, Release
 from schemas.errors import DeployError, LarderError
 from schemas.manifest import CHAMPION_POINTER
@@ -71,6 +72,11 @@ def deploy(
     The smoke request hangs under the current trace. Raises SettingsError, DeployError or ArtifactError.
     """
     settings = read_deploy_settings(record, target)
+    if not settings.experiments and Path(record.experiments).is_file():
+        progress(
+            f"  {record.experiments} is not the function's: for experiments there, put it at "
+            f"{settings.declared_url}/{DECLARED}/experiments.toml and name that in LARDER_EXPERIMENTS, here and for Dagster"
+        )
     with psycopg.connect(database_url) as connection:
         released = release.read(connection, record.artifacts_url)
     cloud = open_cloud(settings)

@@ -228,7 +228,15 @@ def test_a_service_on_cloud_run_is_told_all(
     rules = told["LARDER_RULES"]["value"]
     # The bucket is mounted where the service reads it.
     assert read_rules(rules.replace("/artifacts", str(folder), 1)).not_again_days == 3
-    assert not _deploy(record, database, "cloud-run")[0]
+    changed, lines = _deploy(record, database, "cloud-run")
+    assert (changed, [line for line in lines if "not the function's" in line]) == (False, [])
     (record.folder / "rules.toml").write_text("not_again_days = 4\n")
     assert _deploy(record, database, "cloud-run")[0]
     assert len(cloud_run.revisions) == 2
+    # What is declared for this machine alone is said to be.
+    monkeypatch.delenv("LARDER_EXPERIMENTS")
+    (record.folder / "experiments.toml").write_text(EXPERIMENTS)
+    _, lines = _deploy(record, database, "cloud-run")
+    assert "experiments.toml is not the function's: for experiments there, put it at" in lines[0]
+    container = cloud_run.services["larder-shop"]["spec"]["template"]["spec"]["containers"][0]
+    assert "LARDER_EXPERIMENTS" not in {one["name"] for one in container["env"]}
