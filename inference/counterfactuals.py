@@ -1,4 +1,4 @@
-"""What would have been scored if something had not been there: exact answers of the ranker itself, in one batched run.
+"""What would have been scored if something had not been there: exact answers of the ranker itself, in one batch.
 
     history   less all events of one item        row 1 … e     at most MOST_REMOVALS
     wish      less the whole wish, less a clause  row e + 1 …
@@ -73,6 +73,11 @@ def most_removals(inputs: Inputs, n: int, others: int) -> int:
     return int(np.clip(MOST_TOKENS // tokens - others, LEAST_REMOVALS, MOST_REMOVALS))
 
 
+def surely(past: Past, most: int = MOST_REMOVALS) -> NDArray[np.int64]:
+    """Places in `past` of what `preselect` takes whatever the evidence says: all where there are few, else the newest."""
+    return np.arange(len(past) if len(past) <= most else min(NEWEST, most))
+
+
 def preselect(
     past: Past, shown: NDArray[np.float32], people: NDArray[np.int64], most: int = MOST_REMOVALS
 ) -> NDArray[np.int64]:
@@ -81,14 +86,14 @@ def preselect(
     `shown (n, d)` are the shown items' vectors, `people (m, n)` how many people had both. An item's turn takes what is most
     like it, more for being new and for what people had both.
     """
-    m = len(past)
-    if m <= most:
-        return np.arange(m)
+    m, sure = len(past), surely(past, most)
+    if len(sure) == m:
+        return sure
     likeness = past.vectors @ shown.T  # (m, n)
     evidence = np.log1p(people) / max(float(np.log1p(people).max(initial=0)), 1e-9)
     recency = 1.0 / np.sqrt(1.0 + np.arange(m))
     promise = likeness + 0.5 * evidence + recency[:, None]
-    chosen = dict.fromkeys(range(min(NEWEST, most)))
+    chosen = dict.fromkeys(sure.tolist())
     ordered = np.argsort(-promise, axis=0, kind="stable")  # (m, n)
     for place in ordered.ravel():  # every item's first, then every item's second, …
         if len(chosen) == most:

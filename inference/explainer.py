@@ -1,6 +1,6 @@
-"""Explaining a slate: pick what to try, read the evidence, run the ranker once without each, and say what it did.
+"""Explaining a slate: pick what to try, read the evidence, run the ranker without each in one batch, and say what it did.
 
-    wish less a clause ─▶ encoded      history ─▶ at most 16 items     one round trip     one run     wording
+    wish less a clause ─▶ encoded      history ─▶ at most 16 items     one round trip     one batch     wording
 
 All of it happens after the slate is chosen and changes nothing of it. Where there is not the time, or the database or the
 model fails, whoever asks is told so and gives plain reasons instead.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
@@ -92,24 +93,30 @@ class Explainer:
         candidates, history = ranking.candidates, ranking.history
         past = counterfactuals.past_of(history, ranking.ranker.dim)
         parts, texts = self._clauses(ranking, within)
-        rivals = _rivals(ranking.scores, order)
-        placed = np.concatenate([order, rivals])
+        placed = np.concatenate([order, _rivals(ranking.scores, order)])
         ids = [candidates.item_ids[place] for place in placed.tolist()]
         k = len(order)
-        evidence = read_evidence(self.store, ids[:k], ids[k:], past.item_ids, texts, within.share_ms(1.0))
         changes = Changes(
             wishes=ranking.ranker.project(np.stack(texts)) if texts else None,
             has_wish=ranking.wish is not None,
             views=counterfactuals.known_views(ranking.inputs),
         )
         most = counterfactuals.most_removals(ranking.inputs, len(placed), len(changes))
-        chosen = counterfactuals.preselect(past, candidates.vectors[order], evidence.people, most)
-        changes = replace(changes, removed=[past.rows[place] for place in chosen.tolist()])
-        inputs = counterfactuals.batch(ranking.inputs, placed.tolist(), changes, history, ranking.at)
-        scores = self._run(ranking.ranker, inputs, within) + _wish_part(ranking, placed, changes, evidence)
-        tried = [_Tried("event", past=past_place) for past_place in chosen.tolist()]
+        sure = counterfactuals.surely(past, most)
+        changes = replace(changes, removed=[past.rows[place] for place in sure.tolist()])
+
+        def rest() -> tuple[Evidence, list[int]]:
+            """The evidence, and what else it says should be left out: places of the past."""
+            found = read_evidence(self.store, ids[:k], ids[k:], past.item_ids, texts, within.share_ms(1.0))
+            chosen = counterfactuals.preselect(past, candidates.vectors[order], found.people, most)
+            return found, np.setdiff1d(chosen, sure).tolist()
+
+        scores, evidence, others = self._run(ranking, placed, changes, past, rest, min(len(past), most), within)
+        scores += _wish_part(ranking, placed, changes, len(others), evidence)
+        tried = [_Tried("event", past=place) for place in sure.tolist()]
         tried += [_Tried("wish", words=words) for words in ([ranking.wish, *parts] if ranking.wish else [])]
         tried += [_Tried("features", view=view.name) for view in changes.views]
+        tried += [_Tried("event", past=place) for place in others]
         moved = counterfactuals.effects(scores, k)
         return [
             explain.tried(
@@ -121,22 +128,46 @@ class Explainer:
             for place, index in enumerate(order.tolist())
         ]
 
-    def _run(self, ranker: Ranker, inputs: Inputs, within: Deadline) -> NDArray[np.float32]:
-        """Scores `(b, n)` of the batch; a large one is shared by two processors where there are as many."""
-        rows, history, _ = inputs["history_vectors"].shape
-        tokens = rows * (history + inputs["candidate_vectors"].shape[1])
+    def _run(
+        self,
+        ranking: Ranking,
+        placed: NDArray[np.int64],
+        changes: Changes,
+        past: Past,
+        rest: Callable[[], tuple[Evidence, list[int]]],
+        removals: int,
+        within: Deadline,
+    ) -> tuple[NDArray[np.float32], Evidence, list[int]]:
+        """Scores `(b, n)` under `changes`, then without each of the other events that `rest` names, whose answer is given, too.
+
+        A large batch, of `removals` events in all, is shared by two processors where there are as many: one begins with what
+        is known already, while `rest` waits for the database.
+        """
+        n = placed.tolist()
+        first = counterfactuals.batch(ranking.inputs, n, changes, ranking.history, ranking.at)
+
+        def scored(inputs: Inputs) -> NDArray[np.float32]:
+            return self.models.run(ranking.ranker, inputs, within.left_ms(), self.pace)[1]
+
+        def more(others: list[int]) -> dict[str, NDArray[np.generic]]:
+            removed = Changes(removed=[past.rows[place] for place in others])
+            made = counterfactuals.batch(ranking.inputs, n, removed, ranking.history, ranking.at)
+            return _rows(made, slice(1, None))
+
+        rows = len(changes) + removals - len(changes.removed)
+        tokens = rows * (first["history_vectors"].shape[1] + len(n))
         if PROCESSORS < 2 or tokens < WORTH_SHARING or rows < 2:
-            return self.models.run(ranker, inputs, within.left_ms(), self.pace)[1]
-        half = (rows + 1) // 2
-        first, second = (
-            {name: value[part] for name, value in inputs.items()} for part in (slice(half), slice(half, rows))
-        )
+            evidence, others = rest()
+            return scored(_joined(first, more(others)) if others else first), evidence, others
+        half = min((rows + 1) // 2, len(changes))
         # Within a run threads wait for each other at every product; two runs wait once.
         with ThreadPoolExecutor(1, "larder-explain") as other:
-            run = copy_context().run
-            rest = other.submit(run, self.models.run, ranker, second, within.left_ms(), self.pace)
-            scores = self.models.run(ranker, first, within.left_ms(), self.pace)[1]
-            return np.concatenate([scores, rest.result()[1]])
+            begun = other.submit(copy_context().run, scored, _rows(first, slice(half)))
+            evidence, others = rest()
+            left = _rows(first, slice(half, None))
+            left = _joined(left, more(others)) if others else left
+            scores = scored(left) if len(left["history_mask"]) else np.zeros((0, len(n)), np.float32)
+            return np.concatenate([begun.result(), scores]), evidence, others
 
     def _clauses(self, ranking: Ranking, within: Deadline) -> tuple[list[str], list[NDArray[np.float32]]]:
         """Each clause of the wish, and the vector `(384,)` of the wish without it."""
@@ -166,11 +197,19 @@ class _Tried:
     view: str | None = None
 
 
+def _rows(inputs: Inputs, part: slice) -> dict[str, NDArray[np.generic]]:
+    return {name: value[part] for name, value in inputs.items()}
+
+
+def _joined(first: Inputs, second: Inputs) -> dict[str, NDArray[np.generic]]:
+    return {name: np.concatenate([value, second[name]]) for name, value in first.items()}
+
+
 def _wish_part(
-    ranking: Ranking, placed: NDArray[np.int64], changes: Changes, evidence: Evidence
+    ranking: Ranking, placed: NDArray[np.int64], changes: Changes, others: int, evidence: Evidence
 ) -> NDArray[np.float32]:
-    """`(changes, n)`: what the wish adds to each score beside the ranker's own, see `rerank.follow_wish`."""
-    part = np.zeros((len(changes), len(placed)), np.float32)
+    """`(changes + others, n)`: what the wish adds to each score beside the ranker's own, see `rerank.follow_wish`."""
+    part = np.zeros((len(changes) + others, len(placed)), np.float32)
     if changes.has_wish:
         part[:] = ranking.candidates.wish[placed]
         part[changes.first_wish] = 0.0
@@ -188,14 +227,16 @@ def _because(
     score: float,
 ) -> list[Because]:
     """What was tried, with its effect on the shown item at `place`; of events those that moved it most, and for it."""
-    found = []
-    for number, one in enumerate(tried):
-        effect, places = float(moved.effect[number, place]), int(moved.places[number, place])
+    counted = [n for n, one in enumerate(tried) if one.kind != "event" or moved.effect[n, place] > 0]
+    counted.sort(key=lambda n: (-int(moved.places[n, place]), -float(moved.lead[n, place])))
+    events = [n for n in counted if tried[n].kind == "event"][: explain.MOST_REASONS]
+    others = [n for n in counted if tried[n].kind != "event"]
+
+    def told(number: int) -> Because:
+        one, effect = tried[number], float(moved.effect[number, place])
         is_event = one.kind == "event"
-        if is_event and effect <= 0:
-            continue
         both = int(evidence.people[one.past, place]) if is_event else 0
-        because = Because(
+        return Because(
             kind=one.kind,
             item_id=past.item_ids[one.past] if is_event else None,
             title=ranking.history.titles[past.rows[one.past][0]] if is_event else None,
@@ -203,13 +244,11 @@ def _because(
             view=one.view,
             score_without=score - effect,
             effect=effect,
-            places=places,
+            places=int(moved.places[number, place]),
             people_both=both or None,
         )
-        found.append((places, float(moved.lead[number, place]), because))
-    found.sort(key=lambda entry: (-entry[0], -entry[1]))
-    events = [one for _, _, one in found if one.kind == "event"][: explain.MOST_REASONS]
-    return [*events, *(one for _, _, one in found if one.kind != "event")]
+
+    return [told(number) for number in (*events, *others)]
 
 
 def _rivals(scores: NDArray[np.float32], order: NDArray[np.int64]) -> NDArray[np.int64]:

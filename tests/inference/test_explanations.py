@@ -129,21 +129,55 @@ def test_evidence_counts_are_those_of_the_table(app: LarderApplication, world: S
 def test_at_most_sixteen_items_are_left_out_for_a_whole_slate(
     app: LarderApplication, world: ServedWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes: list[tuple[int, int]] = []
-    whole = counterfactuals.batch
+    removed: list[tuple[int, ...]] = []
+    rows: list[int] = []
+    made, run = counterfactuals.batch, LoadedModels.run
 
     def watched(inputs: Any, places: Any, changes: counterfactuals.Changes, *more: Any) -> Any:
-        made = whole(inputs, places, changes, *more)
-        sizes.append((len(changes.removed), len(made["history_mask"])))
-        return made
+        removed.extend(tuple(events) for events in changes.removed)
+        return made(inputs, places, changes, *more)
+
+    def counted(self: LoadedModels, ranker: Any, inputs: Any, left_ms: float, pace: Pace | None = None) -> Any:
+        if pace is not None:
+            rows.append(len(inputs["history_mask"]))
+        return run(self, ranker, inputs, left_ms, pace)
 
     monkeypatch.setattr(counterfactuals, "batch", watched)
+    monkeypatch.setattr(LoadedModels, "run", counted)
+    most = 0
     for user_id in world.people[:10]:
+        removed.clear()
+        rows.clear()
         ask(app, user_id, explain=True)
-    removed = [count for count, _ in sizes]
-    assert len(sizes) == 10, "one batch per request"
-    assert max(removed) == counterfactuals.MOST_REMOVALS
-    assert max(rows for _, rows in sizes) <= 1 + counterfactuals.MOST_REMOVALS + 3
+        most = max(most, len(removed))
+        assert len(set(removed)) == len(removed), "nothing is tried twice"
+        assert len(rows) <= 2, "one batch, shared by two processors at most"
+        assert len(removed) < sum(rows) <= 1 + counterfactuals.MOST_REMOVALS + 3
+    assert most == counterfactuals.MOST_REMOVALS
+
+
+@pytest.mark.parametrize("prompt", [None, WISH])
+def test_shared_by_two_processors_or_not_the_same_is_tried(
+    app: LarderApplication, world: ServedWorld, monkeypatch: pytest.MonkeyPatch, prompt: str | None
+) -> None:
+    monkeypatch.setattr(explainer, "PROCESSORS", 2)
+    for user_id in [*world.people[:5], "nobody"]:
+        told = []
+        for worth_sharing in (1, 10**9):
+            monkeypatch.setattr(explainer, "WORTH_SHARING", worth_sharing)
+            answer = ask(app, user_id, explain=True, prompt=prompt)
+            assert answer.degraded == ()
+            told.append(
+                {
+                    (item, one.kind, one.words, one.view): one.effect
+                    for item, one in tried(answer)
+                    if one.kind != "event"
+                }
+            )
+        shared, alone = told
+        assert shared.keys() == alone.keys()
+        # int8 in other company: as far as a batch may move a score.
+        assert list(shared.values()) == pytest.approx([alone[key] for key in shared], abs=0.1)
 
 
 def test_without_time_plain_reasons_are_given_and_said(app: LarderApplication, world: ServedWorld) -> None:
