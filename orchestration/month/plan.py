@@ -97,6 +97,11 @@ class Plan:
         return self._at(22)
 
     @property
+    def training_day(self) -> int:
+        """At its end a new model is trained whatever drifted, unless one was lately."""
+        return self._at(25)
+
+    @property
     def rollback_day(self) -> int:
         """The day that the model before serves again; the newest returns on the next."""
         return self._at(27)

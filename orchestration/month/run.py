@@ -52,7 +52,10 @@ def _watch(place: Place, plan: Plan, story: Story, day: Day, encoder: TextEncode
     watch_experiments(place, plan, story, day)
     day.drift = watch_drift(place, plan, day.number)
     if day.drift.severe:
-        _severe(place, plan, story, day, encoder, say)
+        told = "; ".join(day.drift.severe[:2]) + ("; …" if len(day.drift.severe) > 2 else "")
+        _train(place, plan, story, day, encoder, f"severe drift alarm ({told})", say)
+    elif day.number == plan.training_day:
+        _train(place, plan, story, day, encoder, "as every month, whatever drifted", say)
     if day.number == plan.rollback_day - 1:
         _roll_back(place, day, None)
     elif day.number == plan.rollback_day:
@@ -60,15 +63,14 @@ def _watch(place: Place, plan: Plan, story: Story, day: Day, encoder: TextEncode
         _roll_back(place, day, newest[-1] if newest else None, again=True)
 
 
-def _severe(place: Place, plan: Plan, story: Story, day: Day, encoder: TextEncoder, say: Say) -> None:
-    assert day.drift is not None
-    told = "; ".join(day.drift.severe[:2]) + ("; …" if len(day.drift.severe) > 2 else "")
+def _train(place: Place, plan: Plan, story: Story, day: Day, encoder: TextEncoder, why: str, say: Say) -> None:
+    """Train on all that is known, and release what passes; unless one has been trained lately, or the month is at its end."""
     if story.models[-1].day and day.number < story.models[-1].day + REST_DAYS:
         return
     if day.number > plan.days - LEFT_DAYS:
         return
-    day.happened.append(f"severe drift alarm ({told}): a new model is trained")
-    say(f"day {day.number}: severe drift alarm ({told})")
+    day.happened.append(f"{why}: a new model is trained")
+    say(f"day {day.number}: {why}: a new model is trained")
     made = learn(place, plan, day.number, encoder, say)
     story.models.append(made)
     day.happened.append(
