@@ -292,7 +292,8 @@ def test_exploration_is_one_setting_and_off_by_default(
     needed = {"DATABASE_URL": "postgresql://x/y", "ARTIFACTS_URL": "file:///a"}
     assert read_settings(needed).exploration == 0
     assert read_settings({**needed, "LARDER_EXPLORATION": "0.02"}).exploration == 0.02
-    for text in ("2", "-0.1", "nan", "1.5", "a lot", ""):
+    assert read_settings({**needed, "LARDER_EXPLORATION": ""}).exploration == 0, "empty is not set"
+    for text in ("2", "-0.1", "nan", "1.5", "a lot"):
         with pytest.raises(SettingsError, match=f"LARDER_EXPLORATION is '{text}'; give a share from 0 to 1"):
             read_settings({**needed, "LARDER_EXPLORATION": text})
     with running(world, tmp_path, "", exploration=0.5) as made:

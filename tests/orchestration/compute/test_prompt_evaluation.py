@@ -89,8 +89,10 @@ def score(data: PromptData, version: str) -> PromptFigures:
 
 def test_a_template_that_says_what_an_item_is_finds_it_before_anybody_had_it(data: PromptData) -> None:
     title, categories = score(data, "item.v2"), score(data, "item.v3")
-    assert categories.cold_item_recall > 2 * title.cold_item_recall
-    # Half the catalogue is of somebody's genres: twice what chance finds is all that categories can do.
+    # Half the catalogue is of somebody's genres: twice what chance finds is all that categories can do, and titles find
+    # what chance does.
+    assert categories.cold_item_recall > 1.5 * title.cold_item_recall
+    assert categories.cold_item_recall_low > title.cold_item_recall_high
     assert categories.neighbours_recall > 1.5 * title.neighbours_recall
     assert categories.genre_lift > 1.5 * title.genre_lift
     assert categories.genre_lift_with_history > title.genre_lift_with_history
@@ -104,7 +106,10 @@ def test_judging_twice_gives_the_same_figures(data: PromptData) -> None:
 
 
 def test_a_wish_template_that_drowns_the_wish_moves_the_list_less(data: PromptData) -> None:
-    assert score(data, "wish.v1").genre_lift > score(data, "wish.v2").genre_lift
+    clear, drowned = score(data, "wish.v1"), score(data, "wish.v2")
+    # Where nothing but the wish is known both reach 4, all that four genres allow; a history of two genres pulls away from it.
+    assert clear.genre_lift >= drowned.genre_lift
+    assert clear.genre_lift_with_history > drowned.genre_lift_with_history
 
 
 def test_hidden_items_differ_from_fold_to_fold_and_are_seen_items(data: PromptData) -> None:

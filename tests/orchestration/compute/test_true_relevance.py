@@ -32,6 +32,8 @@ START = date(2026, 1, 5)
 COUNTED = ("popularity", "7-day popularity", "co-visitation")
 NOISES = (1.0, 8.0)
 QUICK = World(START, seed=11, people=250, items=200, days=40, events_per_person=40)
+LEARNED = World(START, seed=11, people=500, items=300, days=60, events_per_person=60)
+"""One with enough events that a ranker learns more than what is popular, from texts that say little."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def test_the_truth_has_the_truest_lists_and_noise_makes_them_less_true() -> None
 
 @pytest.fixture(scope="module")
 def quick() -> Confirmed:
-    return confirm(QUICK, TrainConfig(epochs=5, slate_rows=1000, validation_labels=200), NOISES)
+    return confirm(LEARNED, TrainConfig(epochs=14, slate_rows=1000, validation_labels=200), NOISES)
 
 
 def test_the_more_noise_in_a_ranker_the_less_ndcg_and_the_less_truth(quick: Confirmed) -> None:
@@ -162,7 +164,7 @@ def test_the_more_noise_in_a_ranker_the_less_ndcg_and_the_less_truth(quick: Conf
 
 def test_a_better_ndcg_than_popularity_comes_with_truer_lists(quick: Confirmed) -> None:
     assert quick.evaluation.gain("ranker", "popularity").low > 0, quick.said("ranker", "popularity")
-    assert quick.truer("ranker", "popularity").mean > 0, quick.said("ranker", "popularity")
+    assert quick.truer("ranker", "popularity").low > 0, quick.said("ranker", "popularity")
 
 
 @pytest.mark.parametrize("floor", COUNTED)
