@@ -72,6 +72,11 @@ class ItemCache:
             thread.join(seconds)
         return thread is None or not thread.is_alive()
 
+    def restored(self) -> None:
+        """Begin anew in a process that woke from a snapshot: another machine's clock says nothing of when to read again."""
+        self._not_before = 0.0
+        self._store.restored()
+
     def close(self) -> None:
         """End a reading, and let go of the connection and of what was read."""
         self._closed.set()

@@ -378,7 +378,9 @@ class Recommender:
             )
 
         cached = None
-        if ranker is not None and self.items is not None and asked.request.at is None:
+        # Of the model that serves everybody: an arm's or a shadow's would take its place in memory and give it back again.
+        serving = ranker is not None and ranker is self.models.current()
+        if ranker is not None and serving and self.items is not None and asked.request.at is None:
             cached = self.items.get(asked.person.catalogue, ranker.version, ranker.dim)
         try:
             picked = pick(asked.features)

@@ -133,6 +133,7 @@ class LarderApplication:
         """
         random.seed()
         self._disconnect()
+        self.items.restored()
         for breaker in self.models.breakers():
             breaker.reset()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import shutil
@@ -18,11 +19,13 @@ from conftest import TODAY, replace_database
 from worlds import ListSource
 
 from inference import item_cache
+from inference.arms import NO_PLAN
 from inference.cached_items import CachedItems
 from inference.candidates import Candidates, Filters
 from inference.item_cache import ItemCache
 from inference.ranker_inputs import candidate_inputs
 from inference.store import Store
+from inference.trials import Trials
 from infra.roles import serving_urls
 from orchestration.compute.ingest import ingest
 from orchestration.compute.lake import Lake
@@ -372,6 +375,40 @@ def test_the_application_answers_the_same(world: ServedWorld, connection: psycop
     finally:
         app.close()
         plain.close()
+
+
+def test_models_beside_the_one_that_serves_leave_its_items_in_memory(world: ServedWorld) -> None:
+    app = world.application()
+    try:
+        app.recommend(RecommendationRequest(user_id=world.people[0]))
+        assert app.items.wait(SECONDS)
+        items, read = app.items._items, app.items._thread
+        assert items is not None
+        serving = app.models.current()
+        assert serving is not None
+        arm = copy.copy(serving)
+        arm.version = "of-an-arm"
+        app.items._not_before = 0.0
+        ours = replace(NO_PLAN, ranker=arm)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trials, "plan", lambda *_: ours)
+            answer = app.recommend(RecommendationRequest(user_id=world.people[0]))
+        assert answer.model_version == "of-an-arm", answer.degraded
+        assert (app.items._items, app.items._thread) == (items, read)
+    finally:
+        app.close()
+
+
+def test_a_process_that_woke_from_a_snapshot_reads_when_it_has_to(
+    world: ServedWorld, connection: psycopg.Connection, store: Store, cache: ItemCache
+) -> None:
+    loaded(cache, store, world)
+    cache._not_before = time.monotonic() + 1e6  # by the clock of the machine that made it
+    connection.execute("UPDATE items SET title = 'x' WHERE item_id = %s", (world.items[0],))
+    cache.restored()
+    assert cache.get(state(store), world.version, DIM) is None
+    assert cache.wait(SECONDS)
+    assert cache.get(state(store), world.version, DIM) is not None
 
 
 def test_closing_ends_a_reading(world: ServedWorld, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
