@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from itertools import repeat
@@ -27,8 +27,7 @@ class CachedItems:
     """That of the log of changes, see `schemas.catalogue_sql.STATE`."""
     model_version: str
     places: dict[str, int]
-    """Where an item is in what follows."""
-    item_ids: list[str]
+    """Where an item, by its id, is in what follows."""
     titles: list[str]
     categories: list[list[str]]
     category_numbers: CategoryNumbers
@@ -43,7 +42,7 @@ class CachedItems:
     """`(N, c)`: the views' states side by side, as `inference.live.Layout` has them."""
 
     def __len__(self) -> int:
-        return len(self.item_ids)
+        return len(self.places)
 
 
 class _Picked(Sequence[T]):
@@ -96,7 +95,7 @@ def candidates_of(row: Sequence[Any], items: CachedItems, at: datetime, today: d
         states,
         held,
         newest,
-        tiles_of(*_known(owners, long, tiles, dict(zip(named, range(len(named)), strict=True))), layout.tile_width),
+        tiles_of(*_known(owners, long, tiles, named), layout.tile_width),
         today,
         edges[len(views)] if len(edges) > len(views) else None,
     )
@@ -122,11 +121,12 @@ def candidates_of(row: Sequence[Any], items: CachedItems, at: datetime, today: d
 
 
 def _known(
-    owners: bytes | None, long: bytes | None, tiles: bytes | None, place: Mapping[str, int]
+    owners: bytes | None, long: bytes | None, tiles: bytes | None, named: list[str]
 ) -> tuple[bytes, NDArray[np.int64], NDArray[np.intp]]:
-    """Tiles of candidates that are kept: the bytes, how many of each owner, and where each owner is."""
+    """Tiles of the candidates `named`: the bytes, how many of each owner, and where each owner is."""
     if owners is None or long is None or tiles is None:
         return b"", np.zeros(0, np.int64), np.zeros(0, np.intp)
+    place = {name: index for index, name in enumerate(named)}
     at = np.array([place.get(name, -1) for name in owners.decode().split("\0")], np.intp)
     many = np.frombuffer(long, ">i4").astype(np.int64)
     if (at < 0).any():

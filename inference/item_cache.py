@@ -190,7 +190,7 @@ class _Reading:
         if not len(places) == len(self.titles) == len(self.categories) == len(available_at):
             raise ValueError("the parts of the items do not fit together")
         return CachedItems(
-            state, model_version, places, self.item_ids, self.titles, self.categories, self._numbered(),
+            state, model_version, places, self.titles, self.categories, self._numbered(),
             available_at, vectors, there, days, states,
         )  # fmt: skip
 

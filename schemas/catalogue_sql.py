@@ -14,8 +14,9 @@ import psycopg
 from schemas import online_sql
 from schemas.features import ITEM
 
-STATE = "(SELECT count(*) || '-' || coalesce(sum(change_id), 0) FROM catalogue_changes)"
-"""The state of the log, a text. A transaction that began earlier may commit later, with smaller ids: hence no maximum."""
+STATE = "(SELECT md5(coalesce(string_agg(change_id::text, ',' ORDER BY change_id), '')) FROM catalogue_changes)"
+"""The state of the log, a text: which changes are in it. A transaction that began earlier may commit later, with smaller ids:
+hence no maximum. An id never comes again, so no state does."""
 
 ITEMS, VECTORS, ROWS = "public.items", "public.item_vectors", online_sql.rows_table(ITEM)
 WATCHED = (ITEMS, VECTORS, ROWS)

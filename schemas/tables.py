@@ -85,7 +85,7 @@ catalogue_changes = Table(
     Column("change_id", BigInteger, Identity(always=True), primary_key=True),
     _now("changed_at"),
     comment="That items, their vectors or their packed features were written to, told by triggers: a process that keeps items "
-    "in memory asks whether this still reads as it did. The last of before a day ago go with the next.",
+    "in memory asks whether this still reads as it did. What is older than an hour goes with the next.",
 )
 
 people = Table(

@@ -5,9 +5,10 @@ BEGIN
             RETURN NULL;
         END IF;
     END IF;
-    -- Another transaction may be at the same old rows: it will have removed them.
+    -- Every request reads the log, so it stays short. Another transaction may be at the same old rows: it will have
+    -- removed them.
     DELETE FROM catalogue_changes WHERE change_id IN (
-        SELECT change_id FROM catalogue_changes WHERE changed_at < now() - INTERVAL '1 day' FOR UPDATE SKIP LOCKED
+        SELECT change_id FROM catalogue_changes WHERE changed_at < now() - INTERVAL '1 hour' FOR UPDATE SKIP LOCKED
     );
     INSERT INTO catalogue_changes DEFAULT VALUES;
     RETURN NULL;

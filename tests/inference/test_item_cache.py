@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import psycopg
 import pytest
-from conftest import TODAY, replace_database
+from conftest import TODAY
 from worlds import ListSource
 
 from inference import item_cache
@@ -35,7 +34,8 @@ from schemas.ranker import SIZES, TEXT_DIM
 from schemas.serving import RecommendationRequest
 from schemas.urls import with_role
 from schemas.views import VIEWS
-from tests.served_world import ServedWorld, build
+from tests.served_world import ServedWorld
+from tests.world_copies import built_in, copy_of
 
 DIM = SIZES["small"].dim
 SECONDS = 30
@@ -46,24 +46,14 @@ _numbers = itertools.count()
 def built(
     postgres_url: str, template: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, ServedWorld]]:
-    """The name of a database with a released model, which every test has a copy of, and what is in it."""
-    name = f"larder_items_{os.getpid()}"
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
-    yield name, build(replace_database(postgres_url, name), tmp_path_factory.mktemp("items"), items=300)
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with built_in(postgres_url, template, "larder_items", tmp_path_factory.mktemp("items"), items=300) as made:
+        yield made
 
 
 @pytest.fixture
 def world(postgres_url: str, built: tuple[str, ServedWorld]) -> Iterator[ServedWorld]:
-    template, made = built
-    name = f"{template}_{next(_numbers)}"
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
-    yield replace(made, url=replace_database(postgres_url, name))
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with copy_of(postgres_url, built) as made:
+        yield made
 
 
 @pytest.fixture
@@ -429,7 +419,7 @@ def test_parts_of_any_size_make_the_same_whole(
     monkeypatch.setattr(item_cache, "_PAUSE_SECONDS", 0.0)
     cache._items = None
     parts = loaded(cache, store, world)
-    assert (whole.item_ids, whole.titles, whole.categories) == (parts.item_ids, parts.titles, parts.categories)
+    assert (whole.places, whole.titles, whole.categories) == (parts.places, parts.titles, parts.categories)
     for name in ("available_at", "vectors", "has_vector", "days", "states"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(parts, name))
     np.testing.assert_array_equal(whole.category_numbers.rows, parts.category_numbers.rows)

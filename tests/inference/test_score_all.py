@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import psycopg
 import pytest
-from conftest import replace_database
 
 from inference.candidates import Filters
 from inference.ranker import Ranker
@@ -30,34 +28,24 @@ from orchestration.compute.forget import forget, request_erasure
 from orchestration.compute.lake import Lake
 from schemas.errors import ScoresError
 from schemas.serving import RecommendationRequest
-from tests.served_world import ServedWorld, build
+from tests.served_world import ServedWorld
+from tests.world_copies import built_in, copy_of
 
 SIZES = Sizes(candidates=60, kept=20)
-_numbers = itertools.count()
 
 
 @pytest.fixture(scope="module")
 def built(
     postgres_url: str, template: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, ServedWorld]]:
-    """The name of a database with a released model, which every test has a copy of, and what is in it."""
-    name = f"larder_scores_{os.getpid()}"
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
-    yield name, build(replace_database(postgres_url, name), tmp_path_factory.mktemp("scores"), items=300)
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with built_in(postgres_url, template, "larder_scores", tmp_path_factory.mktemp("scores"), items=300) as made:
+        yield made
 
 
 @pytest.fixture
 def world(postgres_url: str, built: tuple[str, ServedWorld]) -> Iterator[ServedWorld]:
-    template, made = built
-    name = f"{template}_{next(_numbers)}"
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
-    yield replace(made, url=replace_database(postgres_url, name))
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with copy_of(postgres_url, built) as made:
+        yield made
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ def upgrade() -> None:
     sa.Column('change_id', sa.BigInteger(), sa.Identity(always=True), nullable=False),
     sa.Column('changed_at', sa.DateTime(timezone=True), server_default=sa.text('now()'), nullable=False),
     sa.PrimaryKeyConstraint('change_id', name=op.f('pk_catalogue_changes')),
-    comment='That items, their vectors or their packed features were written to, told by triggers: a process that keeps items in memory asks whether this still reads as it did. The last of before a day ago go with the next.'
+    comment='That items, their vectors or their packed features were written to, told by triggers: a process that keeps items in memory asks whether this still reads as it did. What is older than an hour goes with the next.'
     )
 
 
