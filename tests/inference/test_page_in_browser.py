@@ -195,13 +195,18 @@ def test_thumbs_and_hide_show_at_once_can_be_undone_and_are_posted(
         assert page.get_attribute(f"[data-item={liked}] .up", "aria-pressed") == "true"
         assert "Hidden" in page.inner_text(f"[data-item={hidden}]")
         page.click(f"[data-item={spared}] button:text('Undo')")
+        assert "Hidden" not in page.inner_text(f"[data-item={spared}]")
         assert events(world, user) == [], "it can still be taken back"
         with page.expect_response("**/events"), page.expect_response("**/recommendations"):
             pass  # after the seconds in which it can be undone
         until(page, f"!document.querySelector('[data-item={liked}]')")
         after = items(watched)
         assert not {liked, disliked, hidden} & set(after)
-        # What was taken back leaves no event, below; where it stands now is the ranker's to say.
+        # How high what was taken back stands now is the ranker's to say: of all that the person can be given, it is there.
+        everything = page.request.post(
+            f"{base}recommendations", headers={"authorization": f"Bearer {key}"}, data={"user_id": user, "k": 100}
+        ).json()["items"]
+        assert {spared, liked, disliked, hidden} & {one["item_id"] for one in everything} == {spared}
         assert sorted(events(world, user)) == sorted(
             [
                 (liked, "rating", 5.0, request_id),
