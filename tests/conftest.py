@@ -35,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs ../shared/data/ml-100k"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What fails because midnight (UTC) passed is said to be so: tests take the day that they were started on for today."""
+    if terminalreporter.stats.get("failed") and datetime.now(UTC) >= TODAY + timedelta(days=1):
+        terminalreporter.write_line("midnight UTC passed while these tests ran; run what failed again", yellow=True)
+
+
 def replace_database(url: str, name: str) -> str:
     """`url` with another database of the same server."""
     head, _, options = url.partition("?")

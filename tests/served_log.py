@@ -7,6 +7,7 @@ from datetime import UTC, date, datetime, time, timedelta
 
 import numpy as np
 import psycopg
+from conftest import TODAY
 
 from infra import registry
 from schemas.views import ITEM_ACTIVITY, USER_ACTIVITY, fingerprint
@@ -53,9 +54,9 @@ def serve_day(
     """One request of each of `PER_DAY` people, picked from at `pick_rate` (place by place less).
 
     `moved` shifts the first feature of user_activity, in standard deviations; items are shown by a power `popular` of
-    their number, so that 1 shows all alike.
+    their number, so that 1 shows all alike. What a day holds hangs on how long ago it is: the same on whatever date it runs.
     """
-    generator = np.random.default_rng([seed, day.toordinal()])
+    generator = np.random.default_rng([1 + seed, (TODAY.date() - day).days])
     weight = np.arange(1, ITEMS + 1) ** -(popular - 1.0)
     served, reads, events = [], [], []
     for number in generator.permutation(PEOPLE)[:PER_DAY].tolist():

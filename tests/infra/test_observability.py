@@ -97,6 +97,8 @@ def seen(world: ServedWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         }.items():
             patch.setenv(name, value)
         patch.setattr(metrics, "_cold", True)
+        # An application that an earlier test's process-wide door still holds would be read in this one's place.
+        patch.setattr(metrics, "_readers", [])
         telemetry.shutdown()
         kept = Seen(receiver)
         keep = Keep(kept.records)
