@@ -20,7 +20,7 @@ from inference.background import Loading
 from inference.breaker import Breaker
 from inference.deadline import Pace
 from inference.encoder import TextEncoder
-from inference.ranker import Answer, Inputs, Ranker
+from inference.ranker import Answer, Begun, Inputs, Ranker
 from inference.store import Champion
 from inference.versions import Versions
 from schemas.errors import ArtifactError, StoreUnavailable, Unavailable
@@ -119,11 +119,22 @@ class LoadedModels:
             raise Unavailable(f"model {champion.version} is still being loaded")
         return release.ranker
 
-    def run(self, ranker: Ranker, inputs: Inputs, left_ms: float, pace: Pace | None = None) -> Answer:
-        """`ranker.run(inputs)`. Raises ModelFailed if it fails, failed lately, or takes longer than `left_ms`.
+    def begin_ranking(self, ranker: Ranker, person: Inputs, left_ms: float) -> Begun:
+        """`ranker.begin(person)`; raises as `run` does."""
+        return self._guarded(ranker, lambda: ranker.begin(person), left_ms)
 
-        `pace` is that of runs of another size than a request's.
+    def finish_ranking(self, ranker: Ranker, begun: Begun, candidates: Inputs, left_ms: float) -> NDArray[np.float32]:
+        """`ranker.finish(begun, candidates)`; raises as `run` does."""
+        return self._guarded(ranker, lambda: ranker.finish(begun, candidates), left_ms)
+
+    def run(self, ranker: Ranker, inputs: Inputs, left_ms: float, pace: Pace) -> Answer:
+        """`ranker.run(inputs)`, `pace` being that of runs of their size.
+
+        Raises ModelFailed if it fails, failed lately, or takes longer than `left_ms`.
         """
+        return self._guarded(ranker, lambda: ranker.run(inputs), left_ms, pace)
+
+    def _guarded(self, ranker: Ranker, run: Callable[[], T], left_ms: float, pace: Pace | None = None) -> T:
         # What an experiment's model does must not keep the champion from answering.
         breaker, own_pace = self.beside.guard(ranker) or (self.ranker_breaker, self._rank_pace)
         pace = pace or own_pace
@@ -132,7 +143,7 @@ class LoadedModels:
         started = time.perf_counter()
         try:
             with breaker.call():
-                answer = ranker.run(inputs)
+                answer = run()
         except Unavailable as resting:
             raise ModelFailed(str(resting)) from resting
         except Exception as error:  # onnxruntime raises its own unrelated types

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
@@ -21,8 +22,14 @@ from inference.cuda import PROVIDER, Bucket, CudaSession, device_count
 from inference.onnx_file import check
 from inference.telemetry import Value, span
 from schemas.errors import ArtifactError
-from schemas.manifest import RANKER_FP16, RANKER_FP32, RANKER_INT8, TEXT_PROJECTION
-from schemas.ranker import INPUTS, MAX_CANDIDATES, MAX_HISTORY, OUTPUTS
+from schemas.manifest import (
+    RANKER_FP16,
+    RANKER_FP32,
+    RANKER_INT8,
+    RANKER_INT8_PARTS,
+    TEXT_PROJECTION,
+)
+from schemas.ranker import CANDIDATE_INPUTS, INPUTS, MAX_CANDIDATES, MAX_HISTORY, OUTPUTS, PERSON_INPUTS
 from schemas.views import candidate_features, context_features, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -47,6 +54,7 @@ class CpuEngine:
     def __init__(self, file: Path, threads: int, graph: bytes | None = None) -> None:
         """`graph` is the file's content where it was read already: then what was verified is what is loaded."""
         self._session = _session(file, threads, graph)
+        _check_signature(file, self._session, set(INPUTS), set(OUTPUTS))
         self.provider: str = self._session.get_providers()[0]
 
     def holds(self, inputs: Inputs) -> bool:
@@ -55,6 +63,53 @@ class CpuEngine:
     def run(self, inputs: Inputs) -> Answer:
         user_vector, scores = self._session.run(list(OUTPUTS), {name: inputs[name] for name in INPUTS})
         return user_vector, scores
+
+
+class CutEngine:
+    """A graph in two files on ONNX Runtime's CPU provider: the person's part and the candidates', which goes on with what
+    the first one gave."""
+
+    def __init__(
+        self, person: Path, candidates: Path, threads: int, graphs: tuple[bytes | None, bytes | None] = (None, None)
+    ) -> None:
+        """`graphs` are the files' contents where they were read already."""
+        self._person = _session(person, threads, graphs[0])
+        self._candidates = _session(candidates, threads, graphs[1])
+        self._made = [entry.name for entry in self._person.get_outputs()]
+        states = {name for name in self._made if name not in OUTPUTS}
+        _check_signature(person, self._person, set(PERSON_INPUTS), {OUTPUTS[0], *states})
+        _check_signature(candidates, self._candidates, {*CANDIDATE_INPUTS, *states}, {OUTPUTS[1]})
+        self.provider: str = self._candidates.get_providers()[0]
+
+    def holds(self, inputs: Inputs) -> bool:
+        return True
+
+    def begin(self, person: Inputs) -> tuple[NDArray[np.float32], Inputs]:
+        """`user_vector (b, d)` of the inputs that describe people, and what `finish` goes on with."""
+        states = dict(
+            zip(self._made, self._person.run(self._made, {name: person[name] for name in PERSON_INPUTS}), strict=True)
+        )
+        return states.pop(OUTPUTS[0]), states
+
+    def finish(self, states: Inputs, candidates: Inputs) -> NDArray[np.float32]:
+        """`scores (b, n)` of the inputs that describe candidates."""
+        own = {name: candidates[name] for name in CANDIDATE_INPUTS}
+        scores: NDArray[np.float32] = self._candidates.run(None, {**states, **own})[0]
+        return scores
+
+    def run(self, inputs: Inputs) -> Answer:
+        user_vector, states = self.begin(inputs)
+        return user_vector, self.finish(states, inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A run of which the candidates are still to come: `user_vector (b, d)` by what is known of the people, `inputs`."""
+
+    user_vector: NDArray[np.float32]
+    inputs: Inputs
+    states: Inputs | None = None
+    """What a graph in two files goes on with; another one begins anew."""
 
 
 class Ranker:
@@ -91,10 +146,15 @@ class Ranker:
         self.folder = folder
         self.dim = self.manifest.dim
         self._cpu_precision = precision if RANKER_INT8 in self.manifest.files else "fp32"
-        graph = RANKER_INT8 if self._cpu_precision == "int8" else RANKER_FP32
+        graphs = [RANKER_INT8 if self._cpu_precision == "int8" else RANKER_FP32]
+        # Of an artefact that was made before there were two files, the whole graph answers.
+        if self._cpu_precision == "int8" and set(RANKER_INT8_PARTS) <= self.manifest.files.keys():
+            graphs = list(RANKER_INT8_PARTS)
         # What is read below is verified as it is read.
-        verify(folder, self.manifest.files.keys() - {graph, TEXT_PROJECTION})
-        self._cpu = self._open_cpu(graph, threads)
+        verify(folder, self.manifest.files.keys() - {*graphs, TEXT_PROJECTION})
+        files, contents = [folder / name for name in graphs], [self._read_graph(name) for name in graphs]
+        self._cut = CutEngine(files[0], files[1], threads, (contents[0], contents[1])) if len(graphs) == 2 else None
+        self._cpu: Engine = self._cut or CpuEngine(files[0], threads, contents[0])
         self._gpu: Engine | None = None
         projection = verified(folder, TEXT_PROJECTION, self.manifest.files, read=True)
         with np.load(io.BytesIO(projection), allow_pickle=False) as arrays:
@@ -108,11 +168,12 @@ class Ranker:
             self.warming = threading.Thread(target=self._take_over, args=(open_gpu,), name="gpu", daemon=True)
             self.warming.start()
 
-    def _open_cpu(self, name: str, threads: int) -> CpuEngine:
+    def _read_graph(self, name: str) -> bytes | None:
+        """The verified content of a graph; None where it has to be opened by its name."""
         graph = verified(self.folder, name, self.manifest.files, read=True)
         found = check(graph, str(self.folder / name), self.manifest.files)
         # Weights in a file of their own are found beside the graph only if it is opened by its name.
-        return CpuEngine(self.folder / name, threads, None if found.locations else graph)
+        return None if found.locations else graph
 
     @property
     def provider(self) -> str:
@@ -156,18 +217,50 @@ class Ranker:
                 self._gpu = None
         return self._run(self._cpu, self._cpu_precision, inputs)
 
+    def begin(self, person: Inputs) -> Begun:
+        """The user vectors of people, by the inputs that describe them, before their candidates are known."""
+        if self._cut is not None and self._gpu is None:
+            with span("rank", attributes=self._attributes(self._cut, self._cpu_precision, 0)):
+                user_vector, states = self._cut.begin(person)
+            return Begun(user_vector, person, states)
+        b, width = len(person["history_mask"]), len(self.manifest.candidate_features)
+        return Begun(self.run({**person, **no_candidates(b, self.dim, width)})[0], person)
+
+    def finish(self, begun: Begun, candidates: Inputs) -> NDArray[np.float32]:
+        """`scores (b, n)` of candidates, by the inputs that describe them, for the people of `begun`."""
+        # A card that took over in between may have the next request.
+        if self._cut is None or begun.states is None:
+            return self.run({**begun.inputs, **candidates})[1]
+        rows = int(candidates["candidate_vectors"].shape[1])
+        with span("rank", attributes=self._attributes(self._cut, self._cpu_precision, rows)):
+            scores = self._cut.finish(begun.states, candidates)
+        metrics.ranked(rows)
+        return scores
+
     def _run(self, engine: Engine, precision: str, inputs: Inputs) -> Answer:
-        attributes: dict[str, Value] = {
+        rows = int(inputs["candidate_vectors"].shape[1])
+        with span("rank", attributes=self._attributes(engine, precision, rows)):
+            answer = engine.run(inputs)
+        metrics.ranked(rows)
+        return answer
+
+    def _attributes(self, engine: Engine, precision: str, rows: int) -> dict[str, Value]:
+        return {
             "recsys.model.version": self.version,
             "recsys.model.provider": engine.provider,
             "recsys.precision": precision,
-            "recsys.rank.rows": int(inputs["candidate_vectors"].shape[1]),
+            "recsys.rank.rows": rows,
         }
-        with span("rank", attributes=attributes):
-            answer = engine.run(inputs)
-        if rows := inputs["candidate_vectors"].shape[1]:
-            metrics.ranked(int(rows))
-        return answer
+
+
+def no_candidates(b: int, dim: int, width: int) -> dict[str, NDArray[np.generic]]:
+    """One empty candidate for each of `b` people: what a graph in one file is fed when only the user vector is wanted."""
+    empty = np.zeros((b, 1, width), np.float32)
+    return {
+        "candidate_vectors": np.zeros((b, 1, dim), np.float32),
+        "candidate_features": empty,
+        "candidate_mask": empty,
+    }
 
 
 def open_cuda(file: Path) -> CudaSession:
@@ -209,7 +302,10 @@ def _session(file: Path, threads: int, graph: bytes | None) -> ort.InferenceSess
         )
     except Exception as error:  # onnxruntime raises its own unrelated types for a malformed graph
         raise ArtifactError(f"ONNX Runtime cannot load {file} ({type(error).__name__}); export it again") from error
-    names = {entry.name for entry in session.get_inputs()}, {entry.name for entry in session.get_outputs()}
-    if names != (set(INPUTS), set(OUTPUTS)):
-        raise ArtifactError(f"{file} has inputs {sorted(names[0])} and outputs {sorted(names[1])}; export it again")
     return session
+
+
+def _check_signature(file: Path, session: ort.InferenceSession, inputs: set[str], outputs: set[str]) -> None:
+    names = {entry.name for entry in session.get_inputs()}, {entry.name for entry in session.get_outputs()}
+    if names != (inputs, outputs):
+        raise ArtifactError(f"{file} has inputs {sorted(names[0])} and outputs {sorted(names[1])}; export it again")

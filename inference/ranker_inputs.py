@@ -13,7 +13,7 @@ from inference.live import Columns
 from inference.store import PersonRow
 from schemas.events import KINDS
 from schemas.features import FeatureView
-from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS, CROSS_VIEWS, candidate_features
+from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS, CROSS_VIEWS
 
 
 def person_inputs(
@@ -67,17 +67,6 @@ def candidate_inputs(candidates: Candidates, views: dict[str, Columns], at: date
         "candidate_vectors": candidates.vectors[None],
         "candidate_features": np.concatenate(values, 1)[None],
         "candidate_mask": np.concatenate(masks, 1)[None],
-    }
-
-
-def no_candidates(dim: int) -> dict[str, NDArray[np.generic]]:
-    """One empty candidate: what is fed when only the user vector is wanted."""
-    width = len(candidate_features())
-    empty = np.zeros((1, 1, width), np.float32)
-    return {
-        "candidate_vectors": np.zeros((1, 1, dim), np.float32),
-        "candidate_features": empty,
-        "candidate_mask": empty,
     }
 
 

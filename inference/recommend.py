@@ -37,8 +37,8 @@ from inference.explain import Explained
 from inference.explainer import Explainer, Ranking
 from inference.item_cache import ItemCache
 from inference.models import PopularItem
-from inference.ranker import Answer, Inputs, Ranker
-from inference.ranker_inputs import candidate_inputs, no_candidates, person_inputs
+from inference.ranker import Answer, Begun, Inputs, Ranker
+from inference.ranker_inputs import candidate_inputs, person_inputs
 from inference.rerank import Chosen
 from inference.rules import NO_RULES, Rules
 from inference.served import ServedLog, ServedRead
@@ -69,7 +69,13 @@ class Models(Protocol):
 
     def first(self, champion: Champion, wait_ms: float) -> Ranker: ...
 
-    def run(self, ranker: Ranker, inputs: Inputs, left_ms: float, pace: Pace | None = None) -> Answer: ...
+    def begin_ranking(self, ranker: Ranker, person: Inputs, left_ms: float) -> Begun: ...
+
+    def finish_ranking(
+        self, ranker: Ranker, begun: Begun, candidates: Inputs, left_ms: float
+    ) -> NDArray[np.float32]: ...
+
+    def run(self, ranker: Ranker, inputs: Inputs, left_ms: float, pace: Pace) -> Answer: ...
 
     def encode(self, text: str, left_ms: float, space: str | None = None) -> NDArray[np.float32]: ...
 
@@ -335,14 +341,14 @@ class Recommender:
                 and asked.person.history.item_ids
             ):
                 _note(degraded, "features")
-            user_vector, _ = self.models.run(ranker, inputs | no_candidates(ranker.dim), ends.left_ms())
+            begun = self.models.begin_ranking(ranker, inputs, ends.left_ms())
         with steps.step("candidates"):
-            candidates = self._pick(asked, ends, CANDIDATES_SHARE, degraded, ranker, user_vector[0])
+            candidates = self._pick(asked, ends, CANDIDATES_SHARE, degraded, ranker, begun.user_vector[0])
         if not len(candidates):
             return candidates, np.zeros(0, np.float32), inputs
         with steps.step("rank"):
             rows = candidate_inputs(candidates, asked.person.views, asked.at)
-            _, scores = self.models.run(ranker, inputs | rows, ends.left_ms())
+            scores = self.models.finish_ranking(ranker, begun, rows, ends.left_ms())
         likeness = candidates.wish if asked.wish_text is not None else None
         return candidates, rerank.follow_wish(scores[0], likeness, ranker.manifest.wish_weight), inputs | rows
 

@@ -228,7 +228,7 @@ class _Work:
 
         def one(rows: NDArray[np.int64]) -> tuple[Scored, list[tuple[bytes, bytes]], Spent]:
             spent = Spent()
-            found = score(people, rows, shelf, self.ranker.run, self.sizes, spent)
+            found = score(people, rows, shelf, self.ranker, self.sizes, spent)
             since = time.perf_counter()
             lists = [
                 packed(items[items >= 0].tolist(), scores[items >= 0], ids)

@@ -17,6 +17,8 @@ from schemas.prompts import DEFAULTS
 MANIFEST_FILE = "manifest.json"
 RANKER_FP32 = "ranker.cpu-fp32.onnx"
 RANKER_INT8 = "ranker.cpu-int8.onnx"
+RANKER_INT8_PARTS = ("ranker.cpu-int8-person.onnx", "ranker.cpu-int8-candidates.onnx")
+"""The int8 graph in two: what hangs on the person alone, and the candidates' part, which begins with what that gave."""
 RANKER_FP16 = "ranker.cuda-fp16.onnx"
 """For the CUDA provider: products in half precision, inputs and outputs float; not for the CPU, which emulates it."""
 TEXT_PROJECTION = "text_projection.npz"

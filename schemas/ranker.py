@@ -38,6 +38,8 @@ INPUTS: tuple[str, ...] = (
     "candidate_features",
     "candidate_mask",
 )
+CANDIDATE_INPUTS = tuple(name for name in INPUTS if name.startswith("candidate_"))
+PERSON_INPUTS = tuple(name for name in INPUTS if name not in CANDIDATE_INPUTS)
 OUTPUTS: tuple[str, ...] = ("user_vector", "scores")
 
 MAX_HISTORY = 200

@@ -19,7 +19,7 @@ from inference.settings import Settings
 from infra import registry
 from orchestration.compute.artifact import describe_file
 from orchestration.compute.encoder import export_encoder
-from orchestration.compute.export import export_fp32, quantise, random_inputs
+from orchestration.compute.export import cut, export_fp32, quantise, random_inputs
 from orchestration.compute.folded import fold
 from orchestration.compute.ingest import ingest
 from orchestration.compute.interactions import load_interactions
@@ -37,6 +37,7 @@ from schemas.manifest import (
     POPULAR_ITEMS,
     RANKER_FP32,
     RANKER_INT8,
+    RANKER_INT8_PARTS,
     TEXT_PROJECTION,
     Manifest,
 )
@@ -115,6 +116,7 @@ def random_artifact(
     quantise(
         place / RANKER_FP32, place / RANKER_INT8, [random_inputs(1, 9, 16, f=f, g=g, d=d, seed=n) for n in range(8)]
     )
+    cut(place / RANKER_INT8, *(place / name for name in RANKER_INT8_PARTS))
     weight = np.random.default_rng(0).normal(size=(d, TEXT_DIM)).astype(np.float32)
     np.savez(place / TEXT_PROJECTION, weight=weight, bias=np.zeros(d, np.float32))
     np.savez(place / ITEM_RESIDUALS, item_ids=np.array([], np.str_), residuals=np.zeros((0, d), np.float32))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from inference.assemble import crossed, graph_values
-from inference.ranker import Answer
-from inference.ranker_inputs import no_candidates
+from inference.ranker import Ranker
 from inference.recommend import RECENT_ITEMS
 from inference.scores.catalogue import Shelf
 from inference.scores.choose import Entries, choose
@@ -21,7 +20,6 @@ from schemas.ranker import MAX_HISTORY
 
 Floats = NDArray[np.float32]
 Numbers = NDArray[np.int64]
-Run = Callable[[Mapping[str, NDArray[np.generic]]], Answer]
 _NEGATIVE = np.array([kind in NEGATIVE_KINDS for kind in KINDS])
 
 
@@ -75,27 +73,28 @@ def batches(people: People, size: int) -> Iterator[Numbers]:
         yield order[begin : begin + size]
 
 
-def score(people: People, rows: Numbers, shelf: Shelf, run: Run, sizes: Sizes, spent: Spent) -> Scored:
-    """The lists of the people in `rows`: what a request of each would rank, ranked. `run` runs the graph."""
+def score(people: People, rows: Numbers, shelf: Shelf, ranker: Ranker, sizes: Sizes, spent: Spent) -> Scored:
+    """The lists of the people in `rows`: what a request of each would rank, ranked."""
     began = time.perf_counter()
     inputs = person_inputs(people, rows, shelf)
-    began = spent.add("assemble", began)
-    empty = {name: np.repeat(value, len(rows), axis=0) for name, value in no_candidates(shelf.vectors.shape[1]).items()}
-    users, _ = run(inputs | empty)
-    began = spent.add("user vectors", began)
+    parts = [slice(begin, begin + sizes.at_once) for begin in range(0, len(rows), sizes.at_once)]
+    begun = []
+    for part in parts:
+        longest = int((people.begins[rows[part] + 1] - people.begins[rows[part]]).max(initial=1))
+        own = {name: _tail(name, value[part], longest) for name, value in inputs.items()}
+        began = spent.add("assemble", began)
+        begun.append(ranker.begin(own))
+        began = spent.add("user vectors", began)
+    users = np.concatenate([one.user_vector for one in begun])
     candidates = choose(users, *_asked(people, rows), shelf, sizes.candidates, MAX_HISTORY)
     began = spent.add("candidates", began)
     scores = np.full(candidates.shape, -np.inf, np.float32)
-    for begin in range(0, len(rows), sizes.at_once):
-        part = slice(begin, begin + sizes.at_once)
-        mine, chosen = rows[part], candidates[part]
-        longest = int((people.begins[mine + 1] - people.begins[mine]).max(initial=1))
-        own = {name: _tail(name, value[part], longest) for name, value in inputs.items()}
-        own |= candidate_inputs(people, mine, chosen, shelf)
+    for part, one in zip(parts, begun, strict=True):
+        chosen = candidates[part]
+        described = candidate_inputs(people, rows[part], chosen, shelf)
         began = spent.add("assemble", began)
-        _, found = run(own)
+        scores[part] = np.where(chosen >= 0, ranker.finish(one, described), -np.inf)
         began = spent.add("rank", began)
-        scores[part] = np.where(chosen >= 0, found, -np.inf)
     # As `rerank.best`: of equal scores the better placed candidate.
     order = np.argsort(-scores, axis=1, kind="stable")[:, : sizes.kept]
     items, best = np.take_along_axis(candidates, order, axis=1), np.take_along_axis(scores, order, axis=1)

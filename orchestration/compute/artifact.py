@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from inference.ranker import CutEngine
 from orchestration.compute.co_visitation import WindowedPopularity, co_visitation, popularity
 from orchestration.compute.evaluate import (
     MakeSlates,
@@ -26,6 +27,7 @@ from orchestration.compute.evaluate import (
 from orchestration.compute.export import (
     Inputs,
     calibration_requests,
+    cut,
     export_fp32,
     quantise,
     random_inputs,
@@ -38,6 +40,7 @@ from orchestration.compute.parity import (
     FP32_SHIFT_RATE,
     HALF_TOLERANCE_RATE,
     INT8_BATCH_TOLERANCE_RATE,
+    check_cut,
     check_half,
     check_int8,
     check_invariance,
@@ -54,6 +57,7 @@ from schemas.manifest import (
     RANKER_FP16,
     RANKER_FP32,
     RANKER_INT8,
+    RANKER_INT8_PARTS,
     TEXT_PROJECTION,
     ArtifactFile,
     Manifest,
@@ -142,6 +146,7 @@ def write_artifact(
         fp32, replace(scorer, run=run_int8), judging_queries(requests, calibrating, trained.config.seed)
     )
     runs = {"cpu-fp32": (RANKER_FP32, run_fp32), "cpu-int8": (RANKER_INT8, run_int8)}
+    cuts: tuple[str, ...] = ()
     refused = None
     try:
         check_int8(report)
@@ -150,6 +155,11 @@ def write_artifact(
         refused = str(error)
         del runs["cpu-int8"]
         (folder / RANKER_INT8).unlink()
+    else:
+        cuts = RANKER_INT8_PARTS
+        person, candidates = (folder / name for name in cuts)
+        cut(folder / RANKER_INT8, person, candidates)
+        check_cut(run_int8, CutEngine(person, candidates, 0).run, f=f, g=g, d=d)
     figures = {name: value if np.isfinite(value) else None for name, value in asdict(report).items()}  # JSON has no NaN
     parity["int8"] = {
         **figures,
@@ -168,7 +178,7 @@ def write_artifact(
         for name, (_, run) in runs.items()
         for quantile, value in latency_ms(run, f=f, g=g, d=d).items()
     }
-    graphs = [file for file, _ in runs.values()]
+    graphs = [*(file for file, _ in runs.values()), *cuts]
     if parity["fp16"]["refused"] is None:
         graphs.append(RANKER_FP16)
     scale, offset = trained.calibration

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.utils
 import onnxruntime
 import torch
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ from orchestration.compute.model import Ranker
 from orchestration.compute.splits import Queries
 from schemas.errors import GateError
 from schemas.events import KINDS
-from schemas.ranker import INPUTS, OUTPUTS
+from schemas.ranker import CANDIDATE_INPUTS, INPUTS, OUTPUTS, PERSON_INPUTS
 
 Inputs = dict[str, NDArray[Any]]
 
@@ -283,6 +284,36 @@ def _keep_products_in_float(graph: onnx.GraphProto) -> None:
     initializers = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(initializers)
+
+
+# ---- in two
+
+
+def cut(whole: Path, person: Path, candidates: Path) -> None:
+    """Write the graph at `whole` as two: `person`, whatever hangs on no input of a candidate, and `candidates`, the rest.
+
+    The first gives `user_vector` and each tensor that the second goes on with, which are the second's inputs by the same
+    names: keys and values of every layer, and what hides padding. A request then goes through the person's part once,
+    before its candidates are known, and not again with them. The nodes stay as they are, and so does every score.
+    """
+    model = onnx.load(whole)
+    before, after = set(PERSON_INPUTS), set(CANDIDATE_INPUTS)
+    states: list[str] = []
+    for node in model.graph.node:  # in an order in which what a node reads was made before it
+        if not after.isdisjoint(node.input):
+            after.update(node.output)
+            states += [name for name in node.input if name in before and name not in states]
+        elif not before.isdisjoint(node.input):
+            before.update(node.output)
+    extractor = onnx.utils.Extractor(onnx.shape_inference.infer_shapes(model))
+    user_vector, scores = OUTPUTS
+    for path, inputs, outputs in (
+        (person, list(PERSON_INPUTS), [user_vector, *states]),
+        (candidates, [*states, *CANDIDATE_INPUTS], [scores]),
+    ):
+        part = extractor.extract_model(inputs, outputs)
+        onnx.checker.check_model(part)
+        onnx.save(part, path)
 
 
 @contextmanager

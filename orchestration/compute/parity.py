@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -42,10 +42,7 @@ def check_parity(
     """
     worst = dict.fromkeys(OUTPUTS, 0.0)
     ranker.eval()
-    for b, h, n in product(SWEEP, (*SWEEP, MAX_HISTORY), (*SWEEP, MAX_CANDIDATES)):
-        if b > 2 and (h == MAX_HISTORY or n == MAX_CANDIDATES):
-            continue  # a graph that takes these lengths for one and two requests takes them for more
-        inputs = random_inputs(b, h, n, f=f, g=g, d=d, seed=b * 1_000_003 + h * 1009 + n)
+    for (b, h, n), inputs in _sweep(f, g, d):
         with torch.no_grad():
             expected = ranker(**{name: torch.from_numpy(value) for name, value in inputs.items()})
         try:
@@ -67,6 +64,22 @@ def check_parity(
                 )
             worst[name] = max(worst[name], difference)
     return worst
+
+
+def check_cut(whole: RunRanker, parts: RunRanker, *, f: int, g: int, d: int) -> None:
+    """Raise GateError unless a graph in two files answers as it does in one, over the same sweep."""
+    for (b, h, n), inputs in _sweep(f, g, d):
+        for name, answer, expected in zip(OUTPUTS, parts(inputs), whole(inputs), strict=True):
+            if not np.abs(answer - expected).max() <= FP32_TOLERANCE:  # also true for NaN
+                raise GateError(f"in two files the graph gives another {name} than in one at b={b}, h={h}, n={n}")
+
+
+def _sweep(f: int, g: int, d: int) -> Iterator[tuple[tuple[int, int, int], Inputs]]:
+    """Every size `(b, h, n)` that is tried, with inputs."""
+    for b, h, n in product(SWEEP, (*SWEEP, MAX_HISTORY), (*SWEEP, MAX_CANDIDATES)):
+        if b > 2 and (h == MAX_HISTORY or n == MAX_CANDIDATES):
+            continue  # a graph that takes these lengths for one and two requests takes them for more
+        yield (b, h, n), random_inputs(b, h, n, f=f, g=g, d=d, seed=b * 1_000_003 + h * 1009 + n)
 
 
 def check_half(ranker: nn.Module, run: RunRanker, requests: Sequence[Inputs]) -> float:

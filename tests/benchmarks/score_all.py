@@ -195,7 +195,7 @@ def core(folder: Path, *, workers: int = 0, repeats: int = 3) -> dict[str, Any]:
 
             def one(rows: Any, spent: Spent = spent) -> int:
                 mine = Spent()
-                found = score(people, rows, shelf, ranker.run, sizes, mine)
+                found = score(people, rows, shelf, ranker, sizes, mine)
                 spent.merge(mine)
                 return int((found.items[:, 0] >= 0).sum())
 

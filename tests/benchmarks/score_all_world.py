@@ -19,7 +19,7 @@ from infra import registry
 from orchestration.compute.artifact import describe_file
 from orchestration.compute.copy_rows import copy_rows
 from orchestration.compute.duck import duck
-from orchestration.compute.export import export_fp32, quantise, random_inputs
+from orchestration.compute.export import cut, export_fp32, quantise, random_inputs
 from orchestration.compute.folded import fold
 from orchestration.compute.half import half
 from orchestration.compute.interactions import load_interactions
@@ -34,6 +34,7 @@ from schemas.manifest import (
     RANKER_FP16,
     RANKER_FP32,
     RANKER_INT8,
+    RANKER_INT8_PARTS,
     TEXT_PROJECTION,
     Manifest,
 )
@@ -112,6 +113,7 @@ def artifact(artifacts: Path, size: str) -> Manifest:
     quantise(
         place / RANKER_FP32, place / RANKER_INT8, [random_inputs(1, 20, 64, f=f, g=g, d=d, seed=n) for n in range(16)]
     )
+    cut(place / RANKER_INT8, *(place / name for name in RANKER_INT8_PARTS))
     np.savez(place / TEXT_PROJECTION, weight=np.zeros((d, TEXT_DIM), np.float32), bias=np.zeros(d, np.float32))
     (place / POPULAR_ITEMS).write_text(json.dumps([]))
     manifest = Manifest(

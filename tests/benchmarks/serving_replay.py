@@ -8,7 +8,7 @@ from __future__ import annotations
 import select
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +19,11 @@ import psycopg
 from psycopg import pq
 from psycopg._queries import PostgresQuery
 
-from inference import ranker, store
-from inference.ranker import CpuEngine, Inputs
-from inference.runtime import LarderApplication
+from inference import store
+from inference.ranker import CutEngine, Inputs
 
 Statement = tuple[str, dict[str, Any] | None]
+Run = Callable[[], Any]
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class Taken:
     """One request: its pipelines, each some statements, and the ranker's runs."""
 
     pipelines: list[list[Statement]] = field(default_factory=list)
-    runs: list[Inputs] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
 
 
 class Recorder:
@@ -45,7 +45,7 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        execute, set_locally, run = store._execute, store.set_locally, CpuEngine.run
+        execute, set_locally, begin, finish = store._execute, store.set_locally, CutEngine.begin, CutEngine.finish
         asking = threading.get_ident()  # what the log's thread writes after an answer is no part of it
 
         def setting(connection: Any, *arguments: Any, **more: Any) -> None:
@@ -58,14 +58,19 @@ class Recorder:
                 self.taken[-1].pipelines[-1].append((sql, parameters))
             return execute(connection, sql, parameters, **more)
 
-        def running(engine: CpuEngine, inputs: Inputs) -> Any:
-            self.taken[-1].runs.append(dict(inputs))
-            return run(engine, inputs)
+        def beginning(engine: CutEngine, person: Inputs) -> Any:
+            self.taken[-1].runs.append(lambda: begin(engine, person))
+            return begin(engine, person)
+
+        def finishing(engine: CutEngine, states: Inputs, candidates: Inputs) -> Any:
+            self.taken[-1].runs.append(lambda: finish(engine, states, candidates))
+            return finish(engine, states, candidates)
 
         with (
             mock.patch.object(store, "set_locally", setting),
             mock.patch.object(store, "_execute", executing),
-            mock.patch.object(ranker.CpuEngine, "run", running),
+            mock.patch.object(CutEngine, "begin", beginning),
+            mock.patch.object(CutEngine, "finish", finishing),
         ):
             yield
 
@@ -136,17 +141,14 @@ def postgres_ms(url: str, taken: Sequence[Taken], rounds: int = 3) -> list[list[
     return found
 
 
-def onnx_ms(application: LarderApplication, taken: Sequence[Taken], rounds: int = 3) -> list[list[float]]:
+def onnx_ms(taken: Sequence[Taken], rounds: int = 3) -> list[list[float]]:
     """Milliseconds of each run of the ranker of each request, `(requests, runs)`, the median of `rounds`."""
-    current = application.models.current()
-    assert current is not None, "no model is loaded"
-    engine = current._cpu
 
-    def run(inputs: Inputs) -> float:
+    def timed(run: Run) -> float:
         began = time.perf_counter()
-        engine.run(inputs)
+        run()
         return time.perf_counter() - began
 
-    times = np.array([[[run(inputs) for inputs in one.runs] for one in taken] for _ in range(rounds)])
+    times = np.array([[[timed(run) for run in one.runs] for one in taken] for _ in range(rounds)])
     found: list[list[float]] = (np.median(times, axis=0) * 1e3).tolist()
     return found

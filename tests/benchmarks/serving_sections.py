@@ -125,7 +125,7 @@ def replayed(world: World, bodies: Sequence[bytes], took_ms: Sequence[float]) ->
         taken = recorder.taken
         assert {len(one.pipelines) for one in taken} == {trips}, "a request asked more than was taken down"
         database = np.array(postgres_ms(app.settings.database_url, taken))
-        ranked = np.array(onnx_ms(app, taken))
+        ranked = np.array(onnx_ms(taken))
     finally:
         app.close()
     own = np.array(took_ms) - database.sum(axis=1) - ranked.sum(axis=1)

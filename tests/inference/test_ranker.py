@@ -22,7 +22,7 @@ from inference.live import Columns
 from inference.ranker import CpuEngine, Ranker, open_cuda
 from inference.ranker_inputs import person_inputs
 from inference.store import History, PersonRow
-from orchestration.compute.export import export_fp32, quantise, random_inputs
+from orchestration.compute.export import cut, export_fp32, quantise, random_inputs
 from orchestration.compute.folded import fold
 from orchestration.compute.half import half
 from orchestration.compute.model import Ranker as Model
@@ -33,11 +33,12 @@ from schemas.manifest import (
     RANKER_FP16,
     RANKER_FP32,
     RANKER_INT8,
+    RANKER_INT8_PARTS,
     TEXT_PROJECTION,
     ArtifactFile,
     Manifest,
 )
-from schemas.ranker import SIZES, TEXT_DIM, ZERO_VALUE
+from schemas.ranker import CANDIDATE_INPUTS, PERSON_INPUTS, SIZES, TEXT_DIM, ZERO_VALUE
 from schemas.views import CONTEXT_VIEWS, candidate_features, context_features, fingerprint
 
 F, G, D = len(context_features()), len(candidate_features()), SIZES["small"].dim
@@ -58,6 +59,7 @@ def folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_fp32(half(model), place / RANKER_FP16, f=F, g=G, d=D)
     requests = [random_inputs(1, 9, 16, f=F, g=G, d=D, seed=seed) for seed in range(8)]
     quantise(place / RANKER_FP32, place / RANKER_INT8, requests)
+    cut(place / RANKER_INT8, *(place / name for name in RANKER_INT8_PARTS))
     np.savez(place / TEXT_PROJECTION, weight=np.ones((D, TEXT_DIM), np.float32), bias=np.zeros(D, np.float32))
     write_manifest(place)
     return place
@@ -151,6 +153,55 @@ def test_a_card_that_is_lost_gives_its_requests_back(folder: Path) -> None:
     assert (ranker.provider, ranker.precision) == ("CPUExecutionProvider", "int8")
 
 
+@pytest.mark.parametrize("kind", ["two files", "one file", "float", "card"])
+def test_a_run_in_two_halves_is_a_run_in_one(folder: Path, tmp_path: Path, kind: str) -> None:
+    for entry in folder.iterdir():
+        if kind != "one file" or entry.name not in RANKER_INT8_PARTS:
+            (tmp_path / entry.name).write_bytes(entry.read_bytes())
+    write_manifest(tmp_path)
+    ranker = Ranker(
+        tmp_path, threads=1, precision="fp32" if kind == "float" else "int8", open_gpu=Card if kind == "card" else None
+    )
+    if ranker.warming is not None:
+        ranker.warming.join(60)
+    inputs = random_inputs(3, 20, 30, f=F, g=G, d=D, seed=4)
+    person = {name: inputs[name] for name in PERSON_INPUTS}
+    begun = ranker.begin(person)
+    assert (begun.states is not None) == (kind == "two files")
+    scores = ranker.finish(begun, {name: inputs[name] for name in CANDIDATE_INPUTS})
+    graph = {"card": RANKER_FP16, "float": RANKER_FP32}.get(kind, RANKER_INT8)
+    user_vector, expected = CpuEngine(folder / graph, 1).run(inputs)
+    np.testing.assert_array_equal(begun.user_vector, user_vector)
+    np.testing.assert_array_equal(scores, expected)
+    np.testing.assert_array_equal(ranker.run(inputs)[1], expected)
+
+
+def test_a_run_that_began_on_the_cpu_ends_there_though_a_card_is_warm_by_then(folder: Path) -> None:
+    ready = threading.Event()
+
+    def open_gpu(file: Path) -> Card:
+        ready.wait(60)
+        return Card(file)
+
+    ranker = Ranker(folder, threads=1, open_gpu=open_gpu)
+    inputs = random_inputs(1, 5, 7, f=F, g=G, d=D, seed=1)
+    begun = ranker.begin(inputs)
+    ready.set()
+    assert ranker.warming is not None
+    ranker.warming.join(60)
+    np.testing.assert_array_equal(ranker.finish(begun, inputs), CpuEngine(folder / RANKER_INT8, 1).run(inputs)[1])
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_halves_that_do_not_belong_together_are_refused(folder: Path, tmp_path: Path, part: int) -> None:
+    for entry in folder.iterdir():
+        (tmp_path / entry.name).write_bytes(entry.read_bytes())
+    (tmp_path / RANKER_INT8_PARTS[part]).write_bytes((folder / RANKER_INT8).read_bytes())
+    write_manifest(tmp_path)
+    with pytest.raises(ArtifactError, match=r"has inputs .* and outputs .*; export it again"):
+        Ranker(tmp_path, threads=1)
+
+
 def test_what_no_bucket_holds_goes_to_the_cpu(folder: Path) -> None:
     class Narrow(Card):
         def holds(self, inputs: Any) -> bool:
@@ -172,7 +223,7 @@ def test_what_no_bucket_holds_goes_to_the_cpu(folder: Path) -> None:
 
 def test_an_artifact_without_a_graph_for_the_gpu_stays_on_the_cpu(folder: Path, tmp_path: Path) -> None:
     for entry in folder.iterdir():
-        if entry.name not in (RANKER_FP16, RANKER_INT8):
+        if entry.name not in (RANKER_FP16, RANKER_INT8, *RANKER_INT8_PARTS):
             (tmp_path / entry.name).write_bytes(entry.read_bytes())
     write_manifest(tmp_path)
     ranker = Ranker(tmp_path, threads=1, open_gpu=Card)
@@ -224,10 +275,7 @@ def test_an_event_whose_item_has_gone_is_left_out_so_that_the_newest_stands_last
     np.testing.assert_allclose(inputs["history_gaps"][0], [7200, 7200])
     # The user vector hears of the history although the newest item has gone.
     ranker = Ranker(folder, threads=1)
-    empty = {
-        name: value for name, value in random_inputs(1, 1, 3, f=F, g=G, d=D, seed=0).items() if "candidate" in name
-    }
-    heard = [ranker.run(person_inputs(person([unit(seed), None]), AT, None, D) | empty)[0] for seed in (1, 2)]
+    heard = [ranker.begin(person_inputs(person([unit(seed), None]), AT, None, D)).user_vector for seed in (1, 2)]
     assert np.abs(heard[0] - heard[1]).max() > 1e-3
 
 

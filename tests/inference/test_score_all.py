@@ -14,8 +14,8 @@ import psycopg
 import pytest
 
 from inference.candidates import Filters
-from inference.ranker import Ranker
-from inference.ranker_inputs import no_candidates, person_inputs
+from inference.ranker import Begun, Inputs, Ranker
+from inference.ranker_inputs import person_inputs
 from inference.recommend import Recommender
 from inference.score_all import Progress, Report, open_ranker, score_all
 from inference.scores.batch import Scored, Sizes, Spent, batches, score
@@ -85,8 +85,11 @@ class One:
     def follow(self, champion: Champion) -> bool:
         return True
 
-    def run(self, ranker: Ranker, inputs: dict[str, np.ndarray], left_ms: float) -> tuple[np.ndarray, np.ndarray]:
-        return ranker.run(inputs)
+    def begin_ranking(self, ranker: Ranker, person: Inputs, left_ms: float) -> Begun:
+        return ranker.begin(person)
+
+    def finish_ranking(self, ranker: Ranker, begun: Begun, candidates: Inputs, left_ms: float) -> np.ndarray:
+        return ranker.finish(begun, candidates)
 
 
 def scored(
@@ -97,7 +100,7 @@ def scored(
     people, settled = read_people(connection, world.people, catalogue, at)
     assert settled
     for rows in batches(people, 32):
-        found = score(people, rows, shelf_of(catalogue, at), ranker.run, SIZES, Spent())
+        found = score(people, rows, shelf_of(catalogue, at), ranker, SIZES, Spent())
         for place, row in enumerate(rows.tolist()):
             yield world.people[row], found, place, catalogue
 
@@ -122,7 +125,7 @@ def test_a_list_is_what_a_request_of_the_same_instant_answers(
         assert [item.item_id for item in given.items] == mine[:10] != []
         # And of its own choice, with the database's search in place of ours.
         person = store.read_person(user, at, 30_000, live=True)
-        vector, _ = ranker.run(person_inputs(person, at, None, ranker.dim) | no_candidates(ranker.dim))
+        vector = ranker.begin(person_inputs(person, at, None, ranker.dim)).user_vector
         recent = [
             item for item, kind in zip(person.history.item_ids, person.history.kinds, strict=True) if kind != "hide"
         ]

@@ -16,10 +16,12 @@ from rankers import random_ranker
 from torch import Tensor, nn
 
 from inference.artifacts import verify
+from inference.ranker import CutEngine
 from orchestration.compute.artifact import ArtifactLabels, write_artifact
 from orchestration.compute.export import (
     Inputs,
     calibration_requests,
+    cut,
     export_fp32,
     quantisable,
     quantise,
@@ -33,6 +35,7 @@ from orchestration.compute.parity import (
     FP32_SHIFT_RATE,
     INT8_BATCH_TOLERANCE_RATE,
     Int8Report,
+    check_cut,
     check_int8,
     check_invariance,
     check_parity,
@@ -49,10 +52,11 @@ from schemas.manifest import (
     RANKER_FP16,
     RANKER_FP32,
     RANKER_INT8,
+    RANKER_INT8_PARTS,
     TEXT_PROJECTION,
     Manifest,
 )
-from schemas.ranker import INPUTS, OUTPUTS, SIZES, TEXT_DIM
+from schemas.ranker import CANDIDATE_INPUTS, INPUTS, OUTPUTS, SIZES, TEXT_DIM
 
 F, G, D = 3, 4, 64
 LABELS = ArtifactLabels("fingerprint", ("a",), ("b",), "encoder", "item.v1", "wish.v1", "2026-01-01")
@@ -279,6 +283,40 @@ def test_the_runtime_multiplies_integers(artifact: tuple[Path, Manifest], tmp_pa
     integer = {name: count for name, count in found.items() if "Integer" in name or name.startswith("QLinearMat")}
     assert integer == {"MatMulIntegerToFloat": 12 * LAYERS}
     assert "DequantizeLinear" not in found
+
+
+def test_halves_answer_to_the_bit_and_do_nothing_twice(artifact: tuple[Path, Manifest]) -> None:
+    folder, manifest = artifact
+    assert {RANKER_INT8, *RANKER_INT8_PARTS} <= manifest.files.keys()
+    whole, person, candidates = (onnx.load(folder / name).graph for name in (RANKER_INT8, *RANKER_INT8_PARTS))
+    # What the candidates' half reads of people: keys and values of each layer, who is padding, and the user vector.
+    states = {entry.name for entry in person.output} - {"user_vector"}
+    assert len(states) == 2 * LAYERS + 2
+    assert {entry.name for entry in candidates.input} == {*states, *CANDIDATE_INPUTS}
+    assert not {node.name for node in person.node if node.op_type == "MatMul"} & {
+        node.name for node in candidates.node if node.op_type == "MatMul"
+    }
+    assert sum(node.op_type == "MatMul" for part in (person, candidates) for node in part.node) == sum(
+        node.op_type == "MatMul" for node in whole.node
+    )
+    check_cut(
+        session_runner(folder / RANKER_INT8, threads=1),
+        CutEngine(*(folder / name for name in RANKER_INT8_PARTS), 1).run,
+        f=1,
+        g=1,
+        d=D,
+    )
+
+
+def test_halves_of_another_graph_are_refused(artifact: tuple[Path, Manifest], tmp_path: Path) -> None:
+    folder, _ = artifact
+    export_fp32(fold(random_ranker("small", 1, 1)), tmp_path / "other.onnx", f=1, g=1, d=D)
+    cut(tmp_path / "other.onnx", tmp_path / "a.onnx", tmp_path / "b.onnx")
+    parts = CutEngine(tmp_path / "a.onnx", tmp_path / "b.onnx", 1)
+    with pytest.raises(
+        GateError, match="in two files the graph gives another user_vector than in one at b=1, h=1, n=1"
+    ):
+        check_cut(session_runner(folder / RANKER_INT8, threads=1), parts.run, f=1, g=1, d=D)
 
 
 def test_a_weight_that_is_used_twice_is_quantised_twice(artifact: tuple[Path, Manifest]) -> None:
