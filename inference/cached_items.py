@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from itertools import repeat
 from typing import Any, TypeVar, overload
@@ -11,12 +11,14 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.candidates import Candidates, CategoryNumbers
+from inference.candidates import Candidates, CategoryNumbers, Most
 from inference.live import DAY_SECONDS, Bools, Floats, layout_of, merged_columns, midnight_of, tiles_of
 from schemas.features import ITEM
 from schemas.views import CANDIDATE_VIEWS
 
 T = TypeVar("T")
+_PACKED = 8
+"""So many values of a packed row are bytes; behind them stand days."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +47,7 @@ class CachedItems:
         return len(self.places)
 
 
-class _Picked(Sequence[T]):
+class _At(Sequence[T]):
     """The values at some places: of most candidates nobody asks for any."""
 
     def __init__(self, values: Sequence[T], places: NDArray[np.intp]) -> None:
@@ -60,81 +62,230 @@ class _Picked(Sequence[T]):
     def __getitem__(self, index: slice) -> Sequence[T]: ...
     def __getitem__(self, index: int | slice) -> T | Sequence[T]:
         if isinstance(index, slice):
-            return _Picked(self._values, self._places[index])
+            return _At(self._values, self._places[index])
         return self._values[int(self._places[index])]
 
 
-def candidates_of(row: Sequence[Any], items: CachedItems, at: datetime, today: date) -> Candidates:
-    """The row of `candidates_sql`, packed, with what is known of each item: those that have come by the instant `at`, in order."""
-    ids, sources, evidence, wish, owners, long, tiles, *edges = row
-    layout = layout_of(ITEM)
-    views = layout.views
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """The row of a packed `candidates_sql`: n items that its sources picked, the best placed first.
+
+    `rows (n,)` are their places among the items in memory, -1 for what is none; `tiles` is of those that have any: the
+    bytes, how many of each, and where each owner is among the n.
+    """
+
+    named: list[str]
+    rows: NDArray[np.intp]
+    sources: NDArray[np.int64]
+    places: NDArray[np.int64]
+    evidence: NDArray[np.float64]
+    wish: NDArray[np.float32]
+    tiles: tuple[bytes, NDArray[np.int64], NDArray[np.intp]]
+    newest: tuple[int | None, ...]
+    """Of each item view, the partition that is read, in days before today."""
+    seen: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.named)
+
+    def there(self, items: CachedItems, at: datetime) -> Bools:
+        """`(n,)`: which of them are items and have come by the instant `at`."""
+        there: Bools = (self.rows >= 0) & (items.available_at[self.rows] <= at.timestamp())
+        return there
+
+    def take(self, chosen: NDArray[np.intp]) -> Picked:
+        """Those at the places `chosen (m,)`, in that order."""
+        if len(chosen) == len(self) and (chosen == np.arange(len(self))).all():
+            return self
+        where = np.full(len(self), -1, np.intp)
+        where[chosen] = np.arange(len(chosen))
+        return Picked(
+            [self.named[place] for place in chosen.tolist()],
+            self.rows[chosen],
+            self.sources[chosen],
+            self.places[chosen],
+            self.evidence[chosen],
+            self.wish[chosen],
+            _tiles_at(self.tiles, where),
+            self.newest,
+            self.seen,
+        )
+
+
+def picked_of(row: Sequence[Any], items: CachedItems) -> Picked:
+    """The row of a packed `candidates_sql`, its values in binary or as the driver gives them."""
+    ids, sources, places, evidence, wish, owners, long, tiles, *edges = row
+    views = layout_of(ITEM).views
     named = ids.decode().split("\0") if ids is not None else []
-    places = np.fromiter(map(items.places.get, named, repeat(-1)), np.intp, len(named))
-    # What is no item, or has not come yet, is no candidate, as where the tables are joined.
-    kept = np.flatnonzero(places >= 0)
-    kept = kept[items.available_at[places[kept]] <= at.timestamp()]
-    whole = len(kept) == len(named)
-    if not whole:
-        named, places = [named[place] for place in kept.tolist()], places[kept]
+
+    def numbers(packed: bytes | None, kind: str) -> Any:
+        return np.frombuffer(packed or b"", kind)
+
+    known: tuple[bytes, NDArray[np.int64], NDArray[np.intp]] = b"", np.zeros(0, np.int64), np.zeros(0, np.intp)
+    if owners is not None and long is not None and tiles is not None:
+        place = {name: index for index, name in enumerate(named)}
+        at = np.array([place[name] for name in owners.decode().split("\0")], np.intp)
+        known = tiles, numbers(long, ">i4").astype(np.int64), at
+    return Picked(
+        named,
+        np.fromiter(map(items.places.get, named, repeat(-1)), np.intp, len(named)),
+        numbers(sources, ">i4").astype(np.int64),
+        numbers(places, ">i4").astype(np.int64),
+        numbers(evidence, ">f8").astype(np.float64),
+        np.zeros(len(named), np.float32) if wish is None else numbers(wish, ">f8").astype(np.float32),
+        known,
+        tuple(edges[: len(views)]),
+        edges[len(views)] if len(edges) > len(views) else None,
+    )
+
+
+def numbered(row: Sequence[bytes | None]) -> list[Any]:
+    """A row of a packed `candidates_sql` in binary, with its days as numbers."""
+    return [*row[:_PACKED], *(None if raw is None else int.from_bytes(raw, signed=True) for raw in row[_PACKED:])]
+
+
+def candidates_of(picked: Picked, items: CachedItems, today: date) -> Candidates:
+    """Candidates by what is known of each item; all that is `picked` must be there."""
+    layout = layout_of(ITEM)
+    rows = picked.rows
     midnight_day = int(midnight_of(today) // DAY_SECONDS)
-    newest = tuple(edges[: len(views)])
     held = np.stack(
         [
-            np.zeros(len(places), np.bool_) if edge is None else items.days[places, number] == midnight_day + edge
-            for number, edge in enumerate(newest)
+            np.zeros(len(rows), np.bool_) if edge is None else items.days[rows, number] == midnight_day + edge
+            for number, edge in enumerate(picked.newest)
         ],
         axis=1,
     )
-    states = items.states[places]
+    states = items.states[rows]
     if not held.all():
         np.copyto(states, np.nan, where=~held.take(layout.view_of, axis=1))
     columns = merged_columns(
         layout,
-        [(name,) for name in named],
+        [(name,) for name in picked.named],
         states,
         held,
-        newest,
-        tiles_of(*_known(owners, long, tiles, named), layout.tile_width),
+        picked.newest,
+        tiles_of(*picked.tiles, layout.tile_width),
         today,
-        edges[len(views)] if len(edges) > len(views) else None,
+        picked.seen,
     )
     (view,) = CANDIDATE_VIEWS
-
-    def numbers(packed: bytes | None, kind: str) -> Any:
-        values = np.frombuffer(packed or b"", kind)
-        return values if whole else values[kept]
-
     return Candidates(
-        named,
-        _Picked(items.titles, places),
-        _Picked(items.categories, places),
-        numbers(sources, ">i4").astype(np.int64),
-        numbers(evidence, ">f8").astype(np.float64),
-        items.vectors[places].astype(np.float32),
-        items.has_vector[places],
-        np.zeros(len(named), np.float32) if wish is None else numbers(wish, ">f8").astype(np.float32),
+        picked.named,
+        _At(items.titles, rows),
+        _At(items.categories, rows),
+        picked.sources,
+        picked.evidence,
+        items.vectors[rows].astype(np.float32),
+        items.has_vector[rows],
+        picked.wish,
         columns[view.name],
-        groups=np.zeros(len(named), np.int64),
-        category_numbers=CategoryNumbers(items.category_numbers.rows[places], items.category_numbers.numbers),
+        groups=np.zeros(len(rows), np.int64),
+        category_numbers=CategoryNumbers(items.category_numbers.rows[rows], items.category_numbers.numbers),
     )
 
 
-def _known(
-    owners: bytes | None, long: bytes | None, tiles: bytes | None, named: list[str]
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The candidates among what two parts picked, in order: `first (m,)` their places in the first part, -1 for what the
+    second one alone has, `second (m,)` likewise; `rows (m,)` their places in memory; and of each its sources and evidence."""
+
+    first: NDArray[np.intp]
+    second: NDArray[np.intp]
+    rows: NDArray[np.intp]
+    sources: NDArray[np.int64]
+    evidence: NDArray[np.float64]
+
+
+def merged(first: Picked, second: Picked, items: CachedItems, at: datetime, limit: int) -> Merged:
+    """The best placed `limit` of two parts, less what is not there: as one statement of all sources would have merged them."""
+    where = {name: place for place, name in enumerate(first.named)}
+    in_first = np.array([where.get(name, -1) for name in second.named], np.intp)
+    both, alone = np.flatnonzero(in_first >= 0), np.flatnonzero(in_first < 0)
+    n = len(first)
+    at_first = np.concatenate([np.arange(n), np.full(len(alone), -1)])
+    at_second = np.concatenate([np.full(n, -1), alone])
+    at_second[in_first[both]] = both
+    places = np.concatenate([first.places, second.places[alone]])
+    sources = np.concatenate([first.sources, second.sources[alone]])
+    evidence = np.concatenate([first.evidence, second.evidence[alone]])
+    shared = in_first[both]
+    places[shared] = np.minimum(places[shared], second.places[both])
+    sources[shared] |= second.sources[both]
+    evidence[shared] = np.maximum(evidence[shared], second.evidence[both])
+    rows = np.concatenate([first.rows, second.rows[alone]])
+    # Items in memory stand in the order of their ids; what is none of them is dropped, whichever it would have been.
+    order = np.lexsort((np.where(rows < 0, len(items), rows), places))[:limit]
+    there = np.concatenate([first.there(items, at), second.there(items, at)[alone]])
+    order = order[there[order]]
+    return Merged(at_first[order], at_second[order], rows[order], sources[order], evidence[order])
+
+
+def joined(first: Picked, second: Picked) -> Picked:
+    """One behind the other, which have no item in common."""
+    (raw, many, owners), (more_raw, more_many, more_owners) = first.tiles, second.tiles
+    return Picked(
+        [*first.named, *second.named],
+        np.concatenate([first.rows, second.rows]),
+        np.concatenate([first.sources, second.sources]),
+        np.concatenate([first.places, second.places]),
+        np.concatenate([first.evidence, second.evidence]),
+        np.concatenate([first.wish, second.wish]),
+        (raw + more_raw, np.concatenate([many, more_many]), np.concatenate([owners, more_owners + len(first)])),
+        second.newest,
+        second.seen,
+    )
+
+
+def in_order(parts: Sequence[Candidates], order: NDArray[np.intp], chosen: Merged, items: CachedItems) -> Candidates:
+    """The candidates of `parts`, of one read of features, in the `order (m,)` of what was `chosen`."""
+    ids = [item_id for part in parts for item_id in part.item_ids]
+    named = [ids[place] for place in order.tolist()]
+    rows = chosen.rows
+
+    def together(arrays: Iterable[NDArray[Any]]) -> Any:
+        return np.concatenate(list(arrays))[order]
+
+    features = replace(
+        parts[0].features,
+        keys=[(name,) for name in named],
+        states={name: together(part.features.states[name] for part in parts) for name in parts[0].features.states},
+        as_of=together(part.features.as_of for part in parts),
+    )
+    return Candidates(
+        named,
+        _At(items.titles, rows),
+        _At(items.categories, rows),
+        chosen.sources,
+        chosen.evidence,
+        together(part.vectors for part in parts),
+        items.has_vector[rows],
+        together(part.wish for part in parts),
+        features,
+        groups=np.zeros(len(named), np.int64),
+        category_numbers=CategoryNumbers(items.category_numbers.rows[rows], items.category_numbers.numbers),
+    )
+
+
+def certain(first: Picked, most: Most, limit: int, *, wish: bool) -> int:
+    """How many of the first part, from its best placed on, are among the best placed `limit` whatever the second part has."""
+    # Of each source of the second part one item stands at each place.
+    ahead = np.minimum(first.places, most.user_vector) + (np.minimum(first.places, most.wish) if wish else 0)
+    return int(np.count_nonzero(np.arange(len(first)) + ahead < limit))
+
+
+def _tiles_at(
+    tiles: tuple[bytes, NDArray[np.int64], NDArray[np.intp]], where: NDArray[np.intp]
 ) -> tuple[bytes, NDArray[np.int64], NDArray[np.intp]]:
-    """Tiles of the candidates `named`: the bytes, how many of each owner, and where each owner is."""
-    if owners is None or long is None or tiles is None:
-        return b"", np.zeros(0, np.int64), np.zeros(0, np.intp)
-    place = {name: index for index, name in enumerate(named)}
-    at = np.array([place.get(name, -1) for name in owners.decode().split("\0")], np.intp)
-    many = np.frombuffer(long, ">i4").astype(np.int64)
+    """`tiles` of owners that have moved to `where (n,)`, -1 for those that are left out."""
+    raw, many, owners = tiles
+    at = where[owners]
     if (at < 0).any():
         ends = np.cumsum(many)
-        tiles = b"".join(
-            tiles[end - length : end]
-            for end, length, where in zip(ends.tolist(), many.tolist(), at.tolist(), strict=True)
-            if where >= 0
+        raw = b"".join(
+            raw[end - length : end]
+            for end, length, place in zip(ends.tolist(), many.tolist(), at.tolist(), strict=True)
+            if place >= 0
         )
-        at, many = at[at >= 0], many[at >= 0]
-    return tiles, many, at
+        many, at = many[at >= 0], at[at >= 0]
+    return raw, many, at

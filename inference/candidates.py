@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ SOURCES: dict[str, int] = {
     "ahead": SOURCE,
 }
 
+
+Part = Literal["listed", "near"]
+"""What is known before the user vector is, and what is near to it and to the wish."""
 
 _PACKED_LIKENESS = "string_agg(float8send(coalesce({}, 0)), ''::bytea ORDER BY m.place, m.item_id)"
 """How like the wish each candidate's text is."""
@@ -74,6 +77,11 @@ class Filters:
     def looks_at_items(self) -> bool:
         """Whether more than an item's id decides."""
         return self.categories is not None or self.years is not None or bool(self.exclude_categories or self.where)
+
+    @property
+    def by_ids(self) -> bool:
+        """Whether an item's id alone decides, and nothing is told of it."""
+        return not self.looks_at_items and not self.groups
 
     def group_bits(self, item: str) -> str:
         """An integer with a bit for each group that the row `item` of `items` belongs to, the first the lowest."""
@@ -150,13 +158,16 @@ def candidates_sql(
     features: bool = True,
     ahead: Ahead | None = None,
     packed: bool = False,
+    part: Part | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """The statement of `Store.pick_candidates` and its parameters; arguments as there.
 
     `packed` gives it for a process that has the items in memory, see inference/cached_items.py: of live reads with a
-    model and with features, none of which asks for what an item is.
+    model and with features, none of which asks for what an item is. A `part` has some of the sources alone.
     """
-    sources, parameters = _sources(filters, limit, champion, dim, user_vector, wish_text, recent, given, live, ahead)
+    sources, parameters = _sources(
+        filters, limit, champion, dim, user_vector, wish_text, recent, given, live, ahead, part
+    )
     (view,) = CANDIDATE_VIEWS
     picked = "item_id IN (SELECT item_id FROM merged)"
     if not features:
@@ -209,6 +220,21 @@ def candidates_sql(
         given=given_rows,
     )
     return sql, parameters | {"at": at, **filters.parameters()}
+
+
+class Most(NamedTuple):
+    """How many candidates come at most from each source."""
+
+    user_vector: int
+    wish: int
+    co_visitation: int
+    trending: int
+    fresh: int
+
+
+def most_of(limit: int) -> Most:
+    """How many of `limit` candidates come from each source."""
+    return Most(limit // 2, limit // 3, limit // 3, limit // 3, limit // 10)
 
 
 def candidates_of(
@@ -270,6 +296,7 @@ def _sources(
     given: list[str] | None,
     live: bool,
     ahead: Ahead | None,
+    part: Part | None,
 ) -> tuple[list[str], dict[str, Any]]:
     """The sub-selects that pick candidates `(item_id, source, place, evidence)`, and their parameters."""
     if given is not None:
@@ -287,7 +314,7 @@ def _sources(
     picked: list[str] = []
     parameters: dict[str, Any] = {"champion": champion, "recent": text_array(recent)}
     # Written into the statement: a plan made for any limit expects far fewer rows than these.
-    share, part, few = limit // 2, limit // 3, limit // 10
+    most = most_of(limit)
     # The lists hold items that were there when they were made, so only a filter by what an item is has to look at them
     # first. A read at an earlier instant drops those that came later afterwards, and may get fewer than asked for.
     listed = "{0} IN (SELECT item_id FROM allowed)" if filters.looks_at_items else filters.not_excluded("{0}")
@@ -307,34 +334,34 @@ def _sources(
         "FROM (SELECT v.item_id, {distance} AS distance FROM {table} AS v WHERE {where} {near} "
         "ORDER BY distance LIMIT {limit}) AS nearest)"
     )
-    if champion is not None and user_vector is not None:
+    if part != "listed" and champion is not None and user_vector is not None:
         parameters["user_vector"] = vector_literal(user_vector)
         distance = f"({typed} <#> %(user_vector)s::halfvec({dim}))"
         picked.append(
             ann.format(
-                bit=SOURCES["user_vector"], distance=distance, table="item_vectors", limit=share,
+                bit=SOURCES["user_vector"], distance=distance, table="item_vectors", limit=most.user_vector,
                 where="v.model_version = %(champion)s AND", near=near,
             )
         )  # fmt: skip
-    if wish_text is not None:
+    if part != "listed" and wish_text is not None:
         picked.append(
             ann.format(
                 bit=SOURCES["wish"],
                 distance="(v.vector <=> %(wish_text)s::vector)",
                 table="text_vectors",
-                limit=part,
+                limit=most.wish,
                 where="",
                 near=near,
             )
         )
-    if recent:
+    if part != "near" and recent:
         picked.append(
             f"(SELECT item_id, {SOURCES['co_visitation']} AS source, row_number() OVER (ORDER BY evidence DESC, item_id) AS place, "
             "evidence FROM (SELECT c.neighbour_id AS item_id, sum(c.score / sqrt(r.place)) AS evidence "
             "FROM unnest(%(recent)s::text[]) WITH ORDINALITY AS r (item_id, place) JOIN co_visitation AS c ON c.item_id = r.item_id "
-            f"WHERE {listed.format('c.neighbour_id')} GROUP BY 1 ORDER BY evidence DESC LIMIT {part}) AS visited)"
+            f"WHERE {listed.format('c.neighbour_id')} GROUP BY 1 ORDER BY evidence DESC LIMIT {most.co_visitation}) AS visited)"
         )
-    for name, size in (("trending", part), ("fresh", few)):
+    for name, size in (("trending", most.trending), ("fresh", most.fresh)) if part != "near" else ():
         picked.append(
             f"(SELECT p.item_id, {SOURCES[name]} AS source, row_number() OVER (ORDER BY p.rank) AS place, 0::float8 AS evidence "
             f"FROM popular_items AS p WHERE p.list = '{name}' AND {listed.format('p.item_id')} "

@@ -17,7 +17,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -30,6 +30,7 @@ from inference import explain, metrics, rerank, shipped, timing, wishes
 from inference.ahead import Ahead, ranked
 from inference.arms import NO_PLAN, Plan
 from inference.breaker import Resting
+from inference.cached_items import CachedItems
 from inference.candidates import Candidates, Filters
 from inference.connections import Lost, StatementFailed
 from inference.deadline import CANDIDATES_SHARE, FLOOR_SHARE, MODEL_SHARE, READ_SHARE, Deadline, Pace
@@ -37,6 +38,7 @@ from inference.explain import Explained
 from inference.explainer import Explainer, Ranking
 from inference.item_cache import ItemCache
 from inference.models import PopularItem
+from inference.overlap import Overlap, Ranked
 from inference.ranker import Answer, Begun, Inputs, Ranker
 from inference.ranker_inputs import candidate_inputs, person_inputs
 from inference.rerank import Chosen
@@ -84,17 +86,21 @@ class Models(Protocol):
 
 @dataclass(slots=True)
 class Steps:
-    """Where a request's time went: milliseconds per step, in order."""
+    """Where a request's time went: milliseconds per step, in order. What is done within another step counts for itself alone."""
 
     ms: dict[str, float] = field(default_factory=dict)
+    _inside: float = 0.0
+    """Milliseconds of the steps within the present one."""
 
     @contextmanager
     def step(self, name: str) -> Generator[None]:
-        start = time.perf_counter()
+        start, before, self._inside = time.perf_counter(), self._inside, 0.0
         try:
             yield
         finally:
-            self.ms[name] = self.ms.get(name, 0.0) + (time.perf_counter() - start) * 1000
+            took = (time.perf_counter() - start) * 1000
+            self.ms[name] = self.ms.get(name, 0.0) + took - self._inside
+            self._inside = before + took
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,23 +340,62 @@ class Recommender:
         self, ranker: Ranker, asked: _Asked, ends: Deadline, steps: Steps, degraded: list[str]
     ) -> tuple[Candidates, NDArray[np.float32], Inputs]:
         wish = ranker.project(asked.wish_text[None]) if asked.wish_text is not None else None
-        with steps.step("user vector"):
-            inputs = person_inputs(asked.person, asked.at, wish, ranker.dim)
-            if (
-                not all(asked.person.views[view.name].settled for view in CONTEXT_VIEWS)
-                and asked.person.history.item_ids
-            ):
-                _note(degraded, "features")
-            begun = self.models.begin_ranking(ranker, inputs, ends.left_ms())
-        with steps.step("candidates"):
-            candidates = self._pick(asked, ends, CANDIDATES_SHARE, degraded, ranker, begun.user_vector[0])
-        if not len(candidates):
-            return candidates, np.zeros(0, np.float32), inputs
-        with steps.step("rank"):
-            rows = candidate_inputs(candidates, asked.person.views, asked.at)
-            scores = self.models.finish_ranking(ranker, begun, rows, ends.left_ms())
-        likeness = candidates.wish if asked.wish_text is not None else None
-        return candidates, rerank.follow_wish(scores[0], likeness, ranker.manifest.wish_weight), inputs | rows
+        if not all(asked.person.views[view.name].settled for view in CONTEXT_VIEWS) and asked.person.history.item_ids:
+            _note(degraded, "features")
+
+        def begin() -> Begun:
+            with steps.step("user vector"):
+                inputs = person_inputs(asked.person, asked.at, wish, ranker.dim)
+                return self.models.begin_ranking(ranker, inputs, ends.left_ms())
+
+        begun: Begun | None = None
+        ranked: Ranked | None = None
+        items = self._cached(ranker, asked)
+        filters = asked.filters()
+        if (
+            items is not None
+            and asked.features
+            and not asked.audited
+            and asked.request.candidates is None
+            and filters.by_ids
+        ):
+            overlap = Overlap(
+                self.models,
+                ranker,
+                items,
+                asked.person.views,
+                asked.at,
+                asked.limit,
+                filters,
+                asked.recent(),
+                asked.wish_text,
+                ends.left_ms,
+                steps.step,
+                begin,
+            )
+            # A statement that fails is asked again below with all the others, and for less where that fails too.
+            with steps.step("candidates"), suppress(StatementFailed):
+                ranked = overlap.run(self.store, ends.share_ms(CANDIDATES_SHARE))
+            begun = overlap.begun
+        if ranked is not None:
+            _tell_ages(ranked.candidates, asked)
+        else:
+            begun = begun or begin()
+            with steps.step("candidates"):
+                candidates = self._pick(
+                    asked, ends, CANDIDATES_SHARE, degraded, ranker, begun.user_vector[0], items=items
+                )
+            rows: Inputs = {}
+            scores = np.zeros(0, np.float32)
+            if len(candidates):
+                with steps.step("rank"):
+                    rows = candidate_inputs(candidates, asked.person.views, asked.at)
+                    scores = self.models.finish_ranking(ranker, begun, rows, ends.left_ms())[0]
+            ranked = Ranked(candidates, rows, scores)
+        assert begun is not None
+        likeness = ranked.candidates.wish if asked.wish_text is not None else None
+        scores = rerank.follow_wish(ranked.scores, likeness, ranker.manifest.wish_weight)
+        return ranked.candidates, scores, {**begun.inputs, **ranked.inputs}
 
     def _pick(
         self,
@@ -361,6 +406,7 @@ class Recommender:
         ranker: Ranker | None = None,
         user_vector: NDArray[np.float32] | None = None,
         ahead: Ahead | None = None,
+        items: CachedItems | None = None,
     ) -> Candidates:
         """Candidates with their features; without them where those cannot be read."""
 
@@ -380,14 +426,9 @@ class Recommender:
                 audited=asked.audited,
                 features=features,
                 ahead=ahead,
-                items=cached,
+                items=items,
             )
 
-        cached = None
-        # Of the model that serves everybody: an arm's or a shadow's would take its place in memory and give it back again.
-        serving = ranker is not None and ranker is self.models.current()
-        if ranker is not None and serving and self.items is not None and asked.request.at is None:
-            cached = self.items.get(asked.person.catalogue, ranker.version, ranker.dim)
         try:
             picked = pick(asked.features)
         except StatementFailed:
@@ -395,9 +436,15 @@ class Recommender:
                 raise
             picked = pick(False)
             _note(degraded, "features")
-        if picked.features_read and asked.request.at is None:
-            metrics.features_read({view.name: picked.features.settled_at for view in CANDIDATE_VIEWS})
+        _tell_ages(picked, asked)
         return picked
+
+    def _cached(self, ranker: Ranker, asked: _Asked) -> CachedItems | None:
+        """The items in memory, if they are there and of the model."""
+        # Of the model that serves everybody: an arm's or a shadow's would take its place in memory and give it back again.
+        if self.items is None or asked.request.at is not None or ranker is not self.models.current():
+            return None
+        return self.items.get(asked.person.catalogue, ranker.version, ranker.dim)
 
     def _explain(
         self,
@@ -486,6 +533,11 @@ def _served(asked: _Asked, request_id: str, candidates: Candidates, order: NDArr
         [candidates.item_ids[index] for index in shown],
         [candidates.categories[index] for index in shown],
     )
+
+
+def _tell_ages(candidates: Candidates, asked: _Asked) -> None:
+    if candidates.features_read and asked.request.at is None:
+        metrics.features_read({view.name: candidates.features.settled_at for view in CANDIDATE_VIEWS})
 
 
 def _note(degraded: list[str], rung: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -22,12 +22,13 @@ from psycopg import generators
 from inference import cached_items
 from inference.ahead import Ahead
 from inference.breaker import Breaker
-from inference.cached_items import CachedItems
+from inference.cached_items import CachedItems, Picked
 from inference.candidates import Candidates, Filters, candidates_of, candidates_sql
 from inference.connections import Connections, StoreConnection
 from inference.live import HEAD_MOST, Columns, live_columns, snapshot_columns, utc_day
 from inference.sql_files import half_vectors, statement, vector_literal
 from inference.telemetry import span
+from inference.wire import wire
 from schemas import catalogue_sql, online_sql, prompts
 from schemas.feature_sql import read_sql
 from schemas.features import Entity, FeatureView
@@ -261,9 +262,9 @@ class Store:
         `ahead` adds the list that was scored ahead; it says nothing of a wish or of what is given. With `items`, those of
         `champion` that are in memory, only what they do not tell is read, where that is enough.
         """
-        if not (live and features and champion and user_vector is not None and given is None and ahead is None) or (
-            filters.looks_at_items or filters.groups
-        ):
+        if not (live and features and champion and user_vector is not None and given is None and ahead is None):
+            items = None
+        if not filters.by_ids:
             items = None
         sql, parameters = candidates_sql(
             at=at,
@@ -291,8 +292,54 @@ class Store:
         with span("db pick_candidates", kind="client", attributes=_db(2) | {"recsys.items.cached": items is not None}):
             rows = self.ask(question, timeout_ms)
         if items is not None:
-            return cached_items.candidates_of(rows[0], items, at, utc_day(at))
+            picked = cached_items.picked_of(rows[0], items)
+            picked = picked.take(np.flatnonzero(picked.there(items, at)))
+            return cached_items.candidates_of(picked, items, utc_day(at))
         return candidates_of(rows, dim, utc_day(at) if live else None, features=features, ahead=ahead is not None)
+
+    def pick_in_parts(
+        self,
+        *,
+        at: datetime,
+        filters: Filters,
+        limit: int,
+        timeout_ms: float,
+        champion: str,
+        dim: int,
+        wish_text: NDArray[np.float32] | None,
+        recent: Sequence[str],
+        items: CachedItems,
+        vector: Callable[[], NDArray[np.float32] | None],
+        meanwhile: Callable[[Picked], None],
+    ) -> tuple[Picked, Picked] | None:
+        """What `pick_candidates` picks at the present by `items` in memory, in two statements of one round trip.
+
+        The first looks up what is known without a user vector, while `vector ()` makes it; the second searches for what
+        is near to it, while `meanwhile` has what the first one gave. Both may be called once more, on another connection;
+        what they raise closes it. None where `vector` gives none.
+        """
+        ask = partial(
+            candidates_sql,
+            at=at, filters=filters, limit=limit, champion=champion, dim=dim, wish_text=wish_text, recent=list(recent),
+            given=None, live=True, packed=True,
+        )  # fmt: skip
+
+        def question(connection: StoreConnection) -> tuple[Picked, Picked] | None:
+            with wire(connection) as pipeline:
+                pipeline.ask(_settings_sql(connection.server_ms(), _SEARCH | PLAN_ONCE), wanted=False)
+                pipeline.ask(*ask(user_vector=None, part="listed"))
+                pipeline.flush()
+                found = vector()
+                if found is None:
+                    return None
+                pipeline.ask(*ask(user_vector=found, part="near"))
+                pipeline.flush()
+                listed = cached_items.picked_of(cached_items.numbered(pipeline.row()), items)
+                meanwhile(listed)
+                return listed, cached_items.picked_of(cached_items.numbered(pipeline.row()), items)
+
+        with span("db pick_candidates", kind="client", attributes=_db(3) | {"recsys.items.cached": True}):
+            return self.ask(question, timeout_ms)
 
     def similar(
         self,
@@ -414,14 +461,15 @@ def set_locally(
     stay: bool = False,
 ) -> None:
     """Settings for the rest of this pipeline, which is one transaction to the server; `stay`: for those after it too."""
+    _execute(connection, _settings_sql(timeout_ms, settings, stay=stay))
+
+
+def _settings_sql(timeout_ms: int, settings: Mapping[str, str], *, stay: bool = False) -> str:
     # A zone from the environment (PGTZ) would win over one among the connection's options.
     # SET LOCAL would do the same, and warn in the server's log each time that nobody said BEGIN.
     settings = {"statement_timeout": str(timeout_ms), "TimeZone": "UTC", **_PLAN_EACH, **settings}
     local = "false" if stay else "true"
-    _execute(
-        connection,
-        "SELECT " + ", ".join(f"set_config('{name}', '{value}', {local})" for name, value in settings.items()),
-    )
+    return "SELECT " + ", ".join(f"set_config('{name}', '{value}', {local})" for name, value in settings.items())
 
 
 def _execute(
