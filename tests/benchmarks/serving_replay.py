@@ -21,6 +21,7 @@ from psycopg._queries import PostgresQuery
 
 from inference import store
 from inference.ranker import CutEngine, Inputs
+from inference.wire import Wire
 
 Statement = tuple[str, dict[str, Any] | None]
 Run = Callable[[], Any]
@@ -46,6 +47,7 @@ class Recorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         execute, set_locally, begin, finish = store._execute, store.set_locally, CutEngine.begin, CutEngine.finish
+        open_wire, ask = Wire.__init__, Wire.ask
         asking = threading.get_ident()  # what the log's thread writes after an answer is no part of it
 
         def setting(connection: Any, *arguments: Any, **more: Any) -> None:
@@ -58,6 +60,16 @@ class Recorder:
                 self.taken[-1].pipelines[-1].append((sql, parameters))
             return execute(connection, sql, parameters, **more)
 
+        def opening(pipeline: Wire, connection: Any) -> None:
+            if threading.get_ident() == asking:
+                self.taken[-1].pipelines.append([])
+            open_wire(pipeline, connection)
+
+        def sending(pipeline: Wire, sql: str, parameters: Any = None, **more: Any) -> None:
+            if threading.get_ident() == asking:
+                self.taken[-1].pipelines[-1].append((sql, parameters))
+            ask(pipeline, sql, parameters, **more)
+
         def beginning(engine: CutEngine, person: Inputs) -> Any:
             self.taken[-1].runs.append(lambda: begin(engine, person))
             return begin(engine, person)
@@ -69,6 +81,8 @@ class Recorder:
         with (
             mock.patch.object(store, "set_locally", setting),
             mock.patch.object(store, "_execute", executing),
+            mock.patch.object(Wire, "__init__", opening),
+            mock.patch.object(Wire, "ask", sending),
             mock.patch.object(CutEngine, "begin", beginning),
             mock.patch.object(CutEngine, "finish", finishing),
         ):
@@ -142,13 +156,12 @@ def postgres_ms(url: str, taken: Sequence[Taken], rounds: int = 3) -> list[list[
 
 
 def onnx_ms(taken: Sequence[Taken], rounds: int = 3) -> list[list[float]]:
-    """Milliseconds of each run of the ranker of each request, `(requests, runs)`, the median of `rounds`."""
+    """Milliseconds of each run of the ranker of each request, the median of `rounds`."""
 
     def timed(run: Run) -> float:
         began = time.perf_counter()
         run()
         return time.perf_counter() - began
 
-    times = np.array([[[timed(run) for run in one.runs] for one in taken] for _ in range(rounds)])
-    found: list[list[float]] = (np.median(times, axis=0) * 1e3).tolist()
-    return found
+    times = [[[timed(run) for run in one.runs] for one in taken] for _ in range(rounds)]
+    return [(np.median(of_one, axis=0) * 1e3).tolist() for of_one in zip(*times, strict=True)]
