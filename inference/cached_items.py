@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from itertools import repeat
@@ -199,8 +199,7 @@ class Merged:
 
 def merged(first: Picked, second: Picked, items: CachedItems, at: datetime, limit: int) -> Merged:
     """The best placed `limit` of two parts, less what is not there: as one statement of all sources would have merged them."""
-    where = {name: place for place, name in enumerate(first.named)}
-    in_first = np.array([where.get(name, -1) for name in second.named], np.intp)
+    in_first = _places_in(first, second)
     both, alone = np.flatnonzero(in_first >= 0), np.flatnonzero(in_first < 0)
     n = len(first)
     at_first = np.concatenate([np.arange(n), np.full(len(alone), -1)])
@@ -237,6 +236,36 @@ def joined(first: Picked, second: Picked) -> Picked:
     )
 
 
+def _places_in(first: Picked, second: Picked) -> NDArray[np.intp]:
+    """Where each of the second part's items stands in the first one, -1 for those that do not."""
+    if not len(first):
+        return np.full(len(second), -1, np.intp)
+    order = np.argsort(first.rows)
+    at = order[np.minimum(np.searchsorted(first.rows, second.rows, sorter=order), len(order) - 1)]
+    found = np.where(first.rows[at] == second.rows, at, -1)
+    strange = np.flatnonzero(second.rows < 0)
+    if len(strange):  # what is no item has nothing but its name
+        where = {name: place for place, name in enumerate(first.named)}
+        found[strange] = [where.get(second.named[place], -1) for place in strange.tolist()]
+    return found
+
+
+class _InOrder(Mapping[str, Floats]):
+    """Columns of several parts, put together where somebody looks at one: after the ranker hardly anybody does."""
+
+    def __init__(self, parts: Sequence[Mapping[str, Floats]], order: NDArray[np.intp]) -> None:
+        self._parts, self._order = parts, order
+
+    def __getitem__(self, name: str) -> Floats:
+        return np.concatenate([part[name] for part in self._parts])[self._order]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts[0])
+
+    def __len__(self) -> int:
+        return len(self._parts[0])
+
+
 def in_order(parts: Sequence[Candidates], order: NDArray[np.intp], chosen: Merged, items: CachedItems) -> Candidates:
     """The candidates of `parts`, of one read of features, in the `order (m,)` of what was `chosen`."""
     ids = [item_id for part in parts for item_id in part.item_ids]
@@ -249,7 +278,7 @@ def in_order(parts: Sequence[Candidates], order: NDArray[np.intp], chosen: Merge
     features = replace(
         parts[0].features,
         keys=[(name,) for name in named],
-        states={name: together(part.features.states[name] for part in parts) for name in parts[0].features.states},
+        states=_InOrder([part.features.states for part in parts], order),
         as_of=together(part.features.as_of for part in parts),
     )
     return Candidates(

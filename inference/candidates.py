@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import UTC, date, datetime
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from inference.sql_files import half_vectors, statement, text_array, vector_lite
 from schemas import online_sql
 from schemas.feature_sql import read_sql
 from schemas.features import ITEM, FeatureView
+from schemas.ranker import TEXT_DIM
 from schemas.views import CANDIDATE_VIEWS
 
 SOURCES: dict[str, int] = {
@@ -220,6 +222,36 @@ def candidates_sql(
         given=given_rows,
     )
     return sql, parameters | {"at": at, **filters.parameters()}
+
+
+class PartShape(NamedTuple):
+    """What decides how the statement of a part reads, whatever the request's own values are."""
+
+    limit: int
+    dim: int
+    excludes: bool
+    wishes: bool
+    has_recent: bool
+
+
+@lru_cache(64)
+def part_sql(part: Part, shape: PartShape) -> str:
+    """The packed statement of a `part` for a live read with a model, of filters by ids alone; see `candidates_sql`."""
+    sql, _ = candidates_sql(
+        at=datetime(2000, 1, 1, tzinfo=UTC),
+        filters=Filters(exclude=["some"] if shape.excludes else []),
+        limit=shape.limit,
+        champion="some",
+        dim=shape.dim,
+        user_vector=None if part == "listed" else np.zeros(shape.dim, np.float32),
+        wish_text=np.zeros(TEXT_DIM, np.float32) if shape.wishes else None,
+        recent=["some"] if shape.has_recent else [],
+        given=None,
+        live=True,
+        packed=True,
+        part=part,
+    )
+    return sql
 
 
 class Most(NamedTuple):

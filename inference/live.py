@@ -6,7 +6,7 @@ where one packed value per key carries all views of its entity. Both give the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from functools import cache, lru_cache
@@ -43,7 +43,7 @@ class Columns:
     """
 
     keys: list[tuple[str, ...]]
-    states: dict[str, Floats]
+    states: Mapping[str, Floats]
     as_of: Floats
     settled: bool
     settled_at: float | None = None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
-from functools import cache, partial
+from functools import cache
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -23,10 +23,10 @@ from inference import cached_items
 from inference.ahead import Ahead
 from inference.breaker import Breaker
 from inference.cached_items import CachedItems, Picked
-from inference.candidates import Candidates, Filters, candidates_of, candidates_sql
+from inference.candidates import Candidates, Filters, PartShape, candidates_of, candidates_sql, part_sql
 from inference.connections import Connections, StoreConnection
 from inference.live import HEAD_MOST, Columns, live_columns, snapshot_columns, utc_day
-from inference.sql_files import half_vectors, statement, vector_literal
+from inference.sql_files import half_vectors, statement, text_array, vector_literal
 from inference.telemetry import span
 from inference.wire import wire
 from schemas import catalogue_sql, online_sql, prompts
@@ -318,21 +318,25 @@ class Store:
         is near to it, while `meanwhile` has what the first one gave. Both may be called once more, on another connection;
         what they raise closes it. None where `vector` gives none.
         """
-        ask = partial(
-            candidates_sql,
-            at=at, filters=filters, limit=limit, champion=champion, dim=dim, wish_text=wish_text, recent=list(recent),
-            given=None, live=True, packed=True,
-        )  # fmt: skip
+        shape = PartShape(limit, dim, bool(filters.exclude), wish_text is not None, bool(recent))
+        known: dict[str, object] = {
+            "at": at,
+            "today": utc_day(at),
+            "exclude": text_array(filters.exclude),
+            "champion": champion,
+            "recent": text_array(recent),
+            "wish_text": None if wish_text is None else vector_literal(wish_text),
+        }
 
         def question(connection: StoreConnection) -> tuple[Picked, Picked] | None:
             with wire(connection) as pipeline:
                 pipeline.ask(_settings_sql(connection.server_ms(), _SEARCH | PLAN_ONCE), wanted=False)
-                pipeline.ask(*ask(user_vector=None, part="listed"))
+                pipeline.ask(part_sql("listed", shape), known)
                 pipeline.flush()
                 found = vector()
                 if found is None:
                     return None
-                pipeline.ask(*ask(user_vector=found, part="near"))
+                pipeline.ask(part_sql("near", shape), known | {"user_vector": vector_literal(found)})
                 pipeline.flush()
                 listed = cached_items.picked_of(cached_items.numbered(pipeline.row()), items)
                 meanwhile(listed)
