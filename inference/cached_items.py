@@ -17,8 +17,8 @@ from schemas.features import ITEM
 from schemas.views import CANDIDATE_VIEWS
 
 T = TypeVar("T")
-_PACKED = 8
-"""So many values of a packed row are bytes; behind them stand days."""
+_ALSO = 5
+"""Where in a packed row the likeness of the part before is."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,8 +113,9 @@ class Picked:
 
 
 def picked_of(row: Sequence[Any], items: CachedItems) -> Picked:
-    """The row of a packed `candidates_sql`, its values in binary or as the driver gives them."""
-    ids, sources, places, evidence, wish, owners, long, tiles, *edges = row
+    """The row of a packed `candidates_sql`, its values as the driver gives them or all of them in binary."""
+    ids, sources, places, evidence, wish, _, owners, long, tiles, *edges = row
+    edges = [int.from_bytes(edge, signed=True) if isinstance(edge, bytes) else edge for edge in edges]
     views = layout_of(ITEM).views
     named = ids.decode().split("\0") if ids is not None else []
 
@@ -139,9 +140,10 @@ def picked_of(row: Sequence[Any], items: CachedItems) -> Picked:
     )
 
 
-def numbered(row: Sequence[bytes | None]) -> list[Any]:
-    """A row of a packed `candidates_sql` in binary, with its days as numbers."""
-    return [*row[:_PACKED], *(None if raw is None else int.from_bytes(raw, signed=True) for raw in row[_PACKED:])]
+def with_likeness(listed: Picked, row: Sequence[Any]) -> Picked:
+    """What the first part listed with its likeness to the wish, which the second one's `row` tells; without a wish as it is."""
+    likeness = row[_ALSO]
+    return listed if likeness is None else replace(listed, wish=np.frombuffer(likeness, ">f8").astype(np.float32))
 
 
 def candidates_of(picked: Picked, items: CachedItems, today: date) -> Candidates:
@@ -188,13 +190,14 @@ def candidates_of(picked: Picked, items: CachedItems, today: date) -> Candidates
 @dataclass(frozen=True, slots=True)
 class Merged:
     """The candidates among what two parts picked, in order: `first (m,)` their places in the first part, -1 for what the
-    second one alone has, `second (m,)` likewise; `rows (m,)` their places in memory; and of each its sources and evidence."""
+    second one alone has, `second (m,)` likewise; `rows (m,)` their places in memory; and of each its sources, evidence and likeness to the wish."""
 
     first: NDArray[np.intp]
     second: NDArray[np.intp]
     rows: NDArray[np.intp]
     sources: NDArray[np.int64]
     evidence: NDArray[np.float64]
+    wish: NDArray[np.float32]
 
 
 def merged(first: Picked, second: Picked, items: CachedItems, at: datetime, limit: int) -> Merged:
@@ -217,7 +220,8 @@ def merged(first: Picked, second: Picked, items: CachedItems, at: datetime, limi
     order = np.lexsort((np.where(rows < 0, len(items), rows), places))[:limit]
     there = np.concatenate([first.there(items, at), second.there(items, at)[alone]])
     order = order[there[order]]
-    return Merged(at_first[order], at_second[order], rows[order], sources[order], evidence[order])
+    wish = np.concatenate([first.wish, second.wish[alone]])
+    return Merged(at_first[order], at_second[order], rows[order], sources[order], evidence[order], wish[order])
 
 
 def joined(first: Picked, second: Picked) -> Picked:
@@ -289,7 +293,7 @@ def in_order(parts: Sequence[Candidates], order: NDArray[np.intp], chosen: Merge
         chosen.evidence,
         together(part.vectors for part in parts),
         items.has_vector[rows],
-        together(part.wish for part in parts),
+        chosen.wish,
         features,
         groups=np.zeros(len(named), np.int64),
         category_numbers=CategoryNumbers(items.category_numbers.rows[rows], items.category_numbers.numbers),

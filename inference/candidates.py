@@ -37,6 +37,11 @@ Part = Literal["listed", "near"]
 
 _PACKED_LIKENESS = "string_agg(float8send(coalesce({}, 0)), ''::bytea ORDER BY m.place, m.item_id)"
 """How like the wish each candidate's text is."""
+_ALSO = (
+    "(SELECT string_agg(float8send(coalesce(1 - (w.vector <=> %(wish_text)s::vector), 0)), ''::bytea ORDER BY o.place) "
+    "FROM unnest(%(listed)s::text[]) WITH ORDINALITY AS o (item_id, place) LEFT JOIN text_vectors AS w ON w.item_id = o.item_id)"
+)
+"""Likewise of the items that the part before this one has listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +208,7 @@ def candidates_sql(
             edges=", ".join([*edges, *([online_sql.SEEN] if audited else [])]),
             wish=_PACKED_LIKENESS.format(wish) if wish_text is not None else "NULL::bytea",
             wish_join=wish_join,
+            also=_ALSO if wish_text is not None and part == "near" else "NULL::bytea",
         )
     else:
         given_rows = statement("read_candidates").format(

@@ -1,7 +1,7 @@
 """A request's candidates and their scores, while Postgres searches: for a process that has the items in memory.
 
-    Postgres    co-visitation, lists, today │ search by the user vector, and by the wish
-    we          user vector                 │ rank those that are candidates whatever it finds │ rank the rest
+    Postgres    co-visitation, lists, today       │ search by the user vector, and by the wish
+    we          wish and user vector as numbers   │ rank those that are candidates whatever it finds │ rank the rest
 
 What co-visitation and the lists give is known long before the search has ended. Most of it is among the candidates
 however that ends, because candidates are taken by their place in each source; so it is put together and ranked while the
@@ -63,7 +63,8 @@ class Overlap:
     limit: int
     filters: Filters
     recent: Sequence[str]
-    wish_text: NDArray[np.float32] | None
+    wish: Callable[[], NDArray[np.float32] | None] | None
+    """Waits for the vector of the wish, if the request has one."""
     left_ms: Callable[[], float]
     step: Callable[[str], AbstractContextManager[None]]
     begin: Callable[[], Begun]
@@ -86,7 +87,7 @@ class Overlap:
             timeout_ms=timeout_ms,
             champion=self.ranker.version,
             dim=self.ranker.dim,
-            wish_text=self.wish_text,
+            wish=self.wish,
             recent=self.recent,
             items=self.items,
             vector=self._vector,
@@ -97,6 +98,10 @@ class Overlap:
         assert parts is not None
         first, second = parts
         return self._rank_rest(first, second) if first.newest == second.newest else None
+
+    @property
+    def _wished(self) -> bool:
+        return self.wish is not None and self.wish() is not None
 
     def _vector(self) -> NDArray[np.float32] | None:
         try:
@@ -112,7 +117,7 @@ class Overlap:
         self._early, self._chosen = None, np.zeros(0, np.intp)
         if self.begun.states is None:  # a graph in one piece would go through the history once more for each run
             return
-        sure = cached_items.certain(first, most_of(self.limit), self.limit, wish=self.wish_text is not None)
+        sure = cached_items.certain(first, most_of(self.limit), self.limit, wish=self._wished)
         chosen = np.flatnonzero(first.there(self.items, self.at)[:sure])
         if len(chosen) < WORTH_RANKING:
             return

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
 import numpy as np
@@ -204,10 +204,11 @@ class Recommender:
         parser = self.wish_parser if person.personalise else None
         wish = wishes.understood(parser, request.prompt, ends.left_ms(), degraded, steps.step)
         space = ranker.manifest.encoder_version if ranker else None
-        wish_text = encoding.vector(wish, template, space, degraded, steps.step)
+        # Waited for where it is first wanted: until then the database can look up what hangs on no wish.
+        wishing = cache(lambda: encoding.vector(wish, template, space, degraded, steps.step))
         audited = audited and features and person.personalise
         limit = plan.candidates or self.candidates
-        asked = _Asked(request, at, person, self.rules, wish_text, audited, features, limit, wish)
+        asked = _Asked(request, at, person, self.rules, wishing, audited, features, limit, wish)
         by_ranker: tuple[Candidates, NDArray[np.float32], Inputs] | None = None
         if ranker is not None:
             try:
@@ -242,7 +243,7 @@ class Recommender:
         with steps.step("explain"):
             why: list[Explained] | None = None
             if request.explain:
-                words = wish.look_for if wish is not None and wish_text is not None else None
+                words = wish.look_for if wish is not None and asked.wish_text is not None else None
                 ranking = ranker and inputs and Ranking(ranker, inputs, candidates, scores, person.history, at, words)
                 why = self._explain(order, candidates, person.history, ranking or None, words, ends, degraded)
             items = _items(order, candidates, scores, why)
@@ -254,7 +255,7 @@ class Recommender:
             model_version=(ranker.version if ranker else candidates.ahead_version or FLOOR_VERSION)
             if person.personalise
             else POPULAR_VERSION,
-            prompt_version=wishes.version_of(template, wish, wish_text is not None),
+            prompt_version=wishes.version_of(template, wish, asked.wish_text is not None),
             experiment=plan.answer,
             degraded=tuple(degraded),
             personalised=person.personalise,
@@ -339,12 +340,13 @@ class Recommender:
     def _by_ranker(
         self, ranker: Ranker, asked: _Asked, ends: Deadline, steps: Steps, degraded: list[str]
     ) -> tuple[Candidates, NDArray[np.float32], Inputs]:
-        wish = ranker.project(asked.wish_text[None]) if asked.wish_text is not None else None
         if not all(asked.person.views[view.name].settled for view in CONTEXT_VIEWS) and asked.person.history.item_ids:
             _note(degraded, "features")
 
         def begin() -> Begun:
+            text = asked.wish_text
             with steps.step("user vector"):
+                wish = ranker.project(text[None]) if text is not None else None
                 inputs = person_inputs(asked.person, asked.at, wish, ranker.dim)
                 return self.models.begin_ranking(ranker, inputs, ends.left_ms())
 
@@ -368,7 +370,7 @@ class Recommender:
                 asked.limit,
                 filters,
                 asked.recent(),
-                asked.wish_text,
+                asked.wishing if asked.request.prompt is not None else None,
                 ends.left_ms,
                 steps.step,
                 begin,
@@ -483,11 +485,17 @@ class _Asked:
     at: datetime
     person: PersonRow
     rules: Rules
-    wish_text: NDArray[np.float32] | None
+    wishing: Callable[[], NDArray[np.float32] | None]
+    """Waits for the wish's vector, once."""
     audited: bool = False
     features: bool = True
     limit: int = 500
     wish: wishes.ParsedWish | None = None
+
+    @property
+    def wish_text(self) -> NDArray[np.float32] | None:
+        """The wish's vector `(384,)`; None without a wish, and where it could not be encoded."""
+        return self.wishing()
 
     def filters(self) -> Filters:
         # Candidates that the caller names are ranked even if the person had them.

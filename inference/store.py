@@ -306,7 +306,7 @@ class Store:
         timeout_ms: float,
         champion: str,
         dim: int,
-        wish_text: NDArray[np.float32] | None,
+        wish: Callable[[], NDArray[np.float32] | None] | None,
         recent: Sequence[str],
         items: CachedItems,
         vector: Callable[[], NDArray[np.float32] | None],
@@ -314,18 +314,17 @@ class Store:
     ) -> tuple[Picked, Picked] | None:
         """What `pick_candidates` picks at the present by `items` in memory, in two statements of one round trip.
 
-        The first looks up what is known without a user vector, while `vector ()` makes it; the second searches for what
-        is near to it, while `meanwhile` has what the first one gave. Both may be called once more, on another connection;
-        what they raise closes it. None where `vector` gives none.
+        The first looks up what is known without a user vector, while `vector ()` makes it and `wish ()` that of the wish, if
+        there is one; the second searches for what is near to them, while `meanwhile` has what the first one gave. They may
+        be called once more, on another connection; what they raise closes it. None where `vector` gives none.
         """
-        shape = PartShape(limit, dim, bool(filters.exclude), wish_text is not None, bool(recent))
+        shape = PartShape(limit, dim, bool(filters.exclude), False, bool(recent))
         known: dict[str, object] = {
             "at": at,
             "today": utc_day(at),
             "exclude": text_array(filters.exclude),
             "champion": champion,
             "recent": text_array(recent),
-            "wish_text": None if wish_text is None else vector_literal(wish_text),
         }
 
         def question(connection: StoreConnection) -> tuple[Picked, Picked] | None:
@@ -336,11 +335,18 @@ class Store:
                 found = vector()
                 if found is None:
                     return None
-                pipeline.ask(part_sql("near", shape), known | {"user_vector": vector_literal(found)})
+                near = {"user_vector": vector_literal(found)}
+                text = wish() if wish is not None else None
+                listed = None
+                if text is not None:  # then there was time for the first statement, whose items the second one looks at
+                    listed = cached_items.picked_of(pipeline.row(), items)
+                    near |= {"wish_text": vector_literal(text), "listed": text_array(listed.named)}
+                pipeline.ask(part_sql("near", shape._replace(wishes=text is not None)), known | near)
                 pipeline.flush()
-                listed = cached_items.picked_of(cached_items.numbered(pipeline.row()), items)
+                listed = listed or cached_items.picked_of(pipeline.row(), items)
                 meanwhile(listed)
-                return listed, cached_items.picked_of(cached_items.numbered(pipeline.row()), items)
+                row = pipeline.row()
+                return cached_items.with_likeness(listed, row), cached_items.picked_of(row, items)
 
         with span("db pick_candidates", kind="client", attributes=_db(3) | {"recsys.items.cached": True}):
             return self.ask(question, timeout_ms)
