@@ -189,69 +189,39 @@ def candidates_of(picked: Picked, items: CachedItems, today: date) -> Candidates
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """The candidates among what two parts picked, in order: `first (m,)` their places in the first part, -1 for what the
-    second one alone has, `second (m,)` likewise; `rows (m,)` their places in memory; and of each its sources, evidence and likeness to the wish."""
+    """The m candidates among what some parts picked, in order: `at (m,)` where each stands in the first part that has it, the
+    parts one behind the other; `rows (m,)` their places in memory; of each its sources, evidence and likeness to the wish."""
 
-    first: NDArray[np.intp]
-    second: NDArray[np.intp]
+    at: NDArray[np.intp]
     rows: NDArray[np.intp]
     sources: NDArray[np.int64]
     evidence: NDArray[np.float64]
     wish: NDArray[np.float32]
 
 
-def merged(first: Picked, second: Picked, items: CachedItems, at: datetime, limit: int) -> Merged:
-    """The best placed `limit` of two parts, less what is not there: as one statement of all sources would have merged them."""
-    in_first = _places_in(first, second)
-    both, alone = np.flatnonzero(in_first >= 0), np.flatnonzero(in_first < 0)
-    n = len(first)
-    at_first = np.concatenate([np.arange(n), np.full(len(alone), -1)])
-    at_second = np.concatenate([np.full(n, -1), alone])
-    at_second[in_first[both]] = both
-    places = np.concatenate([first.places, second.places[alone]])
-    sources = np.concatenate([first.sources, second.sources[alone]])
-    evidence = np.concatenate([first.evidence, second.evidence[alone]])
-    shared = in_first[both]
-    places[shared] = np.minimum(places[shared], second.places[both])
-    sources[shared] |= second.sources[both]
-    evidence[shared] = np.maximum(evidence[shared], second.evidence[both])
-    rows = np.concatenate([first.rows, second.rows[alone]])
-    # Items in memory stand in the order of their ids; what is none of them is dropped, whichever it would have been.
-    order = np.lexsort((np.where(rows < 0, len(items), rows), places))[:limit]
-    there = np.concatenate([first.there(items, at), second.there(items, at)[alone]])
-    order = order[there[order]]
-    wish = np.concatenate([first.wish, second.wish[alone]])
-    return Merged(at_first[order], at_second[order], rows[order], sources[order], evidence[order], wish[order])
-
-
-def joined(first: Picked, second: Picked) -> Picked:
-    """One behind the other, which have no item in common."""
-    (raw, many, owners), (more_raw, more_many, more_owners) = first.tiles, second.tiles
-    return Picked(
-        [*first.named, *second.named],
-        np.concatenate([first.rows, second.rows]),
-        np.concatenate([first.sources, second.sources]),
-        np.concatenate([first.places, second.places]),
-        np.concatenate([first.evidence, second.evidence]),
-        np.concatenate([first.wish, second.wish]),
-        (raw + more_raw, np.concatenate([many, more_many]), np.concatenate([owners, more_owners + len(first)])),
-        second.newest,
-        second.seen,
-    )
-
-
-def _places_in(first: Picked, second: Picked) -> NDArray[np.intp]:
-    """Where each of the second part's items stands in the first one, -1 for those that do not."""
-    if not len(first):
-        return np.full(len(second), -1, np.intp)
-    order = np.argsort(first.rows)
-    at = order[np.minimum(np.searchsorted(first.rows, second.rows, sorter=order), len(order) - 1)]
-    found = np.where(first.rows[at] == second.rows, at, -1)
-    strange = np.flatnonzero(second.rows < 0)
+def merged(parts: Sequence[Picked], items: CachedItems, at: datetime, limit: int) -> Merged:
+    """The best placed `limit` of all parts, less what is not there: as one statement of all sources would have merged them."""
+    whole = joined(parts)
+    keys = whole.rows.copy()
+    strange = np.flatnonzero(keys < 0)
     if len(strange):  # what is no item has nothing but its name
-        where = {name: place for place, name in enumerate(first.named)}
-        found[strange] = [where.get(second.named[place], -1) for place in strange.tolist()]
-    return found
+        numbers: dict[str, int] = {}
+        for place in strange.tolist():
+            keys[place] = len(items) + numbers.setdefault(whole.named[place], len(numbers))
+    order = np.argsort(keys, kind="stable")
+    begins = np.flatnonzero(np.diff(keys[order], prepend=-1))
+    first = order[begins]
+    if len(first):
+        places = np.minimum.reduceat(whole.places[order], begins)
+        sources = np.bitwise_or.reduceat(whole.sources[order], begins)
+        evidence = np.maximum.reduceat(whole.evidence[order], begins)
+    else:
+        places, sources, evidence = whole.places, whole.sources, whole.evidence
+    # Items in memory stand in the order of their ids; what is none of them is dropped, whichever it would have been.
+    best = np.lexsort((keys[first], places))[:limit]
+    best = best[whole.there(items, at)[first[best]]]
+    chosen = first[best]
+    return Merged(chosen, whole.rows[chosen], sources[best], evidence[best], whole.wish[chosen])
 
 
 class _InOrder(Mapping[str, Floats]):
@@ -300,9 +270,34 @@ def in_order(parts: Sequence[Candidates], order: NDArray[np.intp], chosen: Merge
     )
 
 
+def joined(parts: Sequence[Picked]) -> Picked:
+    """Parts of one read of features, one behind the other."""
+    begins = np.cumsum([0, *(len(part) for part in parts)])
+    raw, many, owners = zip(*(part.tiles for part in parts), strict=True)
+
+    def together(name: str) -> Any:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    return Picked(
+        [name for part in parts for name in part.named],
+        together("rows"),
+        together("sources"),
+        together("places"),
+        together("evidence"),
+        together("wish"),
+        (
+            b"".join(raw),
+            np.concatenate(many),
+            np.concatenate([own + begin for own, begin in zip(owners, begins[:-1], strict=True)]),
+        ),
+        parts[0].newest,
+        parts[0].seen,
+    )
+
+
 def certain(first: Picked, most: Most, limit: int, *, wish: bool) -> int:
-    """How many of the first part, from its best placed on, are among the best placed `limit` whatever the second part has."""
-    # Of each source of the second part one item stands at each place.
+    """How many of the first part, from its best placed on, are among the best placed `limit` whatever the others have."""
+    # Of each of their sources one item stands at each place.
     ahead = np.minimum(first.places, most.user_vector) + (np.minimum(first.places, most.wish) if wish else 0)
     return int(np.count_nonzero(np.arange(len(first)) + ahead < limit))
 

@@ -32,8 +32,8 @@ SOURCES: dict[str, int] = {
 }
 
 
-Part = Literal["listed", "near"]
-"""What is known before the user vector is, and what is near to it and to the wish."""
+Part = Literal["listed", "wished", "near"]
+"""What is known of a person, what is near to the wish, and what is near to the user vector."""
 
 _PACKED_LIKENESS = "string_agg(float8send(coalesce({}, 0)), ''::bytea ORDER BY m.place, m.item_id)"
 """How like the wish each candidate's text is."""
@@ -208,7 +208,7 @@ def candidates_sql(
             edges=", ".join([*edges, *([online_sql.SEEN] if audited else [])]),
             wish=_PACKED_LIKENESS.format(wish) if wish_text is not None else "NULL::bytea",
             wish_join=wish_join,
-            also=_ALSO if wish_text is not None and part == "near" else "NULL::bytea",
+            also=_ALSO if part == "wished" else "NULL::bytea",
         )
     else:
         given_rows = statement("read_candidates").format(
@@ -249,7 +249,7 @@ def part_sql(part: Part, shape: PartShape) -> str:
         limit=shape.limit,
         champion="some",
         dim=shape.dim,
-        user_vector=None if part == "listed" else np.zeros(shape.dim, np.float32),
+        user_vector=np.zeros(shape.dim, np.float32) if part == "near" else None,
         wish_text=np.zeros(TEXT_DIM, np.float32) if shape.wishes else None,
         recent=["some"] if shape.has_recent else [],
         given=None,
@@ -372,7 +372,7 @@ def _sources(
         "FROM (SELECT v.item_id, {distance} AS distance FROM {table} AS v WHERE {where} {near} "
         "ORDER BY distance LIMIT {limit}) AS nearest)"
     )
-    if part != "listed" and champion is not None and user_vector is not None:
+    if part in (None, "near") and champion is not None and user_vector is not None:
         parameters["user_vector"] = vector_literal(user_vector)
         distance = f"({typed} <#> %(user_vector)s::halfvec({dim}))"
         picked.append(
@@ -381,7 +381,7 @@ def _sources(
                 where="v.model_version = %(champion)s AND", near=near,
             )
         )  # fmt: skip
-    if part != "listed" and wish_text is not None:
+    if part in (None, "wished") and wish_text is not None:
         picked.append(
             ann.format(
                 bit=SOURCES["wish"],
@@ -392,14 +392,14 @@ def _sources(
                 near=near,
             )
         )
-    if part != "near" and recent:
+    if part in (None, "listed") and recent:
         picked.append(
             f"(SELECT item_id, {SOURCES['co_visitation']} AS source, row_number() OVER (ORDER BY evidence DESC, item_id) AS place, "
             "evidence FROM (SELECT c.neighbour_id AS item_id, sum(c.score / sqrt(r.place)) AS evidence "
             "FROM unnest(%(recent)s::text[]) WITH ORDINALITY AS r (item_id, place) JOIN co_visitation AS c ON c.item_id = r.item_id "
             f"WHERE {listed.format('c.neighbour_id')} GROUP BY 1 ORDER BY evidence DESC LIMIT {most.co_visitation}) AS visited)"
         )
-    for name, size in (("trending", most.trending), ("fresh", most.fresh)) if part != "near" else ():
+    for name, size in (("trending", most.trending), ("fresh", most.fresh)) if part in (None, "listed") else ():
         picked.append(
             f"(SELECT p.item_id, {SOURCES[name]} AS source, row_number() OVER (ORDER BY p.rank) AS place, 0::float8 AS evidence "
             f"FROM popular_items AS p WHERE p.list = '{name}' AND {listed.format('p.item_id')} "

@@ -1,7 +1,7 @@
 """A request's candidates and their scores, while Postgres searches: for a process that has the items in memory.
 
-    Postgres    co-visitation, lists, today       │ search by the user vector, and by the wish
-    we          wish and user vector as numbers   │ rank those that are candidates whatever it finds │ rank the rest
+    Postgres    co-visitation, lists, today │ search by the wish │ search by the user vector
+    we          encode the wish             │ user vector        │ rank what is certain      │ rank the rest
 
 What co-visitation and the lists give is known long before the search has ended. Most of it is among the candidates
 however that ends, because candidates are taken by their place in each source; so it is put together and ranked while the
@@ -52,7 +52,7 @@ class Ranked:
 
 @dataclass(slots=True)
 class Overlap:
-    """One request's candidates, in two parts."""
+    """One request's candidates, in parts."""
 
     models: Models
     ranker: Ranker
@@ -77,7 +77,7 @@ class Overlap:
     def run(self, store: Store, timeout_ms: float) -> Ranked | None:
         """Pick and rank; the picking may take `timeout_ms`.
 
-        None where a partition of features ended in between, so that the two parts are of different ones. Raises what the
+        None where a partition of features ended in between, so that the parts are of different ones. Raises what the
         store and the models raise.
         """
         parts = store.pick_in_parts(
@@ -96,8 +96,7 @@ class Overlap:
         if self._failure is not None:
             raise self._failure
         assert parts is not None
-        first, second = parts
-        return self._rank_rest(first, second) if first.newest == second.newest else None
+        return self._rank_rest(parts) if len({part.newest for part in parts}) == 1 else None
 
     @property
     def _wished(self) -> bool:
@@ -126,24 +125,27 @@ class Overlap:
         except Unavailable as failure:
             self._failure = failure
 
-    def _rank_rest(self, first: Picked, second: Picked) -> Ranked:
-        merged = cached_items.merged(first, second, self.items, self.at, self.limit)
-        where = np.full(len(first) + 1, -1, np.intp)  # the last one is for those that are not in the first part
+    def _rank_rest(self, parts: Sequence[Picked]) -> Ranked:
+        merged = cached_items.merged(parts, self.items, self.at, self.limit)
+        ends = np.cumsum([len(part) for part in parts])
+        where = np.full(ends[-1], -1, np.intp)
         where[self._chosen] = np.arange(len(self._chosen))
-        early = where[merged.first]
-        rest = early < 0
-        of_first, of_second = (np.flatnonzero(rest & (merged.first >= 0)), np.flatnonzero(rest & (merged.first < 0)))
-        late = cached_items.joined(first.take(merged.first[of_first]), second.take(merged.second[of_second]))
-        parts = [self._early] if self._early is not None else []
-        if len(late) or not parts:
-            parts.append(self._ranked(late))
-        order = early.copy()
-        order[of_first] = len(self._chosen) + np.arange(len(of_first))
-        order[of_second] = len(self._chosen) + len(of_first) + np.arange(len(of_second))
+        order = where[merged.at]  # among those that are ranked, first the early ones
+        late: list[Picked] = []
+        ranked_so_far = len(self._chosen)
+        for part, end in zip(parts, ends.tolist(), strict=True):
+            mine = np.flatnonzero((order < 0) & (merged.at < end))
+            late.append(part.take(merged.at[mine] - (end - len(part))))
+            order[mine] = ranked_so_far + np.arange(len(mine))
+            ranked_so_far += len(mine)
+        runs = [self._early] if self._early is not None else []
+        rest = cached_items.joined(late)
+        if len(rest) or not runs:
+            runs.append(self._ranked(rest))
         return Ranked(
-            cached_items.in_order([part.candidates for part in parts], order, merged, self.items),
-            {name: np.concatenate([part.inputs[name] for part in parts], axis=1)[:, order] for name in parts[0].inputs},
-            np.concatenate([part.scores for part in parts])[order],
+            cached_items.in_order([run.candidates for run in runs], order, merged, self.items),
+            {name: np.concatenate([run.inputs[name] for run in runs], axis=1)[:, order] for name in runs[0].inputs},
+            np.concatenate([run.scores for run in runs])[order],
         )
 
     def _ranked(self, picked: Picked) -> Ranked:

@@ -47,6 +47,9 @@ _SHOWN_PERSON = (
 _SEARCH = {"hnsw.ef_search": "280", "hnsw.iterative_scan": "strict_order"}
 """An HNSW index stops at 40 rows by itself and filters only what it found: look wider, and go on until there are enough.
 Half of 500 candidates, and what a person had among them, fit into the first look: a second one costs more than a wider first."""
+_LOOK_FOR_WISH = "SELECT set_config('hnsw.ef_search', '200', true)"
+"""Of the wish a third is wanted, and a look as much wider than that as the one above."""
+_LOOK_FOR_PERSON = f"SELECT set_config('hnsw.ef_search', '{_SEARCH['hnsw.ef_search']}', true)"
 PLAN_ONCE = {"plan_cache_mode": "force_generic_plan"}
 """A request's statements have one good plan each, whatever their parameters. Making it for every request, over every
 day's partition of the recent events, takes longer than running it."""
@@ -311,12 +314,13 @@ class Store:
         items: CachedItems,
         vector: Callable[[], NDArray[np.float32] | None],
         meanwhile: Callable[[Picked], None],
-    ) -> tuple[Picked, Picked] | None:
-        """What `pick_candidates` picks at the present by `items` in memory, in two statements of one round trip.
+    ) -> list[Picked] | None:
+        """What `pick_candidates` picks at the present by `items` in memory, in a statement for each `Part`, one round trip.
 
-        The first looks up what is known without a user vector, while `vector ()` makes it and `wish ()` that of the wish, if
-        there is one; the second searches for what is near to them, while `meanwhile` has what the first one gave. They may
-        be called once more, on another connection; what they raise closes it. None where `vector` gives none.
+        The first looks up what is known of the person while `wish ()` waits for the vector of the wish, if there is one;
+        that is searched for while `vector ()` makes the user vector, and that one while `meanwhile` has what the first
+        statement gave. They may be called once more, on another connection; what they raise closes it. None where `vector`
+        gives none.
         """
         shape = PartShape(limit, dim, bool(filters.exclude), False, bool(recent))
         known: dict[str, object] = {
@@ -327,28 +331,39 @@ class Store:
             "recent": text_array(recent),
         }
 
-        def question(connection: StoreConnection) -> tuple[Picked, Picked] | None:
+        def question(connection: StoreConnection) -> list[Picked] | None:
             with wire(connection) as pipeline:
                 pipeline.ask(_settings_sql(connection.server_ms(), _SEARCH | PLAN_ONCE), wanted=False)
                 pipeline.ask(part_sql("listed", shape), known)
                 pipeline.flush()
+                listed = None
+                text = wish() if wish is not None else None
+                if (
+                    text is not None
+                ):  # encoding it took longer than the first statement, whose items the second one looks at
+                    listed = cached_items.picked_of(pipeline.row(), items)
+                    known["wish_text"], known["listed"] = vector_literal(text), text_array(listed.named)
+                    pipeline.ask(_LOOK_FOR_WISH, wanted=False)
+                    pipeline.ask(part_sql("wished", shape._replace(wishes=True)), known)
+                    pipeline.flush()
+                    pipeline.ask(_LOOK_FOR_PERSON, wanted=False)
                 found = vector()
                 if found is None:
                     return None
-                near = {"user_vector": vector_literal(found)}
-                text = wish() if wish is not None else None
-                listed = None
-                if text is not None:  # then there was time for the first statement, whose items the second one looks at
-                    listed = cached_items.picked_of(pipeline.row(), items)
-                    near |= {"wish_text": vector_literal(text), "listed": text_array(listed.named)}
-                pipeline.ask(part_sql("near", shape._replace(wishes=text is not None)), known | near)
+                known["user_vector"] = vector_literal(found)
+                pipeline.ask(part_sql("near", shape._replace(wishes=text is not None)), known)
                 pipeline.flush()
                 listed = listed or cached_items.picked_of(pipeline.row(), items)
                 meanwhile(listed)
-                row = pipeline.row()
-                return cached_items.with_likeness(listed, row), cached_items.picked_of(row, items)
+                parts = [listed]
+                if text is not None:
+                    row = pipeline.row()
+                    parts = [cached_items.with_likeness(listed, row), cached_items.picked_of(row, items)]
+                return [*parts, cached_items.picked_of(pipeline.row(), items)]
 
-        with span("db pick_candidates", kind="client", attributes=_db(3) | {"recsys.items.cached": True}):
+        with span(
+            "db pick_candidates", kind="client", attributes=_db(3 + (wish is not None)) | {"recsys.items.cached": True}
+        ):
             return self.ask(question, timeout_ms)
 
     def similar(

@@ -191,15 +191,15 @@ def test_what_is_called_certain_is_always_among_the_candidates(seed: int) -> Non
     first = sources(rng, (most.co_visitation, most.trending, most.fresh), items)
     second = sources(rng, (most.user_vector, most.wish) if wish else (most.user_vector,), items)
     sure = cached_items.certain(first, most, limit, wish=wish)
-    merged = cached_items.merged(first, second, AllThere(items), datetime.now(UTC), limit)
-    assert set(range(sure)) <= set(merged.first.tolist())
+    merged = cached_items.merged([first, second], AllThere(items), datetime.now(UTC), limit)
+    assert set(range(sure)) <= set(merged.at.tolist())
     # And what it is made of is the union of both, best placed first.
     best = {name: (int(place), row) for name, place, row in zip(second.named, second.places, second.rows, strict=True)}
     for name, place, row in zip(first.named, first.places, first.rows, strict=True):
         best[name] = min(best.get(name, (int(place), row)), (int(place), row))
     expected = sorted(best, key=lambda name: best[name])[:limit]
-    ours = [first.named[a] if a >= 0 else second.named[b] for a, b in zip(merged.first, merged.second, strict=True)]
-    assert ours == expected
+    both = [*first.named, *second.named]
+    assert [both[at] for at in merged.at.tolist()] == expected
 
 
 def test_a_full_request_is_mostly_certain() -> None:
@@ -272,7 +272,7 @@ def test_a_partition_that_ends_in_between_is_read_again_in_one(
 
     def moved(self: Store, **arguments: Any) -> Any:
         first, second = pick(self, **arguments) or pytest.fail("nothing was picked")
-        return first, replace(second, newest=(None,))
+        return [first, replace(second, newest=(None,))]
 
     request = RecommendationRequest(user_id=world.people[1], k=20)
     expected = app.recommend(request)
