@@ -183,6 +183,11 @@ class Connections:
             connection, _ = self._take(until)
             return self._ask(connection, question, until)
 
+    @property
+    def in_use(self) -> int:
+        """How many connections somebody holds at this moment, or is opening."""
+        return self._open_now - len(self._idle)
+
     @contextmanager
     def connection(self, timeout_ms: float | None = None) -> Iterator[StoreConnection]:
         """A connection in autocommit for whatever the block asks, within `timeout_ms` if given.

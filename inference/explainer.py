@@ -9,7 +9,6 @@ model fails, whoever asks is told so and gives plain reasons instead.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -26,6 +25,7 @@ from inference.counterfactuals import Changes, Effects, Past
 from inference.deadline import Deadline, Pace
 from inference.evidence import Evidence, read_evidence
 from inference.explain import Explained
+from inference.machine import PROCESSORS
 from inference.ranker import Answer, Inputs, Ranker
 from inference.store import History, Store
 from inference.telemetry import span
@@ -40,7 +40,6 @@ EXPLAIN_SHARE = 0.5
 RIVALS = 12
 """Items just below the slate that are scored beside it: an item's place is one among others, and what moves all alike moves
 nobody's."""
-PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WORTH_SHARING = 500
 """Tokens of a batch below which a second thread takes longer to start than it saves."""
 

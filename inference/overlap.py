@@ -24,6 +24,7 @@ from inference import cached_items
 from inference.cached_items import CachedItems, Picked
 from inference.candidates import Candidates, Filters, most_of
 from inference.live import Columns, utc_day
+from inference.machine import PROCESSORS
 from inference.ranker import Begun, Inputs, Ranker
 from inference.ranker_inputs import candidate_inputs
 from inference.store import Store
@@ -69,6 +70,7 @@ class Overlap:
     step: Callable[[str], AbstractContextManager[None]]
     begin: Callable[[], Begun]
     begun: Begun | None = None
+    _store: Store | None = None
     _early: Ranked | None = None
     _chosen: NDArray[np.intp] = field(default_factory=lambda: np.zeros(0, np.intp))
     """Places in the first part of those that are ranked early."""
@@ -80,6 +82,7 @@ class Overlap:
         None where a partition of features ended in between, so that the parts are of different ones. Raises what the
         store and the models raise.
         """
+        self._store = store
         parts = store.pick_in_parts(
             at=self.at,
             filters=self.filters,
@@ -113,8 +116,11 @@ class Overlap:
 
     def _rank_certain(self, first: Picked) -> None:
         assert self.begun is not None
+        assert self._store is not None
         self._early, self._chosen = None, np.zeros(0, np.intp)
-        if self.begun.states is None:  # a graph in one piece would go through the history once more for each run
+        # A graph in one piece would go through the history once more for each run. And with more requests at the database
+        # than processors, none of these waits for it: then two runs are nothing but dearer than one.
+        if self.begun.states is None or self._store.in_use > PROCESSORS:
             return
         sure = cached_items.certain(first, most_of(self.limit), self.limit, wish=self._wished)
         chosen = np.flatnonzero(first.there(self.items, self.at)[:sure])

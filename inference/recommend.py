@@ -2,6 +2,8 @@
 
     read_person ─▶ user vector ─▶ pick_candidates ─▶ rank ─▶ re-rank ─▶ explain        two database round trips
 
+With the items in memory the three in the middle run beside each other (inference/overlap.py).
+
 The ladder, each rung named in `degraded`: `features` (read without them), `wish-parser` (no language model in time: the
 wish as it was said), `wish` (the encoder failed), `release` (the model before goes on, because the champion cannot be
 loaded), `arm` (not what the person's arm of an experiment declares), `explanations` (plain reasons, nothing was tried),

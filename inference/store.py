@@ -122,6 +122,11 @@ class Store:
         """What keeps requests from a database that does not answer."""
         return self._connections.breaker
 
+    @property
+    def in_use(self) -> int:
+        """How many questions are being asked at this moment."""
+        return self._connections.in_use
+
     @contextmanager
     def connection(self, timeout_ms: float | None = None) -> Iterator[StoreConnection]:
         """A connection in autocommit, for at most `timeout_ms` if given; a broken one is thrown away."""

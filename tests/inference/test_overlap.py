@@ -305,6 +305,20 @@ def test_few_that_are_certain_are_not_ranked_apart(
     assert ranked[1][0] == 0
 
 
+def test_on_a_busy_machine_all_are_ranked_at_once(
+    world: ServedWorld,
+    app: LarderApplication,
+    ranked: list[tuple[int, Ranked | None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    request = RecommendationRequest(user_id=world.people[1], k=20)
+    expected = app.recommend(request)
+    assert app.store.in_use == 0
+    monkeypatch.setattr(overlap, "PROCESSORS", 0)  # fewer than the one request that is there
+    same(app.recommend(request), expected)
+    assert ranked[0][0] > 0 == ranked[1][0]
+
+
 def test_a_store_that_refuses_is_asked_for_the_whole(
     world: ServedWorld, app: LarderApplication, monkeypatch: pytest.MonkeyPatch
 ) -> None:
