@@ -37,7 +37,7 @@ HEADERS = {"content-type": "application/json"}
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 WARM = 5
 SPANS = 6
-"""Of one request: itself, two round trips, two runs of the ranker, re-ranking."""
+"""Of one request, at least: itself, two round trips, two runs of the ranker, re-ranking."""
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
