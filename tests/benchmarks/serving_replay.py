@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import psycopg
 from psycopg import pq
 from psycopg._queries import PostgresQuery
@@ -140,28 +139,26 @@ class BareConnection:
         self._connection.close()
 
 
-def postgres_ms(url: str, taken: Sequence[Taken], rounds: int = 3) -> list[list[float]]:
-    """Milliseconds of each pipeline of each request, `(requests, pipelines)`, the median of `rounds`."""
+@contextmanager
+def alone(url: str, taken: Sequence[Taken]) -> Iterator[Callable[[int], tuple[float, ...]]]:
+    """What asks request number n of `taken` again part by part, each by itself: milliseconds of its two pipelines, of the
+    ranker's first run and of its others."""
     bare = BareConnection(url)
     try:
         asked = [[bare.ready(pipeline) for pipeline in one.pipelines] for one in taken]
-        for one in asked[:5]:
-            for pipeline in one:
-                bare.ask(pipeline)
-        times = np.array([[[bare.ask(pipeline) for pipeline in one] for one in asked] for _ in range(rounds)])
+
+        def ask(number: int) -> tuple[float, ...]:
+            pipelines = [bare.ask(pipeline) * 1e3 for pipeline in asked[number]]
+            first, *others = [milliseconds(run) for run in taken[number].runs]
+            return *pipelines, first, sum(others)
+
+        yield ask
     finally:
         bare.close()
-    found: list[list[float]] = (np.median(times, axis=0) * 1e3).tolist()
-    return found
 
 
-def onnx_ms(taken: Sequence[Taken], rounds: int = 3) -> list[list[float]]:
-    """Milliseconds of each run of the ranker of each request, the median of `rounds`."""
-
-    def timed(run: Run) -> float:
-        began = time.perf_counter()
-        run()
-        return time.perf_counter() - began
-
-    times = [[[timed(run) for run in one.runs] for one in taken] for _ in range(rounds)]
-    return [(np.median(of_one, axis=0) * 1e3).tolist() for of_one in zip(*times, strict=True)]
+def milliseconds(run: Run) -> float:
+    """How long it takes."""
+    began = time.perf_counter()
+    run()
+    return (time.perf_counter() - began) * 1e3

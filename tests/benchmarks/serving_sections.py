@@ -15,7 +15,7 @@ import numpy as np
 from inference.http import handle
 from inference.runtime import LarderApplication
 from tests.benchmarks.serving_process import Client, cpu_seconds, postgres_processes, served
-from tests.benchmarks.serving_replay import Recorder, onnx_ms, postgres_ms
+from tests.benchmarks.serving_replay import Recorder, alone, milliseconds
 from tests.benchmarks.serving_world import Sizes, World, body, wish
 
 Say = Callable[[str], None]
@@ -68,10 +68,10 @@ def latency(world: World, work: Path, sizes: Sizes, say: Say) -> Found:
             "postgres": cpu_seconds(*backends) - theirs,
         }
         took_wishing = timed(client, wishing)
+        say("taking down what they ask, and asking it alone beside them")
         client.close()
+        apart = replayed(world, plain[: sizes.replayed], port)
     cpu_ms = {f"one_client_cpu_{name}_ms": used / len(plain) * 1e3 for name, used in parts.items()}
-    say("taking down what they ask, and asking it alone")
-    apart = replayed(world, plain[: sizes.replayed], took[: sizes.replayed])
     return found(
         {
             "p50_ms": float(np.median(took)),
@@ -106,17 +106,18 @@ def timed(client: Client, bodies: Sequence[bytes]) -> list[float]:
     return took
 
 
-def replayed(world: World, bodies: Sequence[bytes], took_ms: Sequence[float]) -> dict[str, float]:
-    """Of requests that took so long over HTTP: what of it was Postgres and the ranker, and the rest, which is ours."""
+def replayed(world: World, bodies: Sequence[bytes], port: int, rounds: int = 3) -> dict[str, float]:
+    """Of requests over HTTP: what of their time was Postgres and the ranker, each asked alone, and the rest, which is ours.
+
+    Each request is asked over HTTP, in process and part by part one after the other, again and again: a machine that is
+    slower for a while is so for all of them.
+    """
     app = world.application(concurrency=1)
     try:
         ask_all(app, bodies)  # statements are prepared, plans made
         assert app.items.wait(60.0)
         ask_all(app, bodies)  # those of a process that has its items in memory, too
         trips = round_trips(app, world, bodies[0])
-        began = time.perf_counter()
-        ask_all(app, bodies)
-        inside = (time.perf_counter() - began) / len(bodies) * 1e3
         recorder = Recorder()
         with recorder.recording():
             for one in bodies:
@@ -124,21 +125,30 @@ def replayed(world: World, bodies: Sequence[bytes], took_ms: Sequence[float]) ->
                 ask_all(app, [one])
         taken = recorder.taken
         assert {len(one.pipelines) for one in taken} == {trips}, "a request asked more than was taken down"
-        database = np.array(postgres_ms(app.settings.database_url, taken))
-        runs = onnx_ms(taken)
-        ranked = np.array([sum(one) for one in runs])
+        client = Client(port, headers(world))
+
+        def ask(one: bytes) -> tuple[float, float]:
+            """Milliseconds over HTTP and in process."""
+            return timed(client, [one])[0], milliseconds(lambda: ask_all(app, [one]))
+
+        with alone(app.settings.database_url, taken) as ask_alone:
+            times = np.array(
+                [[(*ask(one), *ask_alone(number)) for number, one in enumerate(bodies)] for _ in range(rounds)]
+            )
+        client.close()
     finally:
         app.close()
-    own = np.array(took_ms) - database.sum(axis=1) - ranked
+    http, inside, person, candidates, first, rest = np.median(times, axis=0).T
+    theirs = person + candidates + first + rest
     return {
-        "own_overhead_ms": float(np.median(own)),
-        "own_overhead_in_process_ms": inside - float(database.sum(axis=1).mean() + ranked.mean()),
+        "own_overhead_ms": float(np.median(http - theirs)),
+        "own_overhead_in_process_ms": float(np.median(inside - theirs)),
         "round_trips": trips,
-        "postgres_ms": float(np.median(database.sum(axis=1))),
-        "postgres_read_person_ms": float(np.median(database[:, 0])),
-        "postgres_pick_candidates_ms": float(np.median(database[:, 1])),
-        "ranker_ms": float(np.median(ranked)),
-        "ranker_500_ms": float(np.median([sum(one[1:]) for one in runs])),
+        "postgres_ms": float(np.median(person + candidates)),
+        "postgres_read_person_ms": float(np.median(person)),
+        "postgres_pick_candidates_ms": float(np.median(candidates)),
+        "ranker_ms": float(np.median(first + rest)),
+        "ranker_500_ms": float(np.median(rest)),
     }
 
 
