@@ -18,8 +18,8 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
@@ -31,9 +31,10 @@ from numpy.typing import NDArray
 from inference import explain, metrics, rerank, shipped, timing, wishes
 from inference.ahead import Ahead, ranked
 from inference.arms import NO_PLAN, Plan
+from inference.asked import Asked
 from inference.breaker import Resting
 from inference.cached_items import CachedItems
-from inference.candidates import Candidates, Filters
+from inference.candidates import Candidates
 from inference.connections import Lost, StatementFailed
 from inference.deadline import CANDIDATES_SHARE, FLOOR_SHARE, MODEL_SHARE, READ_SHARE, Deadline, Pace
 from inference.explain import Explained
@@ -50,17 +51,15 @@ from inference.served_request import ARM, Slate, slate_of
 from inference.shipped import POPULAR_VERSION, Known
 from inference.store import Champion, History, PersonRow, Store
 from inference.telemetry import span
+from inference.timing import Steps
 from inference.trials import Trials
 from inference.wish_encoding import WishEncoding
 from schemas.errors import ArtifactError, Unavailable
-from schemas.events import NEGATIVE_KINDS
 from schemas.serving import RecommendationRequest, RecommendationResponse, RecommendedItem
 from schemas.views import CANDIDATE_VIEWS, CONTEXT_VIEWS
 
 logger = logging.getLogger(__name__)
 
-RECENT_ITEMS = 20
-"""So many of the newest items look up their co-visitation neighbours."""
 FLOOR_VERSION = "co-visitation"
 
 
@@ -84,25 +83,6 @@ class Models(Protocol):
     def encode(self, text: str, left_ms: float, space: str | None = None) -> NDArray[np.float32]: ...
 
     def popular(self, wait_ms: float) -> Sequence[PopularItem]: ...
-
-
-@dataclass(slots=True)
-class Steps:
-    """Where a request's time went: milliseconds per step, in order. What is done within another step counts for itself alone."""
-
-    ms: dict[str, float] = field(default_factory=dict)
-    _inside: float = 0.0
-    """Milliseconds of the steps within the present one."""
-
-    @contextmanager
-    def step(self, name: str) -> Generator[None]:
-        start, before, self._inside = time.perf_counter(), self._inside, 0.0
-        try:
-            yield
-        finally:
-            took = (time.perf_counter() - start) * 1000
-            self.ms[name] = self.ms.get(name, 0.0) + took - self._inside
-            self._inside = before + took
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +190,7 @@ class Recommender:
         wishing = cache(lambda: encoding.vector(wish, template, space, degraded, steps.step))
         audited = audited and features and person.personalise
         limit = plan.candidates or self.candidates
-        asked = _Asked(request, at, person, self.rules, wishing, audited, features, limit, wish)
+        asked = Asked(request, at, person, self.rules, wishing, audited, features, limit, wish)
         by_ranker: tuple[Candidates, NDArray[np.float32], Inputs] | None = None
         if ranker is not None:
             try:
@@ -310,7 +290,7 @@ class Recommender:
         return None
 
     def _by_floor(
-        self, asked: _Asked, ends: Deadline, steps: Steps, degraded: list[str]
+        self, asked: Asked, ends: Deadline, steps: Steps, degraded: list[str]
     ) -> tuple[Candidates, NDArray[np.float32]]:
         """Without a model: what is nearest to the wish; without one the list that was scored ahead, then what people went
         on to, then what is trending."""
@@ -330,7 +310,7 @@ class Recommender:
         _note(degraded, "scores")
         return candidates, ranked(candidates.ahead, scores)
 
-    def _ahead(self, asked: _Asked) -> Ahead | None:
+    def _ahead(self, asked: Asked) -> Ahead | None:
         """Which list to fall back on: none knows of wishes, of what callers name, or what it will say at another instant."""
         request = asked.request
         if not self.scores_hours or request.at is not None or request.candidates is not None:
@@ -340,7 +320,7 @@ class Recommender:
         return Ahead(request.user_id, asked.at - timedelta(hours=self.scores_hours))
 
     def _by_ranker(
-        self, ranker: Ranker, asked: _Asked, ends: Deadline, steps: Steps, degraded: list[str]
+        self, ranker: Ranker, asked: Asked, ends: Deadline, steps: Steps, degraded: list[str]
     ) -> tuple[Candidates, NDArray[np.float32], Inputs]:
         if not all(asked.person.views[view.name].settled for view in CONTEXT_VIEWS) and asked.person.history.item_ids:
             _note(degraded, "features")
@@ -356,13 +336,7 @@ class Recommender:
         ranked: Ranked | None = None
         items = self._cached(ranker, asked)
         filters = asked.filters()
-        if (
-            items is not None
-            and asked.features
-            and not asked.audited
-            and asked.request.candidates is None
-            and filters.by_ids
-        ):
+        if items is not None and asked.in_parts and filters.by_ids:
             overlap = Overlap(
                 self.models,
                 ranker,
@@ -403,7 +377,7 @@ class Recommender:
 
     def _pick(
         self,
-        asked: _Asked,
+        asked: Asked,
         ends: Deadline,
         share: float,
         degraded: list[str],
@@ -443,7 +417,7 @@ class Recommender:
         _tell_ages(picked, asked)
         return picked
 
-    def _cached(self, ranker: Ranker, asked: _Asked) -> CachedItems | None:
+    def _cached(self, ranker: Ranker, asked: Asked) -> CachedItems | None:
         """The items in memory, if they are there and of the model."""
         # Of the model that serves everybody: an arm's or a shadow's would take its place in memory and give it back again.
         if self.items is None or asked.request.at is not None or ranker is not self.models.current():
@@ -479,44 +453,6 @@ class Recommender:
         return answer.model_copy(update={"experiment": plan.answer, "degraded": (*answer.degraded, ARM)})
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A request with what was read for it."""
-
-    request: RecommendationRequest
-    at: datetime
-    person: PersonRow
-    rules: Rules
-    wishing: Callable[[], NDArray[np.float32] | None]
-    """Waits for the wish's vector, once."""
-    audited: bool = False
-    features: bool = True
-    limit: int = 500
-    wish: wishes.ParsedWish | None = None
-
-    @property
-    def wish_text(self) -> NDArray[np.float32] | None:
-        """The wish's vector `(384,)`; None without a wish, and where it could not be encoded."""
-        return self.wishing()
-
-    def filters(self) -> Filters:
-        # Candidates that the caller names are ranked even if the person had them.
-        seen = [] if self.request.candidates is not None else self.person.history.item_ids
-        filters = Filters(
-            exclude=list(dict.fromkeys([*self.request.exclude, *seen, *self.person.held_back])),
-            categories=self.request.filters.categories or None,
-            exclude_categories=self.request.filters.exclude_categories,
-            where=self.rules.where(self.request.filters.where),
-            groups=self.rules.conditions,
-        )
-        return wishes.narrowed(filters, self.wish)
-
-    def recent(self) -> list[str]:
-        history = self.person.history
-        liked = [item for item, kind in zip(history.item_ids, history.kinds, strict=True) if kind not in NEGATIVE_KINDS]
-        return list(dict.fromkeys(reversed(liked)))[:RECENT_ITEMS]
-
-
 def _items(
     order: NDArray[np.int64], candidates: Candidates, scores: NDArray[np.float32], why: list[Explained] | None
 ) -> tuple[RecommendedItem, ...]:
@@ -532,7 +468,7 @@ def _items(
     )
 
 
-def _served(asked: _Asked, request_id: str, candidates: Candidates, order: NDArray[np.int64]) -> ServedRead:
+def _served(asked: Asked, request_id: str, candidates: Candidates, order: NDArray[np.int64]) -> ServedRead:
     shown = order.tolist()
     return ServedRead(
         request_id,
@@ -545,7 +481,7 @@ def _served(asked: _Asked, request_id: str, candidates: Candidates, order: NDArr
     )
 
 
-def _tell_ages(candidates: Candidates, asked: _Asked) -> None:
+def _tell_ages(candidates: Candidates, asked: Asked) -> None:
     if candidates.features_read and asked.request.at is None:
         metrics.features_read({view.name: candidates.features.settled_at for view in CANDIDATE_VIEWS})
 

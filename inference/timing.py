@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 _collected: ContextVar[dict[str, float] | None] = ContextVar("larder_step_ms", default=None)
 
@@ -31,3 +33,22 @@ def header(ms: Mapping[str, float], total_ms: float) -> str:
     """The value of `server-timing` (W3C Server Timing): each step and the whole; a name may hold no space."""
     steps = [f"{name.replace(' ', '_')};dur={value:.2f}" for name, value in ms.items()]
     return ", ".join([*steps, f"total;dur={total_ms:.2f}"])
+
+
+@dataclass(slots=True)
+class Steps:
+    """Where a request's time went: milliseconds per step, in order. What is done within another step counts for itself alone."""
+
+    ms: dict[str, float] = field(default_factory=dict)
+    _inside: float = 0.0
+    """Milliseconds of the steps within the present one."""
+
+    @contextmanager
+    def step(self, name: str) -> Generator[None]:
+        start, before, self._inside = time.perf_counter(), self._inside, 0.0
+        try:
+            yield
+        finally:
+            took = (time.perf_counter() - start) * 1000
+            self.ms[name] = self.ms.get(name, 0.0) + took - self._inside
+            self._inside = before + took

@@ -137,5 +137,8 @@ def _as_text(value: object) -> bytes | None:
     if isinstance(value, datetime | date):
         return value.isoformat().encode()
     if isinstance(value, str | int | float):
-        return str(value).encode()
+        text = str(value).encode()
+        if b"\0" in text:  # libpq would send what stands before it
+            raise psycopg.DataError("a parameter holds a zero byte, which no text in Postgres can")
+        return text
     raise TypeError(f"a parameter is a {type(value).__name__}, which this pipeline does not send")

@@ -353,8 +353,8 @@ class _Lines(logging.Handler):
 
 def _show(settings: Settings, user_id: str | None) -> None:
     """Ten recommendations for one person as a table, and where the milliseconds went."""
-    from inference.recommend import Steps
     from inference.runtime import LarderApplication
+    from inference.timing import Steps
     from schemas.serving import RecommendationRequest
 
     application = LarderApplication.from_settings(settings)

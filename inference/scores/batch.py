@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.asked import RECENT_ITEMS
 from inference.assemble import crossed, graph_values
 from inference.ranker import Ranker
-from inference.recommend import RECENT_ITEMS
 from inference.scores.catalogue import Shelf
 from inference.scores.choose import Entries, choose
 from inference.scores.people import People

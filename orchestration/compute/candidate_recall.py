@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.recommend import RECENT_ITEMS
+from inference.asked import RECENT_ITEMS
 from orchestration.compute.co_visitation import (
     DAY_MICROSECONDS,
     Neighbours,

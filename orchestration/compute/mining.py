@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.recommend import RECENT_ITEMS
+from inference.asked import RECENT_ITEMS
 from orchestration.compute.co_visitation import DAY_MICROSECONDS, Neighbours, WindowedPopularity, positive
 from orchestration.compute.impressions import PassedOver
 from orchestration.compute.interactions import Interactions

@@ -266,11 +266,12 @@ def test_writes_that_fail_leave_reads_alone(proxied: tuple[LarderApplication, Fa
     assert ask(app)[0]["degraded"] == []
 
 
-def test_a_server_that_crashes_under_load_costs_no_answer(world: Released) -> None:
+def test_a_server_that_crashes_under_load_costs_no_answer(world: Released, request: pytest.FixtureRequest) -> None:
     """A killed backend makes Postgres drop every connection, refuse new ones while it recovers, and come back."""
     app = LarderApplication.from_settings(
         Settings(world.url, world.artifacts_url, audit_per_mille=0, access="platform")
     )
+    request.addfinalizer(app.close)
     app.warm()
     stopping, answers, late = threading.Event(), [0], []
 
@@ -300,4 +301,3 @@ def test_a_server_that_crashes_under_load_costs_no_answer(world: Released) -> No
             one.result(30)
     assert answers[0] > 50
     assert late == []
-    app.close()

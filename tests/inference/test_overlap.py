@@ -19,9 +19,9 @@ from inference.connections import StatementFailed
 from inference.models import ModelFailed
 from inference.overlap import Overlap, Ranked
 from inference.ranker import Ranker
-from inference.recommend import Steps
 from inference.runtime import LarderApplication
 from inference.store import Store
+from inference.timing import Steps
 from schemas.serving import RecommendationRequest, RecommendationResponse
 from tests.served_world import ServedWorld
 from tests.world_copies import built_in, copy_of

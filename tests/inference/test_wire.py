@@ -78,6 +78,8 @@ def test_parameters_are_of_the_type_that_the_statement_wants(connections: Connec
             return pipeline.row()
 
     assert connections.run(question, 5_000) == [b"true", b"2026-02-26", b"b", b"5"]
+    with pytest.raises(StatementFailed):
+        connections.run(lambda c: _ask(c, "SELECT %(a)s::text", {"a": "x\0y"}), 5_000)
     with pytest.raises(TypeError, match="a parameter is a list"):
         connections.run(lambda c: _ask(c, "SELECT %(a)s::text[]", {"a": ["x"]}), 5_000)
 
