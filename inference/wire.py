@@ -37,8 +37,9 @@ def wire(connection: StoreConnection) -> Iterator[Wire]:
         yield opened
         opened._end()
     except psycopg.Error:
-        # Statements that were to be prepared on the way may not have been: the next one would not find them.
-        if opened._prepares:
+        # Statements that were to be prepared on the way may not have been: the next one would not find them. And one that
+        # could not be sent leaves the pipeline open.
+        if opened._prepares or connection.pgconn.pipeline_status != pq.PipelineStatus.OFF:
             connection.close()
         raise
     except BaseException:

@@ -78,8 +78,6 @@ def test_parameters_are_of_the_type_that_the_statement_wants(connections: Connec
             return pipeline.row()
 
     assert connections.run(question, 5_000) == [b"true", b"2026-02-26", b"b", b"5"]
-    with pytest.raises(StatementFailed):
-        connections.run(lambda c: _ask(c, "SELECT %(a)s::text", {"a": "x\0y"}), 5_000)
     with pytest.raises(TypeError, match="a parameter is a list"):
         connections.run(lambda c: _ask(c, "SELECT %(a)s::text[]", {"a": ["x"]}), 5_000)
 
@@ -138,6 +136,13 @@ def test_a_block_that_fails_leaves_no_answer_for_the_next_question(connections: 
     with pytest.raises(KeyError):
         connections.run(question, 5_000)
     assert connections.run(lambda c: _ask(c, "SELECT %(a)s::text", {"a": "x"}), 5_000) == [b"x"]
+
+
+def test_a_parameter_that_cannot_be_sent_leaves_no_pipeline_open(connections: Connections) -> None:
+    with pytest.raises(StatementFailed):
+        connections.run(lambda c: _ask(c, "SELECT %(a)s::text", {"a": "x\0y"}), 5_000)
+    with connections.connection() as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
 
 
 def test_what_is_not_there_in_time_is_given_up(connections: Connections) -> None:
