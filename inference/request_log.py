@@ -46,6 +46,7 @@ class _Log:
 
 
 _log = _Log()
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def open_log(stream: Stream | TextIO, pseudonyms: Pseudonyms | None = None) -> None:
@@ -98,7 +99,7 @@ def write(
     pseudonyms = _log.pseudonyms
     if pseudonyms is not None and notes.user_id:
         line["user"] = pseudonyms.of(notes.user_id)
-    text = json.dumps(line, separators=(",", ":")) + "\n"
+    text = _encode(line) + "\n"
     try:
         with _log.lock:
             stream.write(text)

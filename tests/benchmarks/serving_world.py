@@ -103,8 +103,9 @@ class Sizes:
     """Twice and more what reading 100,000 items takes beside requests."""
     clients: int = 8
     starts: int = 12
-    turns: int = 60
-    block: int = 40
+    turns: int = 24
+    block: int = 200
+    """Two seconds and more: what telemetry does after the answers, every half second and less often, is paid within a turn."""
     flips: int = 100
     fuzzed: int = 4_000
     """Of each door: what two minutes allow. The long proof asks twenty thousand."""

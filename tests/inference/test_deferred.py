@@ -27,6 +27,17 @@ def test_it_is_done_soon_in_order_by_another_thread() -> None:
     assert done == [(number, "larder-telemetry") for number in range(100)]
 
 
+def test_a_crowd_is_not_kept_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deferred, "PAUSE_SECONDS", 60.0)
+    monkeypatch.setattr(deferred, "CROWD", 50)
+    later, ready = Deferred(), threading.Event()
+    later.add(ready.set)
+    assert not ready.wait(0.3)
+    for _ in range(49):
+        later.add(int)
+    assert ready.wait(10)
+
+
 def test_a_drain_does_what_waits_at_once() -> None:
     later = Deferred()
     done: list[int] = []
