@@ -18,7 +18,7 @@ Entries = tuple[Numbers, Numbers, Numbers]
 """Owners, items and places, all `(e,)`."""
 
 _GROUPS = 32
-"""Scores are looked at in so many groups at a time; see `_bound`."""
+"""So many scores are one group of which the largest is looked at; see `_reached`."""
 _BLOCK = 1 << 19
 """So many scores are computed at a time: they stay in a core's own cache until they were looked at."""
 _PLACES = 1 << 10
@@ -30,18 +30,20 @@ def nearest(users: Floats, matrix: Floats, hidden: tuple[Numbers, Numbers], k: i
 
     `hidden` are rows and columns that do not count. Of equal ones the first column wins.
     """
-    wide = max(_BLOCK // max(len(users), 1), 4 * _GROUPS * k)
+    wide = max(_BLOCK // max(len(users), 1), 2 * _GROUPS * k)
     hidden_rows, hidden_columns = hidden
     # Items by people, not people by items: a tall product is faster than a wide one, by half.
     asked = np.ascontiguousarray(users.T)
-    bound = np.full(len(users), np.finfo(np.float32).min, np.float32)  # above what is hidden
+    # What k of those seen so far reach, k of all reach: less than that is among the k largest of none that follow either.
+    reached = np.full((len(users), k), np.finfo(np.float32).min, np.float32)  # above what is hidden
+    bound = reached.min(axis=1)
     parts: list[tuple[Numbers, Numbers, Floats]] = []
     for begin in range(0, len(matrix), wide):
         scores = matrix[begin : begin + wide] @ asked  # (wide, b)
         here = (hidden_columns >= begin) & (hidden_columns < begin + wide)
         scores[hidden_columns[here] - begin, hidden_rows[here]] = -np.inf
-        # What k of a block reach, k of all reach: less than that is among the k largest of none that follow either.
-        bound = np.maximum(bound, _bound(scores, k))
+        reached = _reached(reached, scores)
+        bound = reached.min(axis=1)
         found = np.flatnonzero(scores >= bound)  # of one dimension: of two it takes five times as long
         column, row = np.divmod(found, len(users))
         parts.append((row, column + begin, scores.ravel()[found]))
@@ -58,15 +60,19 @@ def nearest(users: Floats, matrix: Floats, hidden: tuple[Numbers, Numbers], k: i
     return rows[kept], columns[kept], places[kept]
 
 
-def _bound(scores: Floats, k: int) -> Floats:
-    """What at least k of each column of `scores (m, b)` reach, `(b,)`, and few more than k: the k-th largest of the groups'
-    largest. To find it takes one look at each score, where sorting them apart would take several."""
-    m, b = scores.shape
-    wide = m // _GROUPS
-    if wide <= 2 * k:
-        return np.full(b, -np.inf, np.float32)
-    highest = scores[: wide * _GROUPS].reshape(_GROUPS, wide, b).max(axis=0)  # (wide, b)
-    return np.partition(np.ascontiguousarray(highest.T), wide - k, axis=1)[:, wide - k]
+def _reached(reached: Floats, scores: Floats) -> Floats:
+    """`reached (b, k)`, scores of k different items each, made higher by those of `scores (m, b)` that are.
+
+    The largest of each of some groups are looked at, and few that are among the k largest share one: it takes one look at
+    each score, where sorting them apart would take several.
+    """
+    k = reached.shape[1]
+    wide = len(scores) // _GROUPS
+    if not wide:
+        return reached
+    highest = scores[: wide * _GROUPS].reshape(_GROUPS, wide, -1).max(axis=0)  # (wide, b)
+    both = np.concatenate([reached, highest.T], axis=1)
+    return np.partition(both, both.shape[1] - k, axis=1)[:, -k:]
 
 
 def visited(
