@@ -4,7 +4,7 @@
 
 Quiet weeks come from `tests/quiet_world.py`: real feature vectors, lists, scores and picks, 5,000 requests a week, in worlds
 of different seeds, judged every day as the asset does it; vectors are compared on Sundays alone, as a day changes a seventh
-of them. A week counts as a false alarm if anything at all alarmed on one of its days.
+of them. Worlds are worked through in as many processes as there are processors. A week counts as a false alarm if anything at all alarmed on one of its days.
 
 For the shift, one feature at a time grows by half its standard deviation in every read from a random request on; what is
 counted are the requests from there to the end of the day whose report alarms for that feature.
@@ -14,17 +14,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date, timedelta
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from scipy import stats
+from threadpoolctl import threadpool_limits
 
 from infra import postgres
 from infra.feature_tables import ensure_view_tables
@@ -165,23 +170,52 @@ def measure(quick: bool) -> dict[str, Any]:
     alarmed: dict[str, list[str]] = {}
     quiet_weeks = 0
     after: dict[str, list[int | None]] = {}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        ProcessPoolExecutor(
+            min(len(seeds), os.cpu_count() or 1), get_context("spawn"), threadpool_limits, (1,)
+        ) as pool,
+    ):
         url = postgres.start_embedded(Path(folder) / "pg")
         postgres.migrate(url)
         ensure_view_tables(url)
-        for seed in seeds:
-            with psycopg.connect(url, options="-c TimeZone=UTC") as connection:
-                connection.execute("TRUNCATE items CASCADE")
-                watched = Watched(build(connection, seed=seed, weeks=weeks, requests_per_week=size))
-            note(f"world {seed}: {len(watched.world.user):,} requests of {weeks} weeks")
-            for week, found in false_alarms(watched, 2 if quick else weeks).items():
+        worlds = [
+            pool.submit(_in_world, _database(url, seed), seed, weeks, size, 2 if quick else weeks, times, every)
+            for seed in seeds
+        ]
+        for seed, world in zip(seeds, worlds, strict=True):
+            requests, found, took = world.result()
+            for week, names in found.items():
                 quiet_weeks += 1
-                if found:
-                    alarmed[f"{seed}/{week}"] = sorted({f"{one.name} ({one.test}, {one.against})" for one in found})
-            for name, took in shifts(watched, times, seed, every).items():
-                after.setdefault(name, []).extend(took)
-            note(f"{len(alarmed)} of {quiet_weeks} quiet weeks with an alarm so far")
+                if names:
+                    alarmed[f"{seed}/{week}"] = names
+            for name, one in took.items():
+                after.setdefault(name, []).extend(one)
+            note(
+                f"world {seed}: {requests:,} requests; {len(alarmed)} of {quiet_weeks} quiet weeks with an alarm so far"
+            )
     return summary(alarmed, quiet_weeks, after)
+
+
+def _database(url: str, seed: int) -> str:
+    """A database for one world, made from the migrated one at `url`."""
+    made = make_conninfo(url, dbname=f"drift_{seed}")
+    with psycopg.connect(make_conninfo(url, dbname="template1"), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE drift_{seed} TEMPLATE {conninfo_to_dict(url)['dbname']}")
+    return made
+
+
+def _in_world(
+    url: str, seed: int, weeks: int, size: int, judged: int, times: int, every: int
+) -> tuple[int, dict[int, list[str]], dict[str, list[int | None]]]:
+    """Of one world, in a process of its own: its requests, what alarmed by week, and requests until shifts were found."""
+    with psycopg.connect(url, options="-c TimeZone=UTC") as connection:
+        watched = Watched(build(connection, seed=seed, weeks=weeks, requests_per_week=size))
+    found = {
+        week: sorted({f"{one.name} ({one.test}, {one.against})" for one in alarms})
+        for week, alarms in false_alarms(watched, judged).items()
+    }
+    return len(watched.world.user), found, shifts(watched, times, seed, every)
 
 
 def summary(alarmed: dict[str, list[str]], quiet_weeks: int, after: dict[str, list[int | None]]) -> dict[str, Any]:
