@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from inference import cached_items
 from inference.cached_items import CachedItems, Picked
+from inference.candidate_parts import pick_in_parts
 from inference.candidates import Candidates, Filters, most_of
 from inference.live import Columns, utc_day
 from inference.machine import PROCESSORS
@@ -83,7 +84,8 @@ class Overlap:
         store and the models raise.
         """
         self._store = store
-        parts = store.pick_in_parts(
+        parts = pick_in_parts(
+            store,
             at=self.at,
             filters=self.filters,
             limit=self.limit,

@@ -22,13 +22,12 @@ from psycopg import generators
 from inference import cached_items
 from inference.ahead import Ahead
 from inference.breaker import Breaker
-from inference.cached_items import CachedItems, Picked
-from inference.candidates import Candidates, Filters, PartShape, candidates_of, candidates_sql, part_sql
+from inference.cached_items import CachedItems
+from inference.candidates import Candidates, Filters, candidates_of, candidates_sql
 from inference.connections import Connections, StoreConnection
 from inference.live import HEAD_MOST, Columns, live_columns, snapshot_columns, utc_day
-from inference.sql_files import half_vectors, statement, text_array, vector_literal
+from inference.sql_files import half_vectors, statement, vector_literal
 from inference.telemetry import span
-from inference.wire import wire
 from schemas import catalogue_sql, online_sql, prompts
 from schemas.feature_sql import read_sql
 from schemas.features import Entity, FeatureView
@@ -44,12 +43,9 @@ _SHOWN_PERSON = (
     " AND coalesce((SELECT c.personalise FROM consents AS c WHERE c.user_id = %(user_id)s), %(unless_said)s::boolean)"
 )
 """Who asked to be forgotten, or does not agree to being personalised, reads as unknown from that moment on."""
-_SEARCH = {"hnsw.ef_search": "280", "hnsw.iterative_scan": "strict_order"}
+SEARCH = {"hnsw.ef_search": "280", "hnsw.iterative_scan": "strict_order"}
 """An HNSW index stops at 40 rows by itself and filters only what it found: look wider, and go on until there are enough.
 Half of 500 candidates, and what a person had among them, fit into the first look: a second one costs more than a wider first."""
-_LOOK_FOR_WISH = "SELECT set_config('hnsw.ef_search', '200', true)"
-"""Of the wish a third is wanted, and a look as much wider than that as the one above."""
-_LOOK_FOR_PERSON = f"SELECT set_config('hnsw.ef_search', '{_SEARCH['hnsw.ef_search']}', true)"
 PLAN_ONCE = {"plan_cache_mode": "force_generic_plan"}
 """A request's statements have one good plan each, whatever their parameters. Making it for every request, over every
 day's partition of the recent events, takes longer than running it."""
@@ -215,7 +211,7 @@ class Store:
                 ]
             return [cursor.fetchall() for cursor in cursors]
 
-        with span("db read_person", kind="client", attributes=_db(2 + len(reads) + len(also))):
+        with span("db read_person", kind="client", attributes=on_postgres(2 + len(reads) + len(also))):
             rows = self.ask(question, timeout_ms)
         held_back = [item_id for (item_id,) in rows.pop()] if also else []
         champion, wish_template = _released(rows[0][0])
@@ -293,83 +289,19 @@ class Store:
 
         def question(connection: StoreConnection) -> list[tuple[Any, ...]]:
             with connection.pipeline():
-                set_locally(connection, connection.server_ms(), _SEARCH | PLAN_ONCE)
+                set_locally(connection, connection.server_ms(), SEARCH | PLAN_ONCE)
                 cursor = _execute(connection, sql, parameters, prepare=True)
             return cursor.fetchall()
 
-        with span("db pick_candidates", kind="client", attributes=_db(2) | {"recsys.items.cached": items is not None}):
+        with span(
+            "db pick_candidates", kind="client", attributes=on_postgres(2) | {"recsys.items.cached": items is not None}
+        ):
             rows = self.ask(question, timeout_ms)
         if items is not None:
             picked = cached_items.picked_of(rows[0], items)
             picked = picked.take(np.flatnonzero(picked.there(items, at)))
             return cached_items.candidates_of(picked, items, utc_day(at))
         return candidates_of(rows, dim, utc_day(at) if live else None, features=features, ahead=ahead is not None)
-
-    def pick_in_parts(
-        self,
-        *,
-        at: datetime,
-        filters: Filters,
-        limit: int,
-        timeout_ms: float,
-        champion: str,
-        dim: int,
-        wish: Callable[[], NDArray[np.float32] | None] | None,
-        recent: Sequence[str],
-        items: CachedItems,
-        vector: Callable[[], NDArray[np.float32] | None],
-        meanwhile: Callable[[Picked], None],
-    ) -> list[Picked] | None:
-        """What `pick_candidates` picks at the present by `items` in memory, in a statement for each `Part`, one round trip.
-
-        The first looks up what is known of the person while `wish ()` waits for the vector of the wish, if there is one;
-        that is searched for while `vector ()` makes the user vector, and that one while `meanwhile` has what the first
-        statement gave. They may be called once more, on another connection; what they raise closes it. None where `vector`
-        gives none.
-        """
-        shape = PartShape(limit, dim, bool(filters.exclude), False, bool(recent))
-        known: dict[str, object] = {
-            "at": at,
-            "today": utc_day(at),
-            "exclude": text_array(filters.exclude),
-            "champion": champion,
-            "recent": text_array(recent),
-        }
-
-        def question(connection: StoreConnection) -> list[Picked] | None:
-            with wire(connection) as pipeline:
-                pipeline.ask(_settings_sql(connection.server_ms(), _SEARCH | PLAN_ONCE), wanted=False)
-                pipeline.ask(part_sql("listed", shape), known)
-                pipeline.flush()
-                listed = None
-                text = wish() if wish is not None else None
-                if (
-                    text is not None
-                ):  # encoding it took longer than the first statement, whose items the second one looks at
-                    listed = cached_items.picked_of(pipeline.row(), items)
-                    known["wish_text"], known["listed"] = vector_literal(text), text_array(listed.named)
-                    pipeline.ask(_LOOK_FOR_WISH, wanted=False)
-                    pipeline.ask(part_sql("wished", shape._replace(wishes=True)), known)
-                    pipeline.flush()
-                    pipeline.ask(_LOOK_FOR_PERSON, wanted=False)
-                found = vector()
-                if found is None:
-                    return None
-                known["user_vector"] = vector_literal(found)
-                pipeline.ask(part_sql("near", shape._replace(wishes=text is not None)), known)
-                pipeline.flush()
-                listed = listed or cached_items.picked_of(pipeline.row(), items)
-                meanwhile(listed)
-                parts = [listed]
-                if text is not None:
-                    row = pipeline.row()
-                    parts = [cached_items.with_likeness(listed, row), cached_items.picked_of(row, items)]
-                return [*parts, cached_items.picked_of(pipeline.row(), items)]
-
-        with span(
-            "db pick_candidates", kind="client", attributes=_db(3 + (wish is not None)) | {"recsys.items.cached": True}
-        ):
-            return self.ask(question, timeout_ms)
 
     def similar(
         self,
@@ -393,7 +325,7 @@ class Store:
 
         def question(connection: StoreConnection) -> list[tuple[str, str, float]] | None:
             with connection.pipeline():
-                set_locally(connection, connection.server_ms(), _SEARCH)
+                set_locally(connection, connection.server_ms(), SEARCH)
                 known = _execute(connection, "SELECT 1 FROM text_vectors WHERE item_id = %(item_id)s", parameters)
                 found = _execute(
                     connection, statement("similar_items").format(query=query, allowed=filters.allowed("i")), parameters
@@ -402,7 +334,7 @@ class Store:
                 return None
             return found.fetchall()
 
-        with span("db similar", kind="client", attributes=_db(3)):
+        with span("db similar", kind="client", attributes=on_postgres(3)):
             return self.ask(question, timeout_ms)
 
     def accept_events(self, events: Sequence[dict[str, object]], timeout_ms: float) -> set[str]:
@@ -424,7 +356,7 @@ class Store:
     def call(self, function: str, arguments: Sequence[str], timeout_ms: float) -> list[tuple[Any, ...]]:
         """The rows of one of the database's own functions (schemas/functions.py), in one round trip."""
         sql = f"SELECT * FROM {function}({', '.join(['%s'] * len(arguments))})"
-        with span(f"db {function}", kind="client", attributes=_db(2)):
+        with span(f"db {function}", kind="client", attributes=on_postgres(2)):
             return self.rows(sql, arguments, timeout_ms)
 
     def rows(
@@ -491,10 +423,11 @@ def set_locally(
     stay: bool = False,
 ) -> None:
     """Settings for the rest of this pipeline, which is one transaction to the server; `stay`: for those after it too."""
-    _execute(connection, _settings_sql(timeout_ms, settings, stay=stay))
+    _execute(connection, settings_sql(timeout_ms, settings, stay=stay))
 
 
-def _settings_sql(timeout_ms: int, settings: Mapping[str, str], *, stay: bool = False) -> str:
+def settings_sql(timeout_ms: int, settings: Mapping[str, str], *, stay: bool = False) -> str:
+    """The statement of `set_locally`."""
     # A zone from the environment (PGTZ) would win over one among the connection's options.
     # SET LOCAL would do the same, and warn in the server's log each time that nobody said BEGIN.
     settings = {"statement_timeout": str(timeout_ms), "TimeZone": "UTC", **_PLAN_EACH, **settings}
@@ -533,5 +466,6 @@ def _person_sql(view: FeatureView) -> str:
     return read_sql(view, _SHOWN_PERSON)
 
 
-def _db(statements: int) -> dict[str, str | int]:
+def on_postgres(statements: int) -> dict[str, str | int]:
+    """The attributes of a span around so many statements."""
     return {"db.system.name": "postgresql", "db.operation.batch.size": statements}

@@ -12,7 +12,7 @@ import numpy as np
 import psycopg
 import pytest
 
-from inference import cached_items, overlap
+from inference import cached_items, candidate_parts, overlap
 from inference.cached_items import CachedItems, Picked
 from inference.candidates import Most, most_of
 from inference.connections import StatementFailed
@@ -268,15 +268,15 @@ def test_features_that_cannot_be_read_are_left_out(world: ServedWorld, app: Lard
 def test_a_partition_that_ends_in_between_is_read_again_in_one(
     world: ServedWorld, app: LarderApplication, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pick = Store.pick_in_parts
+    pick = candidate_parts.pick_in_parts
 
-    def moved(self: Store, **arguments: Any) -> Any:
-        first, second = pick(self, **arguments) or pytest.fail("nothing was picked")
+    def moved(store: Store, **arguments: Any) -> Any:
+        first, second = pick(store, **arguments) or pytest.fail("nothing was picked")
         return [first, replace(second, newest=(None,))]
 
     request = RecommendationRequest(user_id=world.people[1], k=20)
     expected = app.recommend(request)
-    monkeypatch.setattr(Store, "pick_in_parts", moved)
+    monkeypatch.setattr(overlap, "pick_in_parts", moved)
     same(app.recommend(request), expected)
 
 
@@ -292,20 +292,16 @@ def test_a_graph_in_one_piece_ranks_all_at_once(
     assert [early for early, _ in ranked][1] == 0
 
 
-def test_few_that_are_certain_are_not_ranked_apart(
-    world: ServedWorld,
-    app: LarderApplication,
-    ranked: list[tuple[int, Ranked | None]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    request = RecommendationRequest(user_id=world.people[1], k=20)
-    expected = app.recommend(request)
-    monkeypatch.setattr(overlap, "WORTH_RANKING", 1_000)
-    same(app.recommend(request), expected)
-    assert ranked[1][0] == 0
-
-
-def test_on_a_busy_machine_all_are_ranked_at_once(
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param("WORTH_RANKING", 1_000, id="few are certain"),
+        pytest.param("PROCESSORS", 0, id="a busy machine"),  # fewer than the one request that is there
+    ],
+)
+def test_all_are_ranked_at_once_where_two_runs_are_dearer(
+    name: str,
+    value: int,
     world: ServedWorld,
     app: LarderApplication,
     ranked: list[tuple[int, Ranked | None]],
@@ -314,7 +310,7 @@ def test_on_a_busy_machine_all_are_ranked_at_once(
     request = RecommendationRequest(user_id=world.people[1], k=20)
     expected = app.recommend(request)
     assert app.store.in_use == 0
-    monkeypatch.setattr(overlap, "PROCESSORS", 0)  # fewer than the one request that is there
+    monkeypatch.setattr(overlap, name, value)
     same(app.recommend(request), expected)
     assert ranked[0][0] > 0 == ranked[1][0]
 
@@ -327,7 +323,7 @@ def test_a_store_that_refuses_is_asked_for_the_whole(
 
     request = RecommendationRequest(user_id=world.people[1], k=20)
     expected = app.recommend(request)
-    monkeypatch.setattr(Store, "pick_in_parts", refused)
+    monkeypatch.setattr(overlap, "pick_in_parts", refused)
     same(app.recommend(request), expected)
 
 

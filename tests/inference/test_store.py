@@ -93,11 +93,11 @@ def test_settings_of_one_question_end_with_it_and_the_server_has_nothing_to_warn
             return tuple(cursor.fetchone()[0] for cursor in cursors)  # type: ignore[index]  # each has one row
 
         before = shown(None)
-        during = shown(store_module._SEARCH | store_module.PLAN_ONCE)
+        during = shown(store_module.SEARCH | store_module.PLAN_ONCE)
         after = shown(None)
-    assert during == ("1234ms", "force_generic_plan", store_module._SEARCH["hnsw.ef_search"])
+    assert during == ("1234ms", "force_generic_plan", store_module.SEARCH["hnsw.ef_search"])
     assert after[:2] == before[:2]
-    assert after[2] != store_module._SEARCH["hnsw.ef_search"]
+    assert after[2] != store_module.SEARCH["hnsw.ef_search"]
     assert warned == []
 
 
