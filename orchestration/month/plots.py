@@ -143,6 +143,7 @@ def _mark(plan: Plan, story: Story, axes: Axes) -> None:
     ]
     if any("rolled back" in line for day in story.days for line in day.happened):
         marks.append((plan.rollback_day - 0.5, "rolled back", RED))
-    for at, words, color in marks:
+    for line, (at, words, color) in enumerate(sorted(marks)):  # each in a line of its own: they may be a day apart
         axes.axvline(at, color=color, lw=0.9)
-        axes.text(at, 1.0, words, fontsize=FONT - 1, color=color, rotation=20, transform=axes.get_xaxis_transform())
+        where = axes.get_xaxis_transform()
+        axes.text(at, 1.01 + 0.05 * line, words, fontsize=FONT - 1, color=color, ha="center", transform=where)
