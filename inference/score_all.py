@@ -101,6 +101,7 @@ def score_all(
     check(sizes)
     with (
         psycopg.connect(url, autocommit=True, options="-c TimeZone=UTC", application_name="larder-score-all") as reads,
+        psycopg.connect(url, autocommit=True, options="-c TimeZone=UTC", application_name="larder-score-all") as beside,
         psycopg.connect(url, options="-c TimeZone=UTC", application_name="larder-score-all") as writes,
     ):
         table.lock(writes)
@@ -110,7 +111,7 @@ def score_all(
         if ranker.precision == "fp16":
             sizes = replace(sizes, at_once=ON_GPU.at_once, ahead=ON_GPU.ahead)
         run = table.begin(writes, version, sizes.candidates, sizes.kept, restart=restart, now=now())
-        work = _Work(reads, writes, ranker, replace(run, follows=follows), sizes, chunk, say, now)
+        work = _Work(reads, beside, writes, ranker, replace(run, follows=follows), sizes, chunk, say, now)
         return work.through(workers or os.cpu_count() or 1)
 
 
@@ -168,6 +169,8 @@ class _Work:
     """One start of a run."""
 
     reads: psycopg.Connection
+    beside: psycopg.Connection
+    """Of half of the items' rows, at the same time."""
     writes: psycopg.Connection
     ranker: Ranker
     run: Run
@@ -245,7 +248,7 @@ class _Work:
         """The items, read anew when they are too old for `at`."""
         old = self.read_at is None or at - self.read_at > REFRESH or utc_day(at) != utc_day(self.read_at)
         if self.catalogue is None or old:
-            self.catalogue = read_catalogue(self.reads, self.run.version, self.ranker.dim, at)
+            self.catalogue = read_catalogue(self.reads, self.beside, self.run.version, self.ranker.dim, at)
             self.read_at, self.ids = at, packed_ids(self.catalogue.item_ids)
         return self.catalogue
 

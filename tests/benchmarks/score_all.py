@@ -133,8 +133,11 @@ def export(url: str, artifact: Path, folder: Path, most: int = 20_000) -> None:
     shutil.copytree(artifact, folder / "artifact", dirs_exist_ok=True)
     at = datetime.now(UTC)
     version = json.loads((artifact / MANIFEST_FILE).read_text())
-    with psycopg.connect(url, autocommit=True, options="-c TimeZone=UTC") as connection:
-        catalogue = read_catalogue(connection, artifact.name, int(version["dim"]), at)
+    with (
+        psycopg.connect(url, autocommit=True, options="-c TimeZone=UTC") as connection,
+        psycopg.connect(url, autocommit=True) as beside,
+    ):
+        catalogue = read_catalogue(connection, beside, artifact.name, int(version["dim"]), at)
         rows = connection.execute("SELECT DISTINCT user_id FROM user_history ORDER BY 1 LIMIT %s", (most,)).fetchall()
         people, _ = read_people(connection, [row[0] for row in rows], catalogue, at)
     shelf = shelf_of(catalogue, at)

@@ -19,7 +19,7 @@ from inference.ranker_inputs import person_inputs
 from inference.recommend import Recommender
 from inference.score_all import Progress, Report, open_ranker, score_all
 from inference.scores.batch import Scored, Sizes, Spent, batches, score
-from inference.scores.catalogue import Catalogue, read_catalogue, shelf_of
+from inference.scores.catalogue import Catalogue, _places, read_catalogue, shelf_of
 from inference.scores.choose import nearest
 from inference.scores.people import read_people
 from inference.store import Champion, Store
@@ -92,11 +92,32 @@ class One:
         return ranker.finish(begun, candidates)
 
 
+def catalogue_of(connection: psycopg.Connection, version: str, dim: int, at: datetime) -> Catalogue:
+    with psycopg.connect(connection.info.dsn, autocommit=True) as beside:
+        return read_catalogue(connection, beside, version, dim, at)
+
+
+def test_hashes_are_found_where_they_stand() -> None:
+    generator = np.random.default_rng(5)
+    for many in (0, 1, 2, 3, 64, 5_000):
+        known = np.sort(generator.integers(0, 2**64, many, np.uint64))
+        asked = np.concatenate(
+            [
+                known,
+                known + np.uint64(1),
+                generator.integers(0, 2**64, 200, np.uint64),
+                np.array([0, 2**64 - 1], np.uint64),
+            ]
+        )
+        if many:
+            assert (_places(known, asked) == np.searchsorted(known, asked)).all()
+
+
 def scored(
     world: ServedWorld, connection: psycopg.Connection, ranker: Ranker, at: datetime
 ) -> Iterator[tuple[str, Scored, int, Catalogue]]:
     """Everybody's list with what it was chosen from: the person, the batch and their row in it."""
-    catalogue = read_catalogue(connection, world.version, ranker.dim, at)
+    catalogue = catalogue_of(connection, world.version, ranker.dim, at)
     people, settled = read_people(connection, world.people, catalogue, at)
     assert settled
     for rows in batches(people, 32):
@@ -149,14 +170,14 @@ def test_what_is_nothing_but_a_neighbour_takes_its_place_and_is_given_to_nobody(
     world: ServedWorld, connection: psycopg.Connection
 ) -> None:
     ranker, at = open_ranker(folder(world), None, SIZES.candidates), datetime.now(UTC)
-    plain = read_catalogue(connection, world.version, ranker.dim, at)
+    plain = catalogue_of(connection, world.version, ranker.dim, at)
     # One that was an item once, one with neighbours of its own, and one that is named twice.
     connection.execute("UPDATE co_visitation SET neighbour_id = 'ghost' WHERE rank = 1")
     connection.execute(
         "UPDATE co_visitation SET neighbour_id = 'gone' WHERE rank = 2 AND item_id < %s", (world.items[40],)
     )
     connection.execute("INSERT INTO co_visitation VALUES ('owner', 1, %s, 2.5, 3)", (world.items[0],))
-    haunted = read_catalogue(connection, world.version, ranker.dim, at)
+    haunted = catalogue_of(connection, world.version, ranker.dim, at)
     assert len(haunted.item_ids) == len(haunted.vectors) == len(haunted.available_at) == len(plain.item_ids) + 3
     names = [*haunted.numbers, "ghost or gone", "ghost or gone"]
 
@@ -328,9 +349,11 @@ def test_events_of_a_moment_ago_count(world: ServedWorld, connection: psycopg.Co
 def test_items_are_read_again_when_they_are_old(world: ServedWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[datetime] = []
 
-    def counted(connection: psycopg.Connection, version: str, dim: int, at: datetime) -> Catalogue:
+    def counted(
+        connection: psycopg.Connection, beside: psycopg.Connection, version: str, dim: int, at: datetime
+    ) -> Catalogue:
         read.append(at)
-        return read_catalogue(connection, version, dim, at)
+        return read_catalogue(connection, beside, version, dim, at)
 
     monkeypatch.setattr("inference.score_all.read_catalogue", counted)
     still = datetime.now(UTC)
