@@ -13,7 +13,7 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
-from schemas.serving_fields import Bound, Categories, Context, Instant, ItemIds, Key, Kind, Model, Text, Values
+from schemas.serving_fields import BLANK, Bound, Categories, Context, Instant, ItemIds, Key, Kind, Model, Text, Values
 
 MAX_K = 500
 MAX_EVENTS = 500
@@ -168,8 +168,8 @@ class RecommendationResponse(Model):
 def _anchored_by(name: str) -> JsonDict:
     """The condition that of the two anchors of a SimilarRequest `name` is given and the other is not."""
     item_id: JsonDict = {"type": "string"} if name == "item_id" else {"type": "null"}
-    given: JsonDict = {"type": "string", "pattern": r"\S"}
-    blank: JsonDict = {"anyOf": [{"type": "null"}, {"pattern": r"^\s*$"}]}
+    given: JsonDict = {"type": "string", "pattern": f"[^{BLANK}]"}
+    blank: JsonDict = {"anyOf": [{"type": "null"}, {"pattern": f"^[{BLANK}]*$"}]}
     return {"required": [name], "properties": {"item_id": item_id, "text": given if name == "text" else blank}}
 
 

@@ -26,6 +26,10 @@ MAX_PROMPT_CHARS = 2_000
 MAX_CONTEXT_ENTRIES = 64
 MAX_CATEGORIES = 100
 MAX_VALUES = 100
+BLANK = r"\s\x85\ufeff"
+"""What blank text is made of, between the brackets of a pattern: Python's white space has the first of the two, that of
+JSON Schema (ECMA-262) the second."""
+_BLANK_TEXT = re.compile(f"[{BLANK}]*")
 
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _FIRST_INSTANT = datetime(1969, 12, 31, tzinfo=UTC)
@@ -53,7 +57,7 @@ def _check_text(value: str | None) -> str | None:
     # First: Python counts some of them as blank.
     if any(ord(char) < 32 and char not in "\t\n\r" for char in value):
         raise ValueError("it holds a control character; remove it")
-    return value if value.strip() else None
+    return None if _BLANK_TEXT.fullmatch(value) else value
 
 
 def _check_scalar(value: object) -> Scalar:

@@ -185,8 +185,10 @@ def test_the_body_limit_is_exact() -> None:
     assert refused(RecommendationRequest, fitting + b" ").status == 413
 
 
-def test_blank_text_is_no_text() -> None:
-    assert recommendation(prompt=" \n ").prompt is None
+@pytest.mark.parametrize("text", ["", " \n ", "\u00a0", "\x85", "\ufeff", "\u3000\t"])
+def test_blank_text_is_no_text(text: str) -> None:
+    assert recommendation(prompt=text).prompt is None
+    assert recommendation(prompt=f"{text}boats").prompt == f"{text}boats"
 
 
 def test_similar_takes_an_item_or_a_text_and_not_both() -> None:
