@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from inference import aws
 from schemas.errors import ArtifactError, StoreUnavailable
 from schemas.manifest import MANIFEST_FILE, ArtifactFile, Manifest
 from schemas.urls import local_folder
@@ -179,14 +180,13 @@ def _s3_place(root_url: str, path: str) -> tuple[str, str]:
 @contextmanager
 def _s3(place: str) -> Iterator[Any]:
     """A client for S3; what goes wrong with it at `place` leaves the block as ArtifactError or StoreUnavailable."""
-    import boto3  # only artefacts in S3 need it
+    # Only artefacts in S3 need it.
     from boto3.exceptions import Boto3Error
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
-        # A session of its own: threads that load must not share the default one.
-        yield boto3.session.Session().client(
+        yield aws.session().client(
             "s3",
             config=Config(
                 connect_timeout=_S3_CONNECT_SECONDS,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -148,6 +149,8 @@ def _roll_back(what: str, target: Target, version: str | None) -> int:
     if what == "function":
         open_cloud(read_deploy_settings(record, target)).roll_back(print)
         return 0
+    if not os.environ.get("DATABASE_URL") and deployments.load(record.name) is None:
+        raise DeployError(f"there is no deployment in {deployments.home()}: run `make run` first")
     url = postgres.database_url(record)
     postgres.check(url)
     with psycopg.connect(url) as connection:

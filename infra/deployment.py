@@ -89,6 +89,14 @@ def name_for(data: str | None) -> str:
     return name
 
 
+def wanted() -> str | None:
+    """The deployment that `DEPLOYMENT` names, if it is set. Raises SettingsError for what is no name of a folder."""
+    name = os.environ.get("DEPLOYMENT")
+    if name and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise SettingsError(f"DEPLOYMENT is {name!r}; give letters, digits, '_', '-' and '.', such as DEPLOYMENT=shop")
+    return name or None
+
+
 def load(name: str) -> Deployment | None:
     """The recorded deployment `name`, or None if it was never run. Raises SettingsError for a broken record."""
     file = home() / name / RECORD
@@ -105,13 +113,13 @@ def load(name: str) -> Deployment | None:
 
 def current() -> Deployment:
     """The deployment that `DEPLOYMENT` names, else the one last run, else a fresh simulated one (not yet saved)."""
-    wanted = os.environ.get("DEPLOYMENT")
-    if wanted:
-        found = load(wanted)
+    name = wanted()
+    if name:
+        found = load(name)
         if found is None:
             known = sorted(entry.parent.name for entry in home().glob(f"*/{RECORD}"))
             raise SettingsError(
-                f"there is no deployment {wanted!r}; known: {', '.join(known) or 'none yet, run `make run` first'}"
+                f"there is no deployment {name!r}; known: {', '.join(known) or 'none yet, run `make run` first'}"
             )
         return found
     pointer = home() / "current"

@@ -9,6 +9,7 @@ import argparse
 import os
 import signal
 import sys
+from pathlib import Path
 
 import psycopg
 
@@ -37,6 +38,9 @@ def main() -> int:
             os.environ["LARDER_WRITER_URL"] = writer_url
         _tell_of_keys(record, url, options.host, options.port)
         os.environ.setdefault("ARTIFACTS_URL", record.artifacts_url)
+        named = os.environ.get("LARDER_EXPERIMENTS")
+        if named and "://" not in named and not Path(named).exists():
+            raise SettingsError(f"LARDER_EXPERIMENTS names {named!r}, and no file is there; correct it, or unset it")
         os.environ["LARDER_EXPERIMENTS"] = record.experiments
         if record.rules:
             os.environ["LARDER_RULES"] = record.rules

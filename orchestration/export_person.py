@@ -54,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ensure_view_tables(url)
         if options.request:
             print(person_export.request(url, user_id))
+            # Beside what a script reads.
+            print(
+                "the Dagster job export_person gathers everything with this id, its sensor by itself", file=sys.stderr
+            )
             return 0
         lake = Lake(record.lake_url)
         document = person_export.gather(user_id, url=url, lake=lake, artifacts_url=record.artifacts_url)

@@ -30,6 +30,7 @@ from infra.deployment import Deployment
 from infra.ui import prepare_dagster
 from orchestration import interrupts
 from orchestration.compute import learning_steps
+from orchestration.compute.forget import open_requests
 from orchestration.compute.stale import WIDEST_WINDOW_DAYS, undrained_days
 from orchestration.progress import terminal
 from orchestration.sources.open import is_simulated, open_source, simulated_world
@@ -116,6 +117,12 @@ def _run(options: argparse.Namespace) -> int:
     began = time.monotonic()
     record = _deployment(options.data or None, options.shift)
     console.rule(f"Larder · deployment {record.name}")
+    from orchestration.compute.lake import Lake
+    from orchestration.spark.launch import check_engine
+
+    # What a step would only find out in the middle.
+    Lake(record.lake_url)
+    check_engine()
     with _step("database"):
         url = postgres.prepare(record)
         settings = read_settings({**os.environ, "DATABASE_URL": url, "ARTIFACTS_URL": record.artifacts_url})
@@ -159,6 +166,8 @@ def _run(options: argparse.Namespace) -> int:
             models = ("item_vectors", "skew_audit", "ranker_release") if todo.learning or todo.has_model else ()
             launch(*models, "recommend_function")
     _show(settings, options.user)
+    if waiting := open_requests(url):
+        _note("to be forgotten", f"{len(waiting):,} who asked wait for it: `make forget RESUME=1` erases them")
     console.print(
         f"\ndone in {time.monotonic() - began:.0f} s · next: `make ui` shows how it was made, `make serve` answers over HTTP"
     )
@@ -167,8 +176,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def _deployment(data: str | None, shift: bool) -> Deployment:
     """The deployment for DATA: as recorded, or a new one with its start and shift settled now."""
-    name = os.environ.get("DEPLOYMENT") or deployments.name_for(data)
+    name = deployments.wanted() or deployments.name_for(data)
     simulated = is_simulated(data)
+    if not simulated and data is not None and "://" in data and not data.startswith("s3://"):
+        raise SettingsError(f"DATA is {data!r}; give a folder or s3://bucket/prefix")
     source = data if simulated or data is None or data.startswith("s3://") else str(Path(data).expanduser().resolve())
     found = deployments.load(name)
     if found is not None:

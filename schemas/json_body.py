@@ -116,7 +116,7 @@ _REASONS: dict[str, Callable[[dict[str, Any]], str]] = {
 def _request_error(model: type[BaseModel], error: ErrorDetails, more: int) -> RequestError:
     location = [str(part) for part in error["loc"] if part != "[key]"]
     field = ".".join(part if len(part) <= MAX_SHOWN_CHARS else part[: MAX_SHOWN_CHARS - 1] + "…" for part in location)
-    also = f" ({more} more like this)" if more else ""
+    also = f" ({more} more to correct)" if more else ""
     if error["type"] == "extra_forbidden":
         known = tuple(_model_at(model, location[:-1]).model_fields)
         return RequestError(

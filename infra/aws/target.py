@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inference import aws
 from inference.declared import stopped_place
 from infra import package, release
 from infra.aws import function as functions
@@ -69,10 +70,8 @@ class Aws:
     @classmethod
     def open(cls, settings: DeploySettings) -> Aws:
         """Raises DeployError without credentials or a region."""
-        import boto3
-
         with _told():
-            session = boto3.session.Session()
+            session = aws.session()
             if not session.region_name:
                 raise DeployError("no AWS region is set; set AWS_REGION, such as eu-central-1")
             account = session.client("sts").get_caller_identity()["Account"]

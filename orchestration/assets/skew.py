@@ -55,7 +55,9 @@ def skew_audit(context: dg.AssetExecutionContext, config: Audit, larder: Larder)
         found = ", ".join(f"{cause.replace('_', ' ')} {report.cause(cause):,}" for cause in CAUSES)
         progress(context)(f"{report.compared:,} values of {report.reads:,} reads recomputed; differing: {found}")
     else:
-        progress(context)("nothing to audit yet: no read was logged")
+        progress(context)(
+            "nothing to audit yet: nobody asked of the sample whose reads are logged (LARDER_AUDIT_PER_MILLE)"
+        )
     if report.bugs:
         progress(context)(why_not_released(report.outcome()))
     header = ["view", "feature", "cause", "values", "example"]

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from inference import aws
 from orchestration.sources import BadRow
 from schemas.errors import SourceError
 
@@ -334,15 +335,12 @@ def _opener(path: Path) -> Callable[[], BinaryIO]:
 
 class _S3:
     def __init__(self, location: str) -> None:
-        # Loaded here only: a folder must not pay for the AWS library.
-        import boto3
-
         self.location = location
         self._bucket, _, prefix = location.removeprefix("s3://").partition("/")
         self._prefix = f"{prefix.rstrip('/')}/" if prefix.strip("/") else ""
         with _s3_errors(location):
             # The endpoint comes from AWS_ENDPOINT_URL, which boto3 reads itself.
-            self._client = boto3.client("s3")
+            self._client = aws.session().client("s3")
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
             objects = [entry for page in pages for entry in page.get("Contents", [])]
         self._files = [self._file(entry) for entry in objects if not entry["Key"].endswith("/")]

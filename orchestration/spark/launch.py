@@ -44,11 +44,22 @@ _SQL_TYPES = {pa.string(): "STRING", pa.float64(): "DOUBLE", pa.timestamp("us", 
 @contextmanager
 def open_engine(context: dg.AssetExecutionContext, engine: str = "", master: str = "") -> Iterator[Engine]:
     """The engine that `engine`, or else LARDER_ENGINE, names. Raises SettingsError if it cannot be used."""
-    engine = engine or os.environ.get(ENGINE_VARIABLE) or "duckdb"
-    if engine == "duckdb":
+    cluster = check_engine(engine, master)
+    if cluster is None:
         with DuckDB() as here:
             yield here
         return
+    yield Spark(context, cluster)
+
+
+def check_engine(engine: str = "", master: str = "") -> str | None:
+    """The Spark cluster that `engine` and `master`, or else the environment, name; None where DuckDB is to be used.
+
+    Raises SettingsError if it cannot be used.
+    """
+    engine = engine or os.environ.get(ENGINE_VARIABLE) or "duckdb"
+    if engine == "duckdb":
+        return None
     if engine != "spark":
         raise SettingsError(f"{ENGINE_VARIABLE} is {engine!r}; give duckdb or spark")
     master = master or os.environ.get(MASTER_VARIABLE) or "local[*]"
@@ -60,7 +71,7 @@ def open_engine(context: dg.AssetExecutionContext, engine: str = "", master: str
         raise SettingsError(
             f"{ENGINE_VARIABLE} is 'spark', but pyspark is not installed; pip install -c constraints.txt '.[spark]'"
         )
-    yield Spark(context, master)
+    return master
 
 
 class Spark:
