@@ -206,7 +206,10 @@ class _Server(uvicorn.Server):
             print(f"larder listens on {url}\n")
             print(f"  curl -s {url}/recommendations -H 'content-type: application/json' \\")
             print("""    -H "authorization: Bearer $LARDER_KEY" \\""")
-            print("""    -d '{"user_id": "1", "k": 5, "prompt": "something quiet", "explain": true}'""", flush=True)
+            print(
+                """    -d '{"user_id": "user-00001", "k": 5, "prompt": "something quiet", "explain": true}'""",
+                flush=True,
+            )
 
 
 def serve(app: AsgiApp, host: str, port: int) -> bool:

@@ -290,7 +290,11 @@ def test_faults_name_the_way_out(
     shop.release(1)
     with monkeypatch.context() as patch:
         patch.delenv("AWS_DEFAULT_REGION")
+        patch.delenv("AWS_REGION", raising=False)
         assert "no AWS region is set; set AWS_REGION" in told()
+        patch.setenv("AWS_REGION", "eu-central-1")
+        assert deploy.main(["deploy", "--plan"]) == 0
+        assert "region eu-central-1" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.delenv("AWS_ACCESS_KEY_ID")
         patch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -314,6 +318,15 @@ def test_faults_name_the_way_out(
         "there is no function larder-shop"
         in (deploy.main(["rollback", "--what", "function"]), capsys.readouterr().err)[1]
     )
+
+
+def test_rolling_back_before_the_first_run_says_what_to_do(
+    larder_home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    assert deploy.main(["rollback"]) == 1
+    assert f"there is no deployment in {larder_home}: run `make run` first" in capsys.readouterr().err
+    assert not larder_home.exists()
 
 
 def test_rolling_back_the_model_returns_to_the_champion_before(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:

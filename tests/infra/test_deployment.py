@@ -33,6 +33,15 @@ def test_an_unknown_deployment_names_the_known_ones(larder_home: Path, monkeypat
         deployment.current()
 
 
+@pytest.mark.parametrize("name", ["../shop", "/tmp/shop", ".", "a shop"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(
+    name: str, larder_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEPLOYMENT", name)
+    with pytest.raises(SettingsError, match=r"DEPLOYMENT is .*; give letters, digits"):
+        deployment.current()
+
+
 def test_a_broken_record_is_not_guessed_at(larder_home: Path) -> None:
     (larder_home / "shop").mkdir(parents=True)
     (larder_home / "shop" / "deployment.json").write_text("{")

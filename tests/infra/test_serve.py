@@ -26,6 +26,17 @@ def test_serving_before_the_first_run_says_what_to_do(larder_home: Path) -> None
     assert not larder_home.exists()
 
 
+def test_experiments_that_are_nowhere_are_not_taken_for_none(
+    larder_home: Path, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Deployment("shop", None, days_ago(30).date()).save()
+    environment = {**os.environ, "DATABASE_URL": database, "LARDER_EXPERIMENTS": "/nowhere/experiments.toml"}
+    command = [sys.executable, "-m", "infra.serve", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert "LARDER_EXPERIMENTS names '/nowhere/experiments.toml', and no file is there" in done.stderr
+
+
 def test_serving_makes_the_tables_of_features_that_were_added_since_the_last_run(
     larder_home: Path, monkeypatch: pytest.MonkeyPatch, connection: psycopg.Connection, database: str
 ) -> None:

@@ -53,6 +53,25 @@ def test_data_that_cannot_be_read_is_refused(tmp_path: Path, files: dict[str, st
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (("--data", "ftp://x/y"), {}, "DATA is 'ftp://x/y'; give a folder or s3://bucket/prefix"),
+        ((), {"LAKE_URL": "ftp://x"}, "LAKE_URL 'ftp://x' cannot be used: a lake lies under file:// or s3://"),
+        ((), {"LARDER_ENGINE": "sparc"}, "LARDER_ENGINE is 'sparc'; give duckdb or spark"),
+        ((), {"DEPLOYMENT": "../x"}, "DEPLOYMENT is '../x'; give letters"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_made(
+    tmp_path: Path, arguments: tuple[str, ...], environment: dict[str, str], words: str
+) -> None:
+    done = run(tmp_path / "home", *arguments, **environment)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "home").exists()
+
+
 def test_an_unreachable_database_is_named(tmp_path: Path) -> None:
     done = run(tmp_path / "home", DATABASE_URL="postgresql://me:secret@127.0.0.1:1/x")
     assert done.returncode == 1
