@@ -82,7 +82,7 @@ export async function consent(user, personalise) {
 export async function forget(user) {
   try {
     const { body } = await ask("POST", about(user, "forget"));
-    says(`You are hidden from now on. The rest is being deleted; receipt ${body.receipt_id.slice(0, 8)}…`);
+    says(`You are hidden from now on. The rest waits to be deleted; receipt ${body.receipt_id.slice(0, 8)}…`);
     toast("Forgotten. From now on nothing here knows this person.", 9000);
     return true;
   } catch (error) {
