@@ -30,6 +30,9 @@ def main() -> int:
         free_port(options.host, options.port, "make serve PORT")
         if deployments.load(record.name) is None:
             raise SettingsError(f"nothing to serve in {deployments.home()}: run `make run` first")
+        named = os.environ.get("LARDER_EXPERIMENTS")
+        if named and "://" not in named and not Path(named).exists():
+            raise SettingsError(f"LARDER_EXPERIMENTS names {named!r}, and no file is there; correct it, or unset it")
         url = postgres.prepare(record)
         # A feature that was added since the last run has no columns yet; reads ask for them from the first request on.
         feature_tables.ensure_view_tables(url)
@@ -38,9 +41,6 @@ def main() -> int:
             os.environ["LARDER_WRITER_URL"] = writer_url
         _tell_of_keys(record, url, options.host, options.port)
         os.environ.setdefault("ARTIFACTS_URL", record.artifacts_url)
-        named = os.environ.get("LARDER_EXPERIMENTS")
-        if named and "://" not in named and not Path(named).exists():
-            raise SettingsError(f"LARDER_EXPERIMENTS names {named!r}, and no file is there; correct it, or unset it")
         os.environ["LARDER_EXPERIMENTS"] = record.experiments
         if record.rules:
             os.environ["LARDER_RULES"] = record.rules
