@@ -30,8 +30,8 @@ class Settings:
     threads: int = 1
     """Threads per ONNX session; 0: as many as there are processors. The operations of one request are so short that a
     second thread takes longer to wake than it saves."""
-    concurrency: int = 4
-    """Requests answered at the same time by one process."""
+    concurrency: int = 6
+    """Requests answered at the same time by one process: enough for two processors to find work while others wait."""
     audit_per_mille: int = 10
     """Of how many people in a thousand the features served are logged for the skew audit."""
     scores_hours: int = 48
