@@ -79,7 +79,8 @@ def pick_in_parts(
             known["user_vector"] = vector_literal(found)
             pipeline.ask(part_sql("near", shape._replace(wishes=text is not None)), known)
             pipeline.flush()
-            listed = listed or cached_items.picked_of(pipeline.row(), items)
+            if listed is None:  # it may be there and empty
+                listed = cached_items.picked_of(pipeline.row(), items)
             meanwhile(listed)
             parts = [listed]
             if text is not None:

@@ -315,6 +315,19 @@ def test_all_are_ranked_at_once_where_two_runs_are_dearer(
     assert ranked[0][0] > 0 == ranked[1][0]
 
 
+@pytest.mark.parametrize("prompt", [None, "something quiet"])
+def test_where_no_list_and_no_neighbour_has_anything_the_search_answers(
+    prompt: str | None, world: ServedWorld, app: LarderApplication, ranked: list[tuple[int, Ranked | None]]
+) -> None:
+    with psycopg.connect(world.url) as connection:
+        connection.execute("DELETE FROM popular_items")
+        connection.execute("DELETE FROM co_visitation")
+    answer = app.recommend(RecommendationRequest(user_id=world.people[1], k=20, prompt=prompt))
+    assert len(answer.items) == 20
+    assert answer.degraded == ()
+    assert [early for early, _ in ranked] == [0]
+
+
 def test_a_store_that_refuses_is_asked_for_the_whole(
     world: ServedWorld, app: LarderApplication, monkeypatch: pytest.MonkeyPatch
 ) -> None:
