@@ -31,6 +31,7 @@ from infra.ui import prepare_dagster
 from orchestration import interrupts
 from orchestration.compute import learning_steps
 from orchestration.compute.forget import open_requests
+from orchestration.compute.lake import Lake
 from orchestration.compute.stale import WIDEST_WINDOW_DAYS, undrained_days
 from orchestration.progress import terminal
 from orchestration.sources.open import is_simulated, open_source, simulated_world
@@ -117,7 +118,6 @@ def _run(options: argparse.Namespace) -> int:
     began = time.monotonic()
     record = _deployment(options.data or None, options.shift)
     console.rule(f"Larder · deployment {record.name}")
-    from orchestration.compute.lake import Lake
     from orchestration.spark.launch import check_engine
 
     # What a step would only find out in the middle.

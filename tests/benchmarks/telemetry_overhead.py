@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-from inference import request_log, telemetry
+from inference import otel, request_log, telemetry
 from inference.http import handle
 from inference.runtime import LarderApplication
 from infra import postgres
@@ -91,6 +91,7 @@ def measure(world: World, *, rounds: int, block: int) -> dict[str, Any]:
                     # The environment is read anew; a thread of the application may have read it since the last turn.
                     telemetry.shutdown(10_000)
                     request_log.open_log(nowhere if on else "off")
+                    assert (otel.tracing() is not None) == on, "telemetry is not as this turn wants it"
                     _ask(application, world, WARM)  # what is set up once is not a request's cost
                     began = time.process_time()
                     asked = _ask(application, world, block)

@@ -26,9 +26,7 @@ def test_serving_before_the_first_run_says_what_to_do(larder_home: Path) -> None
     assert not larder_home.exists()
 
 
-def test_experiments_that_are_nowhere_are_not_taken_for_none(
-    larder_home: Path, database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experiments_that_are_nowhere_are_not_taken_for_none(larder_home: Path, database: str) -> None:
     Deployment("shop", None, days_ago(30).date()).save()
     environment = {**os.environ, "DATABASE_URL": database, "LARDER_EXPERIMENTS": "/nowhere/experiments.toml"}
     command = [sys.executable, "-m", "infra.serve", "--port", "0"]
