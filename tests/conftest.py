@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 from collections.abc import Iterator
@@ -33,6 +34,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("shared"):
             item.add_marker(pytest.mark.skip(reason="needs ../shared/data/ml-100k"))
+
+
+def pytest_collection_finish() -> None:
+    """What a suite imports, Dagster and all, is looked through by the collector once, not every now and then: that takes
+    half a second on a busy machine, a function's own heap 15 ms, and a test with a deadline would be the one to wait."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # bindings complain at the exit of what nobody freed
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
