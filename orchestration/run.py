@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,21 +28,19 @@ from infra import postgres
 from infra.deployment import Deployment
 from infra.ui import prepare_dagster
 from orchestration import interrupts
-from orchestration.compute import learning_steps
 from orchestration.compute.forget import open_requests
 from orchestration.compute.lake import Lake
-from orchestration.compute.stale import WIDEST_WINDOW_DAYS, undrained_days
+from orchestration.due import RETRAIN_AFTER_DAYS, what_is_due
 from orchestration.progress import terminal
 from orchestration.sources.open import is_simulated, open_source, simulated_world
 from schemas.errors import LarderError, SettingsError
 from schemas.manifest import ENCODER_PATH
 from schemas.urls import local_folder
-from schemas.views import VIEWS, fingerprint
+from schemas.views import VIEWS
 
 if TYPE_CHECKING:
     import dagster as dg
 
-RETRAIN_AFTER_DAYS = 7
 _LEARNING = {
     "training_set": "training set",
     "ranker": "ranker",
@@ -54,28 +51,6 @@ SIMULATED_EPOCHS = 10
 _ENCODER_TOLD_TIMES, _ENCODER_PATIENCE_SECONDS = 3, 5
 console = Console(highlight=False)
 errors = Console(highlight=False, stderr=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Todo:
-    """What a run has to do: days whose partitions are missing or stale, and the steps of learning that are due."""
-
-    days: tuple[date, date] | None
-    learning: tuple[str, ...]
-    served_since: date | None = None
-    """First of the days that requests read, if one of those is stale: they go ahead of the others."""
-    too_few: str | None = None
-    """Why there is nothing to learn from yet."""
-    has_model: bool = False
-
-    def ranges(self) -> list[tuple[date, date]]:
-        """The days in the order in which they are built."""
-        if self.days is None:
-            return []
-        first, last = self.days
-        if self.served_since is None or not first < self.served_since <= last:
-            return [self.days]
-        return [(self.served_since, last), (first, self.served_since - timedelta(days=1))]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,32 +113,33 @@ def _run(options: argparse.Namespace) -> int:
         launch = _Launcher(defs, instance)
         with _step("catalogue and events"):
             launch("source_events", "items")
-        todo = _what_is_new(larder, options.retrain)
-        if todo.days is None:
+        due = what_is_due(larder, options.retrain)
+        if not due.parts:
             _note("features", "every partition is up to date")
-        for first, last in todo.ranges():
-            with _step(f"features, {first} to {last}"):
-                launch("events", *(view.name for view in VIEWS), partitions=(first, last))
+        for assets, first, last in due.parts:
+            of = "" if len(assets) == len(VIEWS) + 1 else f" of {', '.join(assets)}"
+            with _step(f"features, {first} to {last}{of}"):
+                launch(*assets, partitions=(first, last))
         with _step("text vectors"):
             encoder_is_there()
             launch("text_vectors")
         with _step("popular items, co-visitation"):
             launch("popular_items", "co_visitation")
-        if todo.too_few is not None:
-            _note("ranker", todo.too_few)
-        for asset in todo.learning:
+        if due.too_few is not None:
+            _note("ranker", due.too_few)
+        for asset in due.learning:
             # The simulated world is there to be seen working: fewer epochs than on somebody's own data.
             few = {"epochs": SIMULATED_EPOCHS} if asset == "ranker" and is_simulated(record.data) else None
             with _step(_LEARNING[asset]):
                 launch(asset, config=few)
-        if not todo.learning and todo.too_few is None:
+        if not due.learning and due.too_few is None:
             _note(
                 "ranker",
                 f"learned from events of the last {2 * RETRAIN_AFTER_DAYS} days (make run RETRAIN=1 trains anyway)",
             )
         with _step("item vectors, release"):
             # Without any model there is nothing to release, and the function answers from the floor.
-            models = ("item_vectors", "skew_audit", "ranker_release") if todo.learning or todo.has_model else ()
+            models = ("item_vectors", "skew_audit", "ranker_release") if due.learning or due.has_model else ()
             launch(*models, "recommend_function")
     _show(settings, options.user)
     if waiting := open_requests(url):
@@ -200,54 +176,6 @@ def _deployment(data: str | None, shift: bool) -> Deployment:
     first, last = opened.time_range()
     weeks = (now - last).days // 7 if opened.historical or shift else 0
     return Deployment(name, source, (first + timedelta(weeks=weeks)).date(), weeks * 7)
-
-
-def _what_is_new(larder: Any, retrain: bool) -> Todo:
-    record = larder.record
-    yesterday = datetime.now(UTC).date() - timedelta(days=1)
-    with larder.connect() as connection:
-        lake = dict(connection.execute("SELECT day, rows FROM lake_files").fetchall())
-        built = {
-            (view, day): (definition, events)
-            for view, day, definition, events in connection.execute(
-                "SELECT view, partition_date, definition_hash, events FROM feature_ledger WHERE stale_at IS NULL"
-            )
-        }
-        (newest_marked,) = connection.execute(
-            "SELECT max(partition_date) FROM feature_ledger WHERE stale_at IS NOT NULL"
-        ).fetchone() or (None,)
-        undrained = undrained_days(connection, yesterday + timedelta(days=1))
-        latest = connection.execute(
-            "SELECT manifest->>'trained_until', manifest->>'feature_fingerprint' FROM model_versions "
-            "ORDER BY created_at DESC LIMIT 1"
-        ).fetchone()
-        # What an interrupted run left is gone on with, whatever came in since.
-        left = learning_steps.left(
-            larder.lake, connection, larder.artifacts_url, newest=timedelta(days=RETRAIN_AFTER_DAYS)
-        )
-        too_few = learning_steps.too_few(connection)
-    # What was posted late makes the days after it stale once it is drained, in this very run.
-    stale = []
-    for day in undrained:
-        last = min(day + timedelta(days=WIDEST_WINDOW_DAYS - 1), yesterday)
-        stale += [max(day, record.start_date), max(last, record.start_date)]
-    day = record.start_date
-    while day <= yesterday:
-        if any(built.get((view.name, day)) != (view.definition_hash, lake.get(day, 0)) for view in VIEWS):
-            stale.append(day)
-        day += timedelta(days=1)
-    due = (
-        latest is None
-        or latest[1] != fingerprint()
-        or (datetime.now(UTC) - datetime.fromisoformat(latest[0])) > timedelta(days=2 * RETRAIN_AFTER_DAYS)
-    )
-    served = yesterday - timedelta(days=max(view.ttl_days for view in VIEWS) - 1)
-    ahead = served if newest_marked is not None and newest_marked >= served else None
-    if undrained and undrained[0] < served:
-        # Days that requests read must come after what is drained into their windows.
-        ahead = None
-    learning = () if too_few else left if retrain or due or left != learning_steps.STEPS else ()
-    return Todo((min(stale), max(stale)) if stale else None, learning, ahead, too_few, latest is not None)
 
 
 class _Launcher:

@@ -19,7 +19,8 @@ Measures = Mapping[str, float]
 class Check:
     """`low <= measure <= high` for one measure; None leaves that side open.
 
-    `at_least_rows`: partitions with fewer rows are not judged (ratios of small numbers mean nothing).
+    `at_least_rows`: partitions with fewer rows are not judged (ratios of small numbers mean nothing). `counts` names the
+    measures that count them; the largest decides.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Check:
     high: float | None = None
     blocking: bool = False
     at_least_rows: int = 0
+    counts: tuple[str, ...] = ("rows",)
 
     def __post_init__(self) -> None:
         if self.low is None and self.high is None:
@@ -39,7 +41,7 @@ class Check:
     def holds(self, measures: Measures) -> bool:
         """True unless the measure is there and outside the limits."""
         value = measures.get(self.measure)
-        if value is None or measures.get("rows", 0) < self.at_least_rows:
+        if value is None or max(measures.get(name, 0) for name in self.counts) < self.at_least_rows:
             return True
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
@@ -68,7 +70,7 @@ def values_in_range(*, blocking: bool = True) -> Check:
 
 
 def rows_against_day_before(low: float, high: float, *, blocking: bool = False) -> Check:
-    """The partition has between `low` and `high` times the rows of the day before."""
+    """The partition has between `low` and `high` times the rows of the day before, if that was not the source's first."""
     return Check(
         "rows_against_day_before",
         "rows_over_day_before",
@@ -77,6 +79,7 @@ def rows_against_day_before(low: float, high: float, *, blocking: bool = False) 
         high=high,
         blocking=blocking,
         at_least_rows=100,
+        counts=("rows", "rows_day_before"),  # a day that lost nearly everything has few rows itself
     )
 
 

@@ -16,7 +16,7 @@ from infra.feature_tables import newest_partition
 from orchestration.compute.copy_rows import copy_rows
 from orchestration.compute.engines import DuckDB, Engine, SnapshotJob, oldest_day
 from orchestration.compute.lake import Lake
-from orchestration.compute.measures import against_day_before, measure_snapshot
+from orchestration.compute.measures import against_day_before, first_day, measure_snapshot
 from orchestration.compute.snapshots import snapshot_schema
 from orchestration.compute.stale import LEDGER_LOCK, overtaken_days
 from orchestration.compute.tombstones import count_erasures, no_erasure_since
@@ -85,8 +85,9 @@ def _build(
             (view.name, first - timedelta(days=1), view.definition_hash),
         ).fetchone()
         items = load_item_categories(connection)
+        source_first = first_day(connection)
     with lake.named(files.values()), engine.snapshot(SnapshotJob(view, tuple(days), lake, files, items, seen)) as db:
-        reports = _reports(db, view, days, counted, float(before[0]) if before else None)
+        reports = _reports(db, view, days, counted, float(before[0]) if before else None, source_first)
         with psycopg.connect(url) as connection, no_erasure_since(connection, seen):
             _replace(connection, view, reports, _batches(db, view, reports))
             # Until the commit no event is stored that would have to mark what is written here.
@@ -209,17 +210,18 @@ def _reports(
     days: list[date],
     counted: dict[date, int],
     rows_before: float | None,
+    source_first: date | None,
 ) -> list[PartitionReport]:
     found = measure_snapshot(db, view)
     rows = {day: found[day]["rows"] if day in found else 0.0 for day in days}
     known = rows if rows_before is None else {days[0] - timedelta(days=1): rows_before} | rows
-    over = against_day_before(known, days)
+    over = against_day_before(known, days, source_first)
     return [
         PartitionReport(
             day,
             int(rows[day]),
             counted.get(day, 0),
-            {"rows": 0.0, **found.get(day, {}), **({"rows_over_day_before": over[day]} if day in over else {})},
+            {"rows": 0.0, **found.get(day, {}), **over.get(day, {})},
         )
         for day in days
     ]

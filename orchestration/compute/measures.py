@@ -19,9 +19,27 @@ def failed(checks: Iterable[Check], measures: Measures) -> tuple[Check, ...]:
     return tuple(check for check in checks if not check.holds(measures))
 
 
-def against_day_before(rows: Mapping[date, float], days: Iterable[date]) -> dict[date, float]:
-    """Rows of each day over those of the day before; no entry where the day before has none or is not known."""
-    return {day: rows[day] / before for day in days if day in rows and (before := rows.get(day - timedelta(days=1)))}
+def against_day_before(
+    rows: Mapping[date, float], days: Iterable[date], source_first: date | None
+) -> dict[date, dict[str, float]]:
+    """`rows_day_before` and `rows_over_day_before` of each day; no entry where the day before has no rows or is not known.
+
+    None either where it is the first day that the source has: that one may have begun in the middle, and what looks back
+    over a window sees twice as much a day later.
+    """
+    found: dict[date, dict[str, float]] = {}
+    for day in days:
+        day_before = day - timedelta(days=1)
+        before = rows.get(day_before)
+        if day in rows and before and day_before != source_first:
+            found[day] = {"rows_day_before": before, "rows_over_day_before": rows[day] / before}
+    return found
+
+
+def first_day(connection: psycopg.Connection) -> date | None:
+    """The first day of which the lake has events."""
+    found: tuple[date | None] | None = connection.execute("SELECT min(day) FROM lake_files").fetchone()
+    return found[0] if found else None
 
 
 def measure_snapshot(db: duckdb.DuckDBPyConnection, view: FeatureView) -> dict[date, dict[str, float]]:
@@ -55,7 +73,8 @@ def _outside(feature: Feature) -> str:
 
 
 def measure_events(connection: psycopg.Connection, lake: Lake, first: date, last: date) -> dict[date, dict[str, float]]:
-    """Of each day from `first` to `last`: `rows`, `late_rate`, `rows_off` (index against file), `rows_over_day_before`.
+    """Of each day from `first` to `last`: `rows`, `late_rate`, `rows_off` (index against file), and what
+    `against_day_before` finds.
 
     Reads every file of the range, so a file that cannot be read raises here.
     """
@@ -76,14 +95,17 @@ def measure_events(connection: psycopg.Connection, lake: Lake, first: date, last
             ).fetchall()
         }
     days = [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
-    before = against_day_before(indexed, days)
+    before = against_day_before(indexed, days, first_day(connection))
     # Rows of a file that belong to no day of the range can only be another day's: they count against the first.
     strays = sum(rows for day, (rows, _) in counted.items() if not first <= day <= last)
     measures = {}
     for day in days:
         rows, late = counted.get(day, (0.0, 0.0))
         off = abs(rows - indexed.get(day, 0.0)) + (strays if day == first else 0.0)
-        measures[day] = {"rows": rows, "late_rate": late / rows if rows else 0.0, "rows_off": off}
-        if day in before:
-            measures[day]["rows_over_day_before"] = before[day]
+        measures[day] = {
+            "rows": rows,
+            "late_rate": late / rows if rows else 0.0,
+            "rows_off": off,
+            **before.get(day, {}),
+        }
     return measures

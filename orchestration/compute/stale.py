@@ -20,7 +20,6 @@ LEDGER_LOCK = 7_205_395
 LONGEST_WINDOW_DAYS = 3650
 """For the partitions of a view that is no longer declared."""
 _WINDOWS = {view.name: view.max_window_days for view in VIEWS}
-WIDEST_WINDOW_DAYS = max(_WINDOWS.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from conftest import Ingested, ingested
 
 from orchestration import ranges
 from orchestration.compute.materialise import materialise
-from orchestration.compute.measures import failed
+from orchestration.compute.measures import against_day_before, failed
 from orchestration.definitions import build_definitions
 from orchestration.resources import Larder
 from schemas.checks import null_rate, rows_against_day_before, values_in_range
@@ -21,6 +21,8 @@ from schemas.errors import DefinitionError
 from schemas.views import USER_ACTIVITY
 
 DAYS = 10
+DAY = date(2026, 1, 2)
+YESTERDAY = date(2026, 1, 1)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_a_good_range_is_reported_with_its_own_counts(world: Ingested, instance:
     assert reported(result, "events") == counted(world)
     assert reported(result, "user_activity") == stored(world, "user_activity")
     assert len(stored(world, "user_activity")) == DAYS
-    assert all(one.passed for name, one in checks(result, "user_activity").items() if name != "rows_against_day_before")
+    assert all(one.passed for one in checks(result, "user_activity").values())
 
 
 def test_a_truncated_day_fails_alone_and_stops_only_what_reads_it(
@@ -189,6 +191,21 @@ def test_checks_judge_numbers_and_leave_small_partitions_alone() -> None:
     ]  # fmt: skip
     assert [check.name for check in failed(all_checks, many | {"rows": 5.0})] == ["values_in_range"]
     assert failed(all_checks, {"rows": 1000.0}) == ()
+
+
+def test_a_day_that_lost_nearly_everything_is_judged_and_what_was_small_before_is_not() -> None:
+    one = (rows_against_day_before(0.5, 2),)
+    for rows, before in (0, 1_000), (5, 1_000), (1_000, 5):
+        assert failed(one, against_day_before({YESTERDAY: before, DAY: rows}, [DAY], None)[DAY] | {"rows": rows}) == one
+    assert failed(one, against_day_before({YESTERDAY: 50, DAY: 5}, [DAY], None)[DAY] | {"rows": 5.0}) == ()
+
+
+def test_no_day_is_held_against_the_first_of_its_source() -> None:
+    assert DAY not in against_day_before({YESTERDAY: 76.0, DAY: 158.0}, [DAY], YESTERDAY)
+    assert DAY not in against_day_before({YESTERDAY: 0.0, DAY: 158.0}, [DAY], None)
+    assert against_day_before({YESTERDAY: 76.0, DAY: 158.0}, [DAY], YESTERDAY - timedelta(days=1))[DAY] == {
+        "rows_day_before": 76.0, "rows_over_day_before": 158 / 76,
+    }  # fmt: skip
 
 
 def test_values_outside_a_features_limits_are_counted(world: Ingested, instance: dg.DagsterInstance) -> None:
