@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import dagster as dg
 
 from orchestration import interrupts
+from orchestration.compute.telling import Say
 
 terminal = logging.getLogger("larder.progress")
 """Silent unless somebody attaches a handler, as orchestration/run.py does."""
@@ -16,7 +16,7 @@ terminal.propagate = False
 terminal.setLevel(logging.INFO)
 
 
-def progress(context: dg.AssetExecutionContext) -> Callable[[str], None]:
+def progress(context: dg.AssetExecutionContext) -> Say:
     """A function that reports one line of progress of this asset. It raises KeyboardInterrupt if one got lost."""
 
     def say(message: str) -> None:

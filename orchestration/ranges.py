@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -14,6 +14,7 @@ import dagster as dg
 from inference.telemetry import inject, span
 from orchestration import metadata
 from orchestration.compute.settle import Build, Built, GoOn, Settled, chunks, kept_from, settle, shown, stretches
+from orchestration.compute.telling import Say
 from orchestration.progress import progress
 from schemas.checks import Check
 
@@ -94,9 +95,7 @@ def _go_on(context: dg.AssetExecutionContext, error: Exception | None) -> None:
         raise dg.DagsterExecutionInterruptedError("told to stop; what is finished stays") from error
 
 
-def _chunk(
-    stage: Stage, first: date, last: date, settled: dict[str, Settled], say: Callable[[str], None], go_on: GoOn
-) -> None:
+def _chunk(stage: Stage, first: date, last: date, settled: dict[str, Settled], say: Say, go_on: GoOn) -> None:
     into = settled[stage.name]
     unfit = settled[stage.reads].unfit if stage.reads in settled else set()
     days = [date.fromordinal(number) for number in range(first.toordinal(), last.toordinal() + 1)]

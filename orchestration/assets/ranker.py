@@ -244,10 +244,11 @@ def ranker_onnx(context: dg.AssetExecutionContext, larder: Larder) -> dg.Materia
     with asset_span(context):
         start = time.monotonic()
         with larder.connect() as connection, tempfile.TemporaryDirectory(prefix="larder-artifact-") as scratch:
-            exported = export_ranker(larder.lake, connection, larder.artifacts_url, Path(scratch) / "ranker")
+            folder, tell = Path(scratch) / "ranker", progress(context)
+            exported = export_ranker(larder.lake, connection, larder.artifacts_url, folder, progress=tell)
             version = exported.manifest.version
             path = f"models/ranker/{version}"
-            artifacts.publish(larder.artifacts_url, path, Path(scratch) / "ranker")
+            artifacts.publish(larder.artifacts_url, path, folder)
             registry.register(connection, exported.manifest, path)
             registry.record_gate(connection, version, exported.passed, exported.record)
         learning_steps.done(larder.artifacts_url, exported.training_set, "ranker_onnx")

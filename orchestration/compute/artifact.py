@@ -48,6 +48,7 @@ from orchestration.compute.parity import (
     compare_int8,
 )
 from orchestration.compute.splits import Queries, queries_for
+from orchestration.compute.telling import Say, silent
 from orchestration.compute.trained_ranker import TrainedRanker
 from schemas.errors import ArtifactError, GateError
 from schemas.manifest import (
@@ -98,6 +99,7 @@ def write_artifact(
     requests: Queries,
     quality: Mapping[str, Any] | None = None,
     slates: MakeSlates | None = None,
+    progress: Say = silent,
 ) -> Manifest:
     """Export, quantise, pass the gate and write every file of the artefact into `folder`, the manifest last.
 
@@ -124,6 +126,7 @@ def write_artifact(
             f"every event of the table is among the {len(requests)} requests that judge int8, none is left to calibrate it: "
             "give a table with more events"
         )
+    progress("exporting; each graph is compared with the model over a sweep of shapes")
     export_fp32(fold(trained.ranker), folder / RANKER_FP32, f=f, g=g, d=d)
     run_fp32 = session_runner(folder / RANKER_FP32)
     parity: dict[str, Any] = {"fp32_max_difference": check_parity(trained.ranker, run_fp32, f=f, g=g, d=d)}
@@ -136,15 +139,16 @@ def write_artifact(
     longest = random_inputs(1, MAX_HISTORY, MAX_CANDIDATES, f=f, g=g, d=d, seed=0)
     parity["fp16"] = _write_half(trained, folder / RANKER_FP16, (real, longest), f=f, g=g, d=d)
     wishing = replace(fp32, wish_vectors=_wishes(trained))
+    progress(f"quantising to int8, calibrated by {len(calibrating):,} requests")
     quantise(
         folder / RANKER_FP32,
         folder / RANKER_INT8,
         calibration_requests(wishing, calibrating, seed=trained.config.seed),
     )
     run_int8 = session_runner(folder / RANKER_INT8)
-    report = compare_int8(
-        fp32, replace(scorer, run=run_int8), judging_queries(requests, calibrating, trained.config.seed)
-    )
+    judging = judging_queries(requests, calibrating, trained.config.seed)
+    progress(f"int8 against float on {len(judging):,} requests")
+    report = compare_int8(fp32, replace(scorer, run=run_int8), judging)
     runs = {"cpu-fp32": (RANKER_FP32, run_fp32), "cpu-int8": (RANKER_INT8, run_int8)}
     cuts: tuple[str, ...] = ()
     refused = None
@@ -173,6 +177,7 @@ def write_artifact(
     learned = residuals.any(axis=1)
     np.savez(folder / ITEM_RESIDUALS, item_ids=item_ids[learned], residuals=residuals[learned])
     (folder / POPULAR_ITEMS).write_text(json.dumps(list(popular_items), ensure_ascii=False), encoding="utf-8")
+    progress("timing the graphs")
     latency = {
         f"{name}_{quantile}": value
         for name, (_, run) in runs.items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +18,7 @@ import psycopg
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from inference.chat import Chat, ChatFailed
+from orchestration.compute.telling import Say, silent
 from schemas import prompts
 from schemas.errors import LarderError
 
@@ -72,7 +73,7 @@ def enrich(
     *,
     timeout_seconds: float = 20.0,
     limit: int | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Say = silent,
 ) -> EnrichmentReport:
     """Ask about the items that are new or changed, at most `limit`; each batch is committed, so a repeat goes on from there.
 

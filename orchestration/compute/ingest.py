@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -20,6 +20,7 @@ from orchestration.compute.duck import duck
 from orchestration.compute.lake import DAMAGED, EVENT_SCHEMA, Lake
 from orchestration.compute.mend import put_aside_days
 from orchestration.compute.recent import keep_recent, roll_partitions
+from orchestration.compute.telling import Say, silent
 from orchestration.compute.tombstones import Tombstones, hold_off_erasures, read_tombstones
 from orchestration.sources import BadRow, Source
 from schemas.errors import LarderError
@@ -32,8 +33,6 @@ _VALUES = re.compile(
     r"""'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?|\d{4}-\d\d-\d\d[^\s;,]*|\(char \d+\)|(?<=column )\d+|-?\d*\.?\d{4,}(?:[.e+-]*\d)*"""
 )
 """What differs from row to row in a reason: values, which may tell of a person, and positions."""
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ def ingest(
     shift_days: int = 0,
     since: date | None = None,
     now: datetime | None = None,
-    progress: Progress = lambda _: None,
+    progress: Say = silent,
 ) -> IngestReport:
     """Load everything new that `source` has, in one transaction.
 
@@ -143,7 +142,7 @@ def drain(
     last: date,
     *,
     now: datetime | None = None,
-    progress: Progress = lambda _: None,
+    progress: Say = silent,
 ) -> int:
     """Move posted events that happened from day `first` (None: ever) to `last`, included, into the lake, exactly once.
 
@@ -230,7 +229,7 @@ class _Quarantine:
         if len(self._rows) >= 1000:
             self.flush()
 
-    def tell(self, progress: Progress) -> None:
+    def tell(self, progress: Say) -> None:
         """Say why rows of events and catalogue were refused: the most frequent reasons, without anybody's values."""
         for reason, rows in self._reasons.most_common(REASONS_TOLD):
             progress(f"quarantined {rows:,}: {reason} (first: {self._examples[reason]})")
@@ -255,9 +254,7 @@ def _storable(text: str) -> str:
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()[:500]
 
 
-def _stage(
-    source: Source, staged: Path, clock: _Clock, since: date | None, bad: _Quarantine, progress: Progress
-) -> int:
+def _stage(source: Source, staged: Path, clock: _Clock, since: date | None, bad: _Quarantine, progress: Say) -> int:
     expected = source.event_count()
     read = 0
     with pq.ParquetWriter(staged, EVENT_SCHEMA, compression="zstd") as out:

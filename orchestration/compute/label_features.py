@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from orchestration.compute.labels import Labels, choose_views, open_labels
 from orchestration.compute.lake import Lake
 from orchestration.compute.point_in_time import PointInTime
+from orchestration.compute.telling import Say, silent
 from orchestration.compute.tombstones import count_erasures, no_erasure_since
 from schemas.errors import LarderError, RequestError
 from schemas.features import FeatureView
@@ -68,7 +69,7 @@ def write_label_features(
     views: Sequence[str] | None = None,
     time: str | None = None,
     known_at: bool = True,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Say = silent,
 ) -> LabelFeaturesReport:
     """Write the Parquet file `out`: every row of `labels`, in order, with its features as they were known at its instant.
 

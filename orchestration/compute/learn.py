@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,6 +44,7 @@ from orchestration.compute.prompt_following import UNMEASURED_WEIGHT, PromptFoll
 from orchestration.compute.prompt_records import PromptVersions, read_versions
 from orchestration.compute.slates import Slates
 from orchestration.compute.splits import Queries, Split, time_split
+from orchestration.compute.telling import Say, silent
 from orchestration.compute.train import train
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import Progress, TrainedRanker
@@ -67,8 +67,6 @@ RERANKED = 200
 JUDGED_LABELS = 4_000
 """Labels of a split that are judged at most, chosen by seed: re-ranking each takes features of 200 items. So many say
 where a lead lies to within 0.006, about a tenth of the NDCG@10 that is judged."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +152,8 @@ def train_ranker(
             checkpoint = scratch / CHECKPOINTS[0]
             learned = _train(connection, artifacts_url, known.split, slates, checkpoint, config, versions, progress)
         _save(learned, artifacts_url, TRAINED_PATH)
+        if twin.is_alive():
+            progress("waiting for its twin, which learns from what was there before the cut of the time split")
         twin.join()
     finally:
         torch.set_num_threads(threads)
@@ -189,7 +189,7 @@ def train_time_split(
         with PointInTime(lake, connection) as ask:
             slates = Slates(ask, later.train, load_categories(connection, later.train))
             checkpoint = scratch / CHECKPOINTS[1]
-            learned = _train(connection, artifacts_url, later, slates, checkpoint, config, versions, lambda _: None)
+            learned = _train(connection, artifacts_url, later, slates, checkpoint, config, versions, silent)
     _save(learned, artifacts_url, TIME_SPLIT_PATH)
 
 
@@ -222,6 +222,9 @@ def evaluate_ranker(
     reports = []
     with PointInTime(lake, connection) as ask:
         for judged, path in ((split, TRAINED_PATH), (later, TIME_SPLIT_PATH)):
+            progress(
+                f"{judged.name}: {len(judged.queries):,} labels, ranked by counts, neighbours, factors and the ranker"
+            )
             rows, trained = floors(judged), load_learned(artifacts_url, path).ranker
             # Re-ranked is what serving re-ranks: neighbours of the user vector, what is trending, what follows.
             ranker = trained.scorer(
@@ -242,6 +245,7 @@ def evaluate_ranker(
             )
             progress(reports[-1].evaluation.table())
             progress(_in_a_line(reports[-1]))
+        progress("how wishes are followed")
         validation = newest_labels(split.train, learned.ranker.config)
         following = measure_following(
             learned.ranker,
@@ -271,7 +275,9 @@ def _judged(split: Split, most: int) -> Split:
     return Split(split.name, split.train, split.queries.take(np.sort(chosen)))
 
 
-def export_ranker(lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, folder: Path) -> Exported:
+def export_ranker(
+    lake: Lake, connection: psycopg.Connection[Any], artifacts_url: str, folder: Path, *, progress: Say = silent
+) -> Exported:
     """Export, quantise and gate the trained ranker into `folder`. Raises GateError if a graph is not what was trained."""
     known = load_training_set(lake, connection, artifacts_url)
     split = known.split
@@ -309,6 +315,7 @@ def export_ranker(lake: Lake, connection: psycopg.Connection[Any], artifacts_url
             requests=requests,
             quality=evaluation | {"verdict": {"passed": passed, "words": words}},
             slates=Slates(ask, everything, load_categories(connection, everything)),
+            progress=progress,
         )
     if refused := manifest.parity["int8"]["refused"]:
         words = (*words, f"{refused}: the float graph takes its place")
@@ -398,6 +405,7 @@ def _train(
         features=slates,
         wishes=wishes_for(connection, split.train, encoder, versions),
         on_progress=tell,
+        say=progress,
         checkpoint=checkpoint,
         passed_over=load_passed_over(connection, split.train),
     )

@@ -53,6 +53,7 @@ from orchestration.compute.objective import Trends
 from orchestration.compute.optimizer import adamw
 from orchestration.compute.splits import Queries
 from orchestration.compute.stacking import stack
+from orchestration.compute.telling import Say, now_and_then, silent
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import Progress, TrainedRanker
 from orchestration.compute.training_features import FiniteFeatures, LabelFeatures
@@ -70,6 +71,7 @@ def train(
     wishes: Wishes | None = None,
     validation: Queries | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    say: Say = silent,
     checkpoint: Path | None = None,
     device: str | None = None,
     passed_over: PassedOver | None = None,
@@ -85,6 +87,7 @@ def train(
     remove once the model is kept. `passed_over` is what people were shown and did not choose, for the slates; indices are
     those of `interactions`. `device` defaults to CUDA where there is one. In each of several processes started by
     `accelerate launch`, all given the same, the run is one run on all their devices; the first reports and saves.
+    `on_progress` is called after each epoch, `say` with words about what goes on in between.
 
     Raises DefinitionError if the text vectors do not fit the catalogue or hold what is no number, the validation labels
     are rows of another table or there is nothing to learn from, and GateError where a loss or gradient is not finite.
@@ -122,7 +125,7 @@ def train(
         run = _Run(
             training, rows, recent, text_vectors, config, features, wishes, validation, on_progress, checkpoint, device
         )
-        run.passed_over = passed_over
+        run.say, run.passed_over = say, passed_over
         return run.train()
 
 
@@ -205,6 +208,8 @@ class _Run:
         self.best: dict[str, Any] = {"ndcg": None, "state": None}
         self.mined: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None
         self.passed_over: PassedOver | None = None
+        self.say: Say = silent
+        self.epoch_steps = 0
         self.progress: list[Progress] = []
         self.elapsed = 0.0
         self.fingerprint = checkpoints.fingerprint(
@@ -217,7 +222,8 @@ class _Run:
         )
 
     def train(self) -> TrainedRanker:
-        steps = self.config.epochs * len(self.losses.window_batches(0))
+        self.epoch_steps = len(self.losses.window_batches(0))
+        steps = self.config.epochs * self.epoch_steps
         optimizer, schedule = adamw(self.modules, self.calibration, self.config, self.config.learning_rate, steps)
         if not self._resume():
             self.trends.fit(self.interactions, np.flatnonzero(self.losses.learned), self.ranker.trend.weight)
@@ -252,6 +258,7 @@ class _Run:
         began = time.monotonic()
         self.modules.eval()
         if self.mined is None:
+            self._tell(f"stage 2: looking for the candidates of {len(self.labels):,} labels")
             offered = Sources(
                 self._wished_similarity,
                 self.neighbours,
@@ -263,9 +270,11 @@ class _Run:
             )
             self.mined = mine(self.labels, offered, self.trends.absent, self.config.seed, self.passed_over)
         candidates, log_q = self.mined
+        self._tell(f"stage 2: what was known of {candidates.size:,} candidates at their labels' time")
         features = self._all_features(self.labels.label, candidates)
         resumed = self._pending is not None
-        steps = len(self.losses.slate_batches(self.labels, 0)) * self.config.slate_epochs
+        self.epoch_steps = len(self.losses.slate_batches(self.labels, 0))
+        steps = self.epoch_steps * self.config.slate_epochs
         optimizer, schedule = adamw(
             self.modules,
             self.calibration,
@@ -329,6 +338,7 @@ class _Run:
         torch.manual_seed(self.config.seed * 1_000_003 + self.stage * 1009 + self.epoch + self.devices.rank * 500_009)
         self.modules.train()
         total, steps = 0.0, 0
+        tell = now_and_then(self._tell)
         for loss in losses:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -347,6 +357,10 @@ class _Run:
             optimizer.step()
             schedule.step()
             total, steps = total + value, steps + 1
+            tell(
+                f"stage {self.stage}, epoch {self.epoch + 1} of {epochs}: step {steps:,} of {self.epoch_steps:,}, "
+                f"loss {total / steps:.3f}"
+            )
         self.epoch += 1
         ndcg = None
         if len(self.validation) and (
@@ -366,6 +380,10 @@ class _Run:
         if self.on_progress and self.devices.first:
             self.on_progress(self.progress[-1])
 
+    def _tell(self, message: str) -> None:
+        if self.devices.first:
+            self.say(message)
+
     # ---- features
 
     def _label_features(self, rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
@@ -384,7 +402,10 @@ class _Run:
 
     def _all_features(self, rows: NDArray[np.int64], candidates: NDArray[np.int32]) -> SlateFeatures:
         """Features of every label, asked for in pieces that fit the memory of whoever computes them."""
-        parts = [self._label_features(rows[i : i + 4096], candidates[i : i + 4096]) for i in range(0, len(rows), 4096)]
+        parts, tell = [], now_and_then(self._tell)
+        for begin in range(0, len(rows), 4096):
+            parts.append(self._label_features(rows[begin : begin + 4096], candidates[begin : begin + 4096]))
+            tell(f"stage 2: what was known at {min(begin + 4096, len(rows)):,} of {len(rows):,} labels")
         return SlateFeatures(
             np.concatenate([part.context_features for part in parts]),
             np.concatenate([part.context_mask for part in parts]),
@@ -518,6 +539,7 @@ class _Run:
             self.mined = candidates.numpy(), log_q.numpy()
         self.progress = [Progress(**line) for line in saved["progress"]]
         self._pending = saved
+        self._tell(f"going on after stage {self.stage}, epoch {self.epoch}, where it was stopped")
         return True
 
     def _load_optimizer(self, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR) -> None:

@@ -20,6 +20,7 @@ from inference.artifacts import verify
 from inference.declared import Declared
 from inference.encoder import TextEncoder
 from inference.ranker import Ranker
+from orchestration.compute.telling import Say, silent
 from schemas import prompts
 from schemas.errors import DefinitionError
 from schemas.events import Item
@@ -66,7 +67,7 @@ def refresh_text_vectors(
     encoder: TextEncoder,
     *,
     template: str = prompts.DEFAULTS["item"],
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Say = silent,
 ) -> VectorReport:
     """Encode the texts that are new or changed, batch by batch; each batch is committed, so a repeat goes on from there.
 

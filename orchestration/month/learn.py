@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from inference import artifacts
 from inference.encoder import TextEncoder
 from infra import registry
 from orchestration.compute.learn import evaluate_ranker, export_ranker, train_ranker
+from orchestration.compute.telling import Say, silent
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.training_set import build_training_set
 from orchestration.compute.vectors import refresh_item_vectors
@@ -19,8 +19,6 @@ from orchestration.month.place import Place
 from orchestration.month.plan import Plan
 from orchestration.month.story import Learned
 from schemas.manifest import CHAMPION_POINTER
-
-Say = Callable[[str], None]
 
 
 def learn(place: Place, plan: Plan, day: int, encoder: TextEncoder, say: Say) -> Learned:
@@ -47,7 +45,7 @@ def learn(place: Place, plan: Plan, day: int, encoder: TextEncoder, say: Say) ->
         )
         connection.commit()
         say("judging it against counts, neighbours and matrix factorisation")
-        evaluate_ranker(place.lake, connection, place.artifacts_url, progress=lambda _: None, most=plan.judged)
+        evaluate_ranker(place.lake, connection, place.artifacts_url, progress=silent, most=plan.judged)
         say("exporting it, and comparing the exported graphs with it")
         folder = Path(scratch) / "ranker"
         exported = export_ranker(place.lake, connection, place.artifacts_url, folder)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from inference.encoder import TextEncoder
 from inference.runtime import LarderApplication
 from orchestration.compute.drift.judge import WAITING, Finding
@@ -15,6 +13,7 @@ from orchestration.compute.interactions import load_interactions
 from orchestration.compute.lists import refresh_co_visitation, refresh_popular_items
 from orchestration.compute.materialise import materialise
 from orchestration.compute.report_files import write_report
+from orchestration.compute.telling import Say
 from orchestration.compute.vectors import refresh_item_vectors, refresh_text_vectors, versions_to_refresh
 from orchestration.month.place import Place
 from orchestration.month.plan import Plan
@@ -22,7 +21,6 @@ from orchestration.month.serve import Street
 from orchestration.month.story import Day, Drift, Estimate, Story
 from schemas.views import VIEWS
 
-Say = Callable[[str], None]
 METRIC = "click_rate"
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from inference.encoder import TextEncoder
 from infra.deploy import roll_back_model
 from orchestration.compute.encoder import export_encoder
+from orchestration.compute.telling import Say
 from orchestration.month.learn import learn
 from orchestration.month.night import first_night, night, watch_drift, watch_experiments
 from orchestration.month.place import Place
@@ -16,8 +15,6 @@ from orchestration.month.serve import Clock, Street, application, serve_day
 from orchestration.month.source import Organic
 from orchestration.month.story import Day, Story
 from orchestration.sources.simulator import Simulator
-
-Say = Callable[[str], None]
 
 
 def simulate(place: Place, plan: Plan, say: Say) -> tuple[Story, Street]:

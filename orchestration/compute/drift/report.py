@@ -59,6 +59,7 @@ from orchestration.compute.drift.statistics import psi
 from orchestration.compute.drift.vectors import VECTORS, compare_vectors, person_vectors, shown, taken
 from orchestration.compute.lake import Lake
 from orchestration.compute.report_files import Draw
+from orchestration.compute.telling import Say, silent
 from orchestration.compute.training_set import PATH as TRAINING_SET
 from schemas.errors import ArtifactError
 from schemas.views import CONTEXT_VIEWS, VIEWS, context_features, fingerprint
@@ -140,9 +141,7 @@ class DriftReport:
         return found
 
 
-def drift_report(
-    url: str, lake: Lake, artifacts_url: str, day: date, progress: Callable[[str], None] = lambda _: None
-) -> DriftReport:
+def drift_report(url: str, lake: Lake, artifacts_url: str, day: date, progress: Say = silent) -> DriftReport:
     """Compare what was served until the end of `day` (UTC); what later reports compare with is kept in the database."""
     with psycopg.connect(url, options="-c TimeZone=UTC", application_name="larder-drift") as connection:
         champion = read_champion(connection)

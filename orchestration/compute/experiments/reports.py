@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -25,6 +24,7 @@ from orchestration.compute.experiments.templates import Templates, compare_templ
 from orchestration.compute.lake import Lake
 from orchestration.compute.off_policy import NoSupport
 from orchestration.compute.off_policy_log import judge_shadow
+from orchestration.compute.telling import Say, silent
 from schemas.errors import DefinitionError, DeployError, GateError
 
 REPORTED_DAYS = 7
@@ -58,7 +58,7 @@ def report_all(
     artifacts_url: str,
     declarations: str,
     now: datetime,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = silent,
 ) -> list[Reported]:
     """Report the experiments declared at `declarations`, a path or an `s3://bucket/key`, that run or ended lately, and act on
     broken guardrails.

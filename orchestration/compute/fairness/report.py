@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
@@ -24,6 +24,7 @@ from orchestration.compute.fairness.people import SegmentQuality, segment_qualit
 from orchestration.compute.interactions import Interactions, load_interactions
 from orchestration.compute.lake import Lake
 from orchestration.compute.report_files import Draw
+from orchestration.compute.telling import Say, silent
 from orchestration.compute.vectors import plain
 from schemas.personal_data import RECENT_DAYS
 from schemas.ranker import TEXT_DIM
@@ -110,7 +111,7 @@ def fairness_report(
     *,
     provider: str = PROVIDER_ATTRIBUTE,
     profile_columns: Sequence[str] = (),
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Say = silent,
 ) -> FairnessReport:
     """Look at what was served in the two weeks until the end of `day` (UTC), and what came of it.
 

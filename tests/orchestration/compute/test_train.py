@@ -121,15 +121,15 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
             world(), texts(), QUICK, features=Features(), wishes=wishes(), checkpoint=checkpoint, on_progress=interrupt
         )
     again: list[Progress] = []
-    resumed = train(
-        world(), texts(), QUICK, features=Features(), wishes=wishes(), checkpoint=checkpoint, on_progress=again.append
-    )
+    said: list[str] = []
+    given: dict[str, Any] = {"features": Features(), "wishes": wishes(), "checkpoint": checkpoint}
+    resumed = train(world(), texts(), QUICK, **given, on_progress=again.append, say=said.append)
+    stage, epoch = stage_and_epoch
+    assert said[0] == f"going on after stage {stage}, epoch {epoch}, where it was stopped"
     assert len(again) < len(uninterrupted.progress)
     assert_same(resumed, uninterrupted)
     again.clear()
-    repeated = train(
-        world(), texts(), QUICK, features=Features(), wishes=wishes(), checkpoint=checkpoint, on_progress=again.append
-    )
+    repeated = train(world(), texts(), QUICK, **given, on_progress=again.append)
     assert not again
     assert_same(repeated, uninterrupted)
 
