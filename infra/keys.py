@@ -21,8 +21,8 @@ from inference.links import PURPOSES, Links
 from inference.pseudonyms import VARIABLE, Pseudonyms
 from infra import deployment as deployments
 from infra import postgres
+from infra.arguments import MakeParser, person_id
 from schemas.errors import LarderError, SettingsError
-from schemas.events import InvalidRow, check_id
 from schemas.keys import DEFAULT_PER_MINUTE, MAX_PER_MINUTE, SCOPES, make_key, secret_hash, take_apart
 from schemas.roles import OWNER
 
@@ -117,8 +117,16 @@ def state(expires_at: datetime | None, revoked_at: datetime | None) -> str:
     return f"{'expired' if expires_at <= datetime.now(UTC) else 'until'} {expires_at:%Y-%m-%d}"
 
 
+class _Parser(MakeParser):
+    """Its subcommands have it, too: argparse makes them of the class of their parent."""
+
+    def __init__(self, **options: Any) -> None:
+        typed = "make keys, make keys NAME=… [SCOPES=recommend,write] [PER_MINUTE=6000] [DAYS=…] or make keys REVOKE=id"
+        super().__init__(typed, **options)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m infra.keys", description="Request keys of the current deployment.")
+    parser = _Parser(prog="python -m infra.keys", description="Request keys of the current deployment.")
     actions = parser.add_subparsers(dest="action", required=True)
     making = actions.add_parser("create", help="make a key; it is shown once")
     making.add_argument("--name", required=True, help="who or what it is for")
@@ -180,7 +188,7 @@ def _link(user: str, purpose: str, days: float) -> str:
     secrets = os.environ.get("LARDER_LINK_KEYS")
     if not secrets:
         raise SettingsError("LARDER_LINK_KEYS is not set; give the value that the function has")
-    user_id = _user_id(user)
+    user_id = person_id(user)
     return f"/people/{quote(user_id, safe='')}/{purpose}?token={Links.read(secrets).make(user_id, purpose, days)}"
 
 
@@ -191,14 +199,7 @@ def _pseudonyms(user: str) -> tuple[str, ...]:
         raise SettingsError(
             f"{VARIABLE} is not set; give the value that the function has, with the keys that it had before"
         )
-    return known.all_of(_user_id(user))
-
-
-def _user_id(given: str) -> str:
-    try:
-        return check_id("user_id", sys.stdin.readline().rstrip("\n") if given == "-" else given)
-    except InvalidRow as error:
-        raise SettingsError(f"--user cannot be anybody's id: {error}") from error
+    return known.all_of(person_id(user))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ import time
 import urllib.request
 from pathlib import Path
 
+from infra.ui import LINEAGE
+
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {
-    "asset-graph": "/assets/recommend_function?view=lineage&lineageScope=upstream&lineageDepth=20",
+    "asset-graph": LINEAGE,
     "feature-view": "/assets/item_activity?view=partitions",
 }
 _WIDTH, _HEIGHT = 1500, 950

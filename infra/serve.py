@@ -5,7 +5,6 @@ DATABASE_URL, which here prepares the database, becomes two: requests read as `l
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
@@ -15,13 +14,16 @@ import psycopg
 
 from infra import deployment as deployments
 from infra import feature_tables, keys, postgres, roles
+from infra.arguments import MakeParser
 from infra.deployment import Deployment
 from infra.ports import free_port
 from schemas.errors import LarderError, SettingsError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m infra.serve", description="Answer over HTTP on this machine.")
+    parser = MakeParser(
+        "make serve [PORT=8080]", prog="python -m infra.serve", description="Answer over HTTP on this machine."
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8080)
     options = parser.parse_args()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from infra import deployment as deployments
 from infra import postgres
+from infra.arguments import MakeParser
 from infra.deployment import Deployment
 from infra.ports import free_port
 from schemas import views as _views  # noqa: F401  # what is wrong in a declaration is said here, before Dagster does
@@ -22,6 +22,8 @@ from schemas.errors import LarderError
 WEBSERVER = "webserver.json"
 """In a deployment's Dagster home while its UI runs: where it answers, and as which process."""
 
+LINEAGE = "/assets/recommend_function?view=lineage&lineageScope=upstream&lineageDepth=20"
+"""Where the webserver shows all that a recommendation is made from."""
 _PATIENCE_SECONDS = 15
 
 
@@ -53,7 +55,12 @@ def running_at(record: Deployment) -> str | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m infra.ui", description="The Dagster UI of the current deployment.")
+    parser = MakeParser(
+        "make ui [UI_PORT=3000]",
+        variables={"port": "UI_PORT"},
+        prog="python -m infra.ui",
+        description="The Dagster UI of the current deployment.",
+    )
     parser.add_argument("--port", type=int, default=3000)
     options = parser.parse_args()
     try:
@@ -68,7 +75,7 @@ def main() -> int:
     url = f"http://127.0.0.1:{options.port}"
     webserver = record.dagster_home / WEBSERVER
     webserver.write_text(json.dumps({"url": url, "pid": os.getpid()}))
-    print(f"deployment {record.name}: {url} (Ctrl-C stops it)", flush=True)
+    print(f"deployment {record.name}: {url} (Ctrl-C stops it)\n  what is made from what: {url}{LINEAGE}", flush=True)
     dagster = str(Path(sys.executable).with_name("dagster"))
     command = [
         dagster,

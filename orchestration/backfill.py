@@ -20,8 +20,8 @@ import psycopg
 
 from infra import deployment as deployments
 from infra import postgres
+from infra.arguments import MakeParser
 from infra.ui import running_at
-from orchestration.arguments import MakeParser
 from orchestration.compute.settle import shown, stretches
 from orchestration.compute.stale import rebuild_parts, to_rebuild
 from orchestration.instance_api import BACKFILL_TAG, FINISHED, PART_TAG, DailyAsset, InstanceApi, Run

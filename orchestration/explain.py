@@ -17,8 +17,8 @@ from rich.table import Table
 
 from infra import deployment as deployments
 from infra import postgres
+from infra.arguments import MakeParser
 from infra.feature_tables import ensure_view_tables
-from orchestration.arguments import MakeParser
 from orchestration.compute.explain import EventRow, Explanation, explain
 from orchestration.compute.lake import Lake
 from schemas.errors import DefinitionError, LarderError, RequestError, SettingsError
@@ -79,7 +79,7 @@ def key_of(view: FeatureView, text: str) -> tuple[str, ...]:
             parts = json.loads(text)
     if not isinstance(parts, list) or len(parts) != len(columns) or not all(isinstance(part, str) for part in parts):
         raise RequestError(
-            f"--key {text!r} does not name one {' and one '.join(columns)}; give {','.join(columns)}, or a JSON list"
+            f"KEY= (--key) {text!r} does not name one {' and one '.join(columns)}; give {','.join(columns)}, or a JSON list"
         )
     return tuple(parts)
 
@@ -93,9 +93,9 @@ def instant_of(text: str | None) -> datetime:
     try:
         at = datetime.fromisoformat(text)
     except ValueError as error:
-        raise RequestError(f"--at {text!r} is not an instant; write for example 2030-01-31T12:00:00Z") from error
+        raise RequestError(f"AT= (--at) {text!r} is no instant; write for example 2030-01-31T12:00:00Z") from error
     if at.tzinfo is None:
-        raise RequestError(f"--at {text!r} has no time zone; write {text}Z for UTC")
+        raise RequestError(f"AT= (--at) {text!r} has no time zone; write {text}Z for UTC")
     return at.astimezone(UTC)
 
 

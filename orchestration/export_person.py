@@ -11,8 +11,8 @@ from pathlib import Path
 
 from infra import deployment as deployments
 from infra import postgres
+from infra.arguments import MakeParser, person_id
 from infra.feature_tables import ensure_view_tables
-from orchestration.arguments import MakeParser, person_id
 from orchestration.compute import person_export
 from orchestration.compute.lake import Lake
 from schemas.errors import LarderError, SettingsError

@@ -14,8 +14,8 @@ from inference.features import FeatureBlock, Status, read_features
 from inference.store import Store
 from infra import deployment as deployments
 from infra import postgres
+from infra.arguments import MakeParser
 from infra.feature_tables import ensure_view_tables
-from orchestration.arguments import MakeParser
 from orchestration.explain import instant_of, key_of, view_named
 from schemas.errors import LarderError, SettingsError
 from schemas.views import VIEWS

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from infra import deployment as deployments
 from infra import postgres
+from infra.arguments import MakeParser, person_id
 from infra.deployment import Deployment
 from infra.feature_tables import ensure_view_tables
-from orchestration.arguments import MakeParser, person_id
 from orchestration.compute import forget as erasure
 from orchestration.compute.forget import Receipt
 from orchestration.compute.lake import Lake

@@ -14,8 +14,8 @@ from inference.score_all import Progress
 from inference.scores.batch import Sizes
 from infra import deployment as deployments
 from infra import postgres
+from infra.arguments import MakeParser
 from infra.feature_tables import ensure_view_tables
-from orchestration.arguments import MakeParser
 from orchestration.compute.score_all import score_everybody, told
 from schemas.errors import LarderError, SettingsError
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from infra.arguments import MakeParser
 from orchestration import interrupts
-from orchestration.arguments import MakeParser
 from orchestration.month.plan import CALENDAR_DAYS, Plan
 from schemas.errors import LarderError
 

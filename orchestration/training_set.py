@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from infra import deployment as deployments
 from infra import postgres
-from orchestration.arguments import MakeParser
+from infra.arguments import MakeParser
 from orchestration.compute.label_features import LabelFeaturesReport, write_label_features
 from orchestration.compute.labels import KEY_COLUMNS, TIME_NAMES
 from orchestration.compute.lake import Lake

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ import psycopg
 
 from infra import deployment as deployments
 from infra import postgres
+from infra.arguments import MakeParser
 from orchestration.compute.lake import Lake
 from orchestration.compute.vacuum import vacuum
 from schemas.errors import LarderError, SettingsError
@@ -18,7 +18,8 @@ HOURS = 24.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = MakeParser(
+        "make vacuum [HOURS=24] [DRY_RUN=1]",
         prog="python -m orchestration.vacuum",
         description="Delete the lake's files that no row of the database names: what killed runs left, and what was "
         "replaced and is kept for readers that began earlier. The current file of a day is never touched.",

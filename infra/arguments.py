@@ -38,4 +38,4 @@ def person_id(given: str) -> str:
     try:
         return check_id("user_id", user_id)
     except InvalidRow as error:
-        raise RequestError(f"--user cannot be anybody's id: {error}") from error
+        raise RequestError(f"USER_ID= (--user) cannot be anybody's id: {error}") from error
