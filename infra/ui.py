@@ -92,8 +92,9 @@ def main() -> int:
     # A shell that starts it in the background has Ctrl-C ignored, by all of them.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, signal.default_int_handler)
-    # Nobody who reads this typed the command that it would have them replace.
-    quiet = {"PYTHONWARNINGS": "ignore:Function `dev_command` is superseded"}
+    # Nobody who reads this typed the command that it would have them replace, nor wrote what it says may change.
+    told = ("Function `dev_command` is superseded", "Parameter `owners` of initializer `SensorDefinition")
+    quiet = {"PYTHONWARNINGS": ",".join(f"ignore:{start}" for start in told)}
     process = subprocess.Popen(command, start_new_session=True, env=os.environ | quiet)
     try:
         return process.wait()
