@@ -32,10 +32,10 @@ class MakeParser(argparse.ArgumentParser):
         return f"{self.variables.get(name, name.upper().replace('-', '_'))}= ({option})"
 
 
-def person_id(given: str) -> str:
-    """Whom `--user` names; `-` reads the id from standard input. Raises RequestError for what cannot be anybody's."""
+def person_id(given: str, named: str = "USER_ID= (--user)") -> str:
+    """Whom the argument `named` names; `-` reads the id from standard input. Raises RequestError for what cannot be anybody's."""
     user_id = sys.stdin.readline().rstrip("\n") if given == "-" else given
     try:
         return check_id("user_id", user_id)
     except InvalidRow as error:
-        raise RequestError(f"USER_ID= (--user) cannot be anybody's id: {error}") from error
+        raise RequestError(f"{named} cannot be anybody's id: {error}") from error

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 import psycopg
@@ -124,6 +124,11 @@ class _Parser(MakeParser):
         typed = "make keys, make keys NAME=… [SCOPES=recommend,write] [PER_MINUTE=6000] [DAYS=…] or make keys REVOKE=id"
         super().__init__(typed, **options)
 
+    def error(self, message: str) -> NoReturn:
+        if self.prog.endswith((" link", " pseudonyms")):  # which make does not have
+            argparse.ArgumentParser.error(self, message)
+        super().error(message)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m infra.keys", description="Request keys of the current deployment.")
@@ -188,7 +193,7 @@ def _link(user: str, purpose: str, days: float) -> str:
     secrets = os.environ.get("LARDER_LINK_KEYS")
     if not secrets:
         raise SettingsError("LARDER_LINK_KEYS is not set; give the value that the function has")
-    user_id = person_id(user)
+    user_id = person_id(user, "--user")
     return f"/people/{quote(user_id, safe='')}/{purpose}?token={Links.read(secrets).make(user_id, purpose, days)}"
 
 
@@ -199,7 +204,7 @@ def _pseudonyms(user: str) -> tuple[str, ...]:
         raise SettingsError(
             f"{VARIABLE} is not set; give the value that the function has, with the keys that it had before"
         )
-    return known.all_of(person_id(user))
+    return known.all_of(person_id(user, "--user"))
 
 
 if __name__ == "__main__":

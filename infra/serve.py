@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import psycopg
@@ -20,13 +21,13 @@ from infra.ports import free_port
 from schemas.errors import LarderError, SettingsError
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = MakeParser(
         "make serve [PORT=8080]", prog="python -m infra.serve", description="Answer over HTTP on this machine."
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8080)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         record = deployments.current()
         free_port(options.host, options.port, "make serve PORT")

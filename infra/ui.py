@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from infra import deployment as deployments
@@ -54,7 +55,7 @@ def running_at(record: Deployment) -> str | None:
         return None
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = MakeParser(
         "make ui [UI_PORT=3000]",
         variables={"port": "UI_PORT"},
@@ -62,7 +63,7 @@ def main() -> int:
         description="The Dagster UI of the current deployment.",
     )
     parser.add_argument("--port", type=int, default=3000)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         free_port("127.0.0.1", options.port, "make ui UI_PORT")
         record = deployments.current()

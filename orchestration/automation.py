@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import dagster as dg
 
-from schemas.views import VIEWS
-
-DAILY_ASSETS = ["events", *(view.name for view in VIEWS)]
+from orchestration.compute.stale import DAILY
 
 daily_job = dg.define_asset_job(
-    "daily_features", dg.AssetSelection.assets(*DAILY_ASSETS), description="Yesterday's events and features."
+    "daily_features", dg.AssetSelection.assets(*DAILY), description="Yesterday's events and features."
 )
 
 catalogue_job = dg.define_asset_job(

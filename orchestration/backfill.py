@@ -23,14 +23,12 @@ from infra import postgres
 from infra.arguments import MakeParser
 from infra.ui import running_at
 from orchestration.compute.settle import shown, stretches
-from orchestration.compute.stale import rebuild_parts, to_rebuild
+from orchestration.compute.stale import DAILY, rebuild_parts, to_rebuild
 from orchestration.instance_api import BACKFILL_TAG, FINISHED, PART_TAG, DailyAsset, InstanceApi, Run
 from schemas.errors import InstanceError, LarderError, SettingsError
-from schemas.views import VIEWS
 
 USAGE = "make backfill VIEW=a,b FROM=2026-01-01 TO=2026-01-31"
 ONLY = ("missing", "failed", "stale")
-DAILY = ("events", *(view.name for view in VIEWS))
 POLL_SECONDS = 1.0
 STOP_SECONDS = 120.0
 """How long `cancel` waits: a run that is starting cannot be told to stop before it runs, and then finishes its query."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from orchestration.compute import learning_steps
-from orchestration.compute.stale import rebuild_parts, undrained_days
+from orchestration.compute.stale import undrained_days
 from schemas.views import VIEWS, fingerprint
 
 if TYPE_CHECKING:
@@ -55,26 +55,24 @@ def what_is_due(larder: Larder, retrain: bool) -> Due:
         )
         too_few = learning_steps.too_few(connection)
     days = [first + timedelta(days=offset) for offset in range((yesterday - first).days + 1)]
-    wanted: dict[str, set[date]] = {"events": {max(day, first) for day in undrained}}
+    wanted: dict[str, set[date]] = {"events": {max(day, first) for day in undrained} & set(days)}
     for day in days:
         entries = [built.get((view.name, day)) for view in VIEWS]
-        if not any(entry is not None and entry[1] == lake.get(day, 0) for entry in entries):
+        # What a view was built from, and nothing has changed since, had been reported before.
+        if not any(entry and entry[1:] == (lake.get(day, 0), False) for entry in entries):
             wanted["events"].add(day)
     for view in VIEWS:
-        fresh = (view.definition_hash, False)
         wanted[view.name] = {
             day
             for day in days
-            if (entry := built.get((view.name, day))) is None
-            or (entry[0], entry[2]) != fresh
-            or entry[1] != lake.get(day, 0)
+            if built.get((view.name, day)) != (view.definition_hash, lake.get(day, 0), False)
             # What was posted late makes the days after it stale once it is drained, in this very run.
             or any(0 <= (day - posted).days < view.max_window_days for posted in undrained)
         }
     served = yesterday - timedelta(days=max(view.ttl_days for view in VIEWS) - 1)
     # Days that requests read go ahead if one of those is stale, but not of what is drained into their windows.
     ahead = any(stale and day >= served for (_, day), (_, _, stale) in built.items())
-    parts = rebuild_parts(wanted)
+    parts = _parts(wanted)
     if ahead and not (undrained and undrained[0] < served):
         parts = _cut(parts, served)
     old = (
@@ -84,6 +82,25 @@ def what_is_due(larder: Larder, retrain: bool) -> Due:
     )
     learning = () if too_few else left if retrain or old or left != learning_steps.STEPS else ()
     return Due(parts, learning, too_few, latest is not None)
+
+
+def _parts(wanted: Mapping[str, set[date]]) -> list[Part]:
+    """Days by asset as runs, in order: one for each stretch of days that want the same views, and `events` with them.
+
+    They come one after the other, so that none reads a day before it was drained; runs that may be side by side must be
+    as `rebuild_parts` has them.
+    """
+    stretches: list[tuple[tuple[str, ...], list[date]]] = []
+    for day in sorted({day for days in wanted.values() for day in days}):
+        views = tuple(view.name for view in VIEWS if day in wanted[view.name])
+        if stretches and stretches[-1][0] == views and stretches[-1][1][-1] + timedelta(days=1) == day:
+            stretches[-1][1].append(day)
+        else:
+            stretches.append((views, [day]))
+    # A day's events are counted in a moment: for them alone no stretch is cut.
+    return [
+        (("events", *views) if wanted["events"] & set(days) else views, days[0], days[-1]) for views, days in stretches
+    ]
 
 
 def _cut(parts: Sequence[Part], day: date) -> list[Part]:

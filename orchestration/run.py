@@ -30,13 +30,13 @@ from infra.ui import prepare_dagster
 from orchestration import interrupts
 from orchestration.compute.forget import open_requests
 from orchestration.compute.lake import Lake
+from orchestration.compute.stale import DAILY
 from orchestration.due import RETRAIN_AFTER_DAYS, what_is_due
 from orchestration.progress import terminal
 from orchestration.sources.open import is_simulated, open_source, simulated_world
 from schemas.errors import LarderError, SettingsError
 from schemas.manifest import ENCODER_PATH
 from schemas.urls import local_folder
-from schemas.views import VIEWS
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -117,7 +117,7 @@ def _run(options: argparse.Namespace) -> int:
         if not due.parts:
             _note("features", "every partition is up to date")
         for assets, first, last in due.parts:
-            of = "" if len(assets) == len(VIEWS) + 1 else f" of {', '.join(assets)}"
+            of = "" if assets == DAILY else f" of {', '.join(assets)}"
             with _step(f"features, {first} to {last}{of}"):
                 launch(*assets, partitions=(first, last))
         with _step("text vectors"):

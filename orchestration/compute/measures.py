@@ -37,8 +37,8 @@ def against_day_before(
 
 
 def first_day(connection: psycopg.Connection) -> date | None:
-    """The first day of which the lake has events."""
-    found: tuple[date | None] | None = connection.execute("SELECT min(day) FROM lake_files").fetchone()
+    """The first day of which the lake has an event."""
+    found: tuple[date | None] | None = connection.execute("SELECT min(day) FROM lake_files WHERE rows > 0").fetchone()
     return found[0] if found else None
 
 
@@ -95,7 +95,7 @@ def measure_events(connection: psycopg.Connection, lake: Lake, first: date, last
             ).fetchall()
         }
     days = [first + timedelta(days=offset) for offset in range((last - first).days + 1)]
-    before = against_day_before(indexed, days, first_day(connection))
+    before = against_day_before(dict.fromkeys(days, 0.0) | indexed, days, first_day(connection))
     # Rows of a file that belong to no day of the range can only be another day's: they count against the first.
     strays = sum(rows for day, (rows, _) in counted.items() if not first <= day <= last)
     measures = {}

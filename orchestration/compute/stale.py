@@ -19,6 +19,8 @@ from schemas.views import VIEWS
 LEDGER_LOCK = 7_205_395
 LONGEST_WINDOW_DAYS = 3650
 """For the partitions of a view that is no longer declared."""
+DAILY = ("events", *(view.name for view in VIEWS))
+"""The assets with a partition a day, in the order of their making."""
 _WINDOWS = {view.name: view.max_window_days for view in VIEWS}
 
 

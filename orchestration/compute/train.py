@@ -358,7 +358,7 @@ class _Run:
             schedule.step()
             total, steps = total + value, steps + 1
             tell(
-                f"stage {self.stage}, epoch {self.epoch + 1} of {epochs}: step {steps:,} of {self.epoch_steps:,}, "
+                f"stage {self.stage}, epoch {self.epoch + 1} of {epochs}: step {steps:,} of about {self.epoch_steps:,}, "
                 f"loss {total / steps:.3f}"
             )
         self.epoch += 1

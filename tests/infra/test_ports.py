@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
 import subprocess
 import sys
@@ -33,3 +34,23 @@ def test_a_number_that_is_no_port_is_refused(larder_home: Path) -> None:
     )
     assert done.returncode == 1
     assert "a port is 0 to 65535" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        ("infra.serve", ("--port", "x"), "argument PORT= (--port): invalid int value: 'x'\n  make serve [PORT=8080]"),
+        ("infra.ui", ("--port", "x"), "argument UI_PORT= (--port): invalid int value: 'x'\n  make ui [UI_PORT=3000]"),
+        ("infra.keys", ("create", "--name", "x", "--days", "y"), "argument DAYS= (--days): invalid float value: 'y'\n  make keys"),
+        ("infra.keys", ("link", "--user", "x", "--days", "y"), "argument --days: invalid float value: 'y'"),
+        ("orchestration.vacuum", ("--hours", "x"), "argument HOURS= (--hours): invalid float value: 'x'\n  make vacuum"),
+    ],
+)  # fmt: skip
+def test_arguments_that_cannot_be_read_are_told_as_make_names_them(
+    module: str, arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = importlib.import_module(module).main
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err

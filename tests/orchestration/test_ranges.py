@@ -13,10 +13,10 @@ from conftest import Ingested, ingested
 
 from orchestration import ranges
 from orchestration.compute.materialise import materialise
-from orchestration.compute.measures import against_day_before, failed
+from orchestration.compute.measures import against_day_before, failed, measure_events
 from orchestration.definitions import build_definitions
 from orchestration.resources import Larder
-from schemas.checks import null_rate, rows_against_day_before, values_in_range
+from schemas.checks import EVENT_CHECKS, null_rate, rows_against_day_before, values_in_range
 from schemas.errors import DefinitionError
 from schemas.views import USER_ACTIVITY
 
@@ -198,6 +198,17 @@ def test_a_day_that_lost_nearly_everything_is_judged_and_what_was_small_before_i
     for rows, before in (0, 1_000), (5, 1_000), (1_000, 5):
         assert failed(one, against_day_before({YESTERDAY: before, DAY: rows}, [DAY], None)[DAY] | {"rows": rows}) == one
     assert failed(one, against_day_before({YESTERDAY: 50, DAY: 5}, [DAY], None)[DAY] | {"rows": 5.0}) == ()
+
+
+def test_a_day_of_which_nothing_came_is_judged(world: Ingested) -> None:
+    with psycopg.connect(world.url, options="-c TimeZone=UTC") as connection:
+        before = measure_events(connection, world.lake, world.last, world.last)[world.last]
+        assert failed(EVENT_CHECKS, before) == ()
+        connection.execute("UPDATE lake_files SET rows = 1000 WHERE day = %s", (world.last - timedelta(days=1),))
+        connection.execute("DELETE FROM lake_files WHERE day = %s", (world.last,))
+        (found,) = measure_events(connection, world.lake, world.last, world.last).values()
+        connection.rollback()
+    assert [check.name for check in failed(EVENT_CHECKS, found)] == ["rows_against_day_before"]
 
 
 def test_no_day_is_held_against_the_first_of_its_source() -> None:

@@ -15,19 +15,17 @@ import pytest
 from conftest import Ingested, ingested
 
 from inference.store import Store
-from orchestration import run as road
 from orchestration.automation import daily_job
 from orchestration.backfill import plan
 from orchestration.compute.ingest import drain
-from orchestration.compute.stale import to_rebuild
+from orchestration.compute.stale import DAILY, to_rebuild
 from orchestration.definitions import build_definitions
+from orchestration.due import what_is_due
 from orchestration.instance_api import RANGE_END_TAG, RANGE_START_TAG, DailyAsset
 from orchestration.resources import Larder
 from orchestration.upkeep import REBUILD_TAG, rebuild_stale_partitions, vacuum_lake
-from schemas.views import VIEWS
 
 DAYS = 8
-DAILY = ("events", *(view.name for view in VIEWS))
 
 
 @pytest.fixture(scope="module")
@@ -166,30 +164,30 @@ def test_only_stale_takes_the_ledgers_word_and_drains_first(world: Ingested, ins
 
 
 def test_the_road_builds_every_day_that_a_late_post_reaches(world: Ingested, instance: dg.DagsterInstance) -> None:
-    larder = Larder(deployment="small")
-    assert road._what_is_new(larder, retrain=False).days is None
+    def due() -> object:
+        return what_is_due(Larder(deployment="small"), retrain=False).parts
+
+    assert due() == []
     post(world, "late-6", world.first + timedelta(days=4))
-    todo = road._what_is_new(larder, retrain=False)
-    assert todo.days == (world.first + timedelta(days=4), world.last)
     # What requests read is not built ahead of the drain that reaches it.
-    assert todo.ranges() == [todo.days]
-    for first, last in todo.ranges():
-        assert execute(instance, DAILY, first, last).success
-    assert road._what_is_new(larder, retrain=False).days is None
+    assert due() == [(DAILY, world.first + timedelta(days=4), world.last)]
+    assert execute(instance, DAILY, world.first + timedelta(days=4), world.last).success
+    assert due() == []
     # Drained by somebody else: then it is the ledger that says so.
     post(world, "late-7", world.first + timedelta(days=1))
     with psycopg.connect(world.url, options="-c TimeZone=UTC") as connection:
         drain(connection, world.lake, None, world.last)
-    assert road._what_is_new(larder, retrain=False).days == (world.first + timedelta(days=1), world.last)
+    served = world.last - timedelta(days=2)
+    assert due() == [(DAILY, served, world.last), (DAILY, world.first + timedelta(days=1), served - timedelta(days=1))]
     assert execute(instance, DAILY, world.first, world.last).success
+    assert due() == []
 
 
 def test_what_was_posted_for_a_day_before_the_first_partition_is_drained_with_it(
     world: Ingested, instance: dg.DagsterInstance
 ) -> None:
     post(world, "early", world.first - timedelta(days=30))
-    todo = road._what_is_new(Larder(deployment="small"), retrain=False)
-    assert todo.days == (world.first, world.last)
+    assert what_is_due(Larder(deployment="small"), retrain=False).parts == [(DAILY, world.first, world.last)]
     assert outstanding(world)["events"] == {world.first}
     assert execute(instance, DAILY, world.first, world.last).success
     assert outstanding(world) == {}
