@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import os
 import re
 import sys
 import warnings
@@ -25,7 +26,8 @@ from schemas.errors import DefinitionError, LarderError, RequestError, SettingsE
 from schemas.features import FeatureView
 from schemas.views import VIEWS
 
-console = Console(highlight=False)
+# Whoever pipes it on has no width: there an id stands in one line, and can be searched for.
+console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
