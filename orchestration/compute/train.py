@@ -24,8 +24,6 @@ from orchestration.compute import checkpoint as checkpoints
 from orchestration.compute.co_visitation import WindowedPopularity, co_visitation, popularity, positive
 from orchestration.compute.devices import Devices
 from orchestration.compute.evaluate import (
-    MakeSlates,
-    RankerScorer,
     Scorer,
     SlateFeatures,
     gain,
@@ -57,6 +55,7 @@ from orchestration.compute.telling import Say, now_and_then, silent
 from orchestration.compute.train_config import TrainConfig
 from orchestration.compute.trained_ranker import Progress, TrainedRanker
 from orchestration.compute.training_features import FiniteFeatures, LabelFeatures
+from orchestration.compute.training_scorers import TrainingScorers
 from orchestration.compute.wishes import Wishes
 from schemas.errors import DefinitionError, GateError
 from schemas.ranker import TEXT_DIM
@@ -158,10 +157,6 @@ class _Run:
         self.counts = popularity(interactions)
         self.neighbours = co_visitation(interactions)
         self.trending = WindowedPopularity(interactions)
-        self.sources = (
-            score_windowed_popularity(self.trending),
-            score_co_visitation(self.neighbours, self.counts),
-        )
         self.held = held_rows(interactions, config)
         self.labels = slate_labels(interactions, recent, self.held, config)
         self.texts = text_vectors
@@ -171,7 +166,7 @@ class _Run:
             self.wished = wishes.draw_some(self.labels.target, drawn, config.null_rate)
         probe = self._label_features(*random_slates(interactions, self.counts, config.seed))
         torch.manual_seed(config.seed)
-        self.shape = RankerShape(
+        shape = RankerShape(
             config.size,
             probe.context_features.shape[1],
             probe.candidate_features.shape[2],
@@ -179,7 +174,7 @@ class _Run:
             temperature=config.temperature,
             dropout=config.dropout,
         )
-        self.ranker = Ranker(self.shape).to(self.device)
+        self.ranker = Ranker(shape).to(self.device)
         self.ranker.fit_values(torch.from_numpy(interactions.value))
         self.tower = ItemTower(
             torch.from_numpy(text_vectors),
@@ -191,6 +186,17 @@ class _Run:
             interactions, self.ranker.candidate_features, features.trends if features else None, self.device
         )
         self.calibration = nn.Parameter(torch.tensor([1.0, -math.log(SLATE - 1)], device=self.device))
+        self.scorers = TrainingScorers(
+            self.ranker,
+            self.tower,
+            self.trends,
+            config.temperature,
+            self.device,
+            self.labels,
+            self.wished,
+            features,
+            (score_windowed_popularity(self.trending), score_co_visitation(self.neighbours, self.counts)),
+        )
         self.losses = Losses(
             interactions,
             self.counts,
@@ -234,7 +240,7 @@ class _Run:
         if self.stage == 1:
             while self.epoch < self.config.epochs and self.stale < self.config.patience:
                 self._epoch(
-                    optimizer, schedule, self.losses.next_item(self.epoch), self.config.epochs, self._stage_1_scorer
+                    optimizer, schedule, self.losses.next_item(self.epoch), self.config.epochs, self.scorers.stage_1
                 )
             self._restore_best()
             self.stage, self.epoch, self.stale = 2, 0, 0
@@ -260,7 +266,7 @@ class _Run:
         if self.mined is None:
             self._tell(f"stage 2: looking for the candidates of {len(self.labels):,} labels")
             offered = Sources(
-                self._wished_similarity,
+                self.scorers.wished_similarity,
                 self.neighbours,
                 self.trending,
                 self.counts,
@@ -287,7 +293,7 @@ class _Run:
             self._load_optimizer(optimizer, schedule)
         elif len(self.validation):
             # What stage 2 is compared with is stage 1 under stage 2's own measure.
-            gains = self._validation_gains(self._slate_scorer)
+            gains = self._validation_gains(self.scorers.served)
             self.best = {"ndcg": float(gains.mean()), "state": self._state(), "gains": torch.from_numpy(gains)}
         if not resumed:
             self._stack(candidates, log_q, features)
@@ -295,7 +301,7 @@ class _Run:
         self.elapsed += time.monotonic() - began
         while self.epoch < self.config.slate_epochs:
             losses = self.losses.slates(self.labels, candidates, log_q, self.wished, features, self.epoch)
-            self._epoch(optimizer, schedule, losses, self.config.slate_epochs, self._slate_scorer)
+            self._epoch(optimizer, schedule, losses, self.config.slate_epochs, self.scorers.served)
 
     def _stack(self, candidates: NDArray[np.int32], log_q: NDArray[np.float32], features: SlateFeatures) -> None:
         """Weigh retriever and trend against each other on labels that stage 1 was not taught, before anything else is
@@ -305,7 +311,7 @@ class _Run:
         similarity = np.empty((len(chosen), candidates.shape[1]), np.float32)
         for begin in range(0, len(chosen), 256):
             rows = chosen[begin : begin + 256]
-            logits = self._similarity(self.labels.take(rows))
+            logits = self.scorers.similarity(self.labels.take(rows))
             similarity[begin : begin + 256] = np.take_along_axis(logits, candidates[rows], axis=1)
         slate = candidates[chosen]
         again = slate == slate[:, :1]  # as in `Losses.slates`
@@ -431,61 +437,6 @@ class _Run:
             return True
         difference = gains - self.best["gains"].numpy()
         return bool(interval(difference, self.validation.user)[1] >= 0)
-
-    def _scorer(
-        self,
-        *,
-        rerank: int | None,
-        slates: MakeSlates | None,
-        sources: tuple[Scorer, ...] = (),
-        wish_vectors: Callable[[Queries], NDArray[np.float32]] | None = None,
-    ) -> RankerScorer:
-        def run(inputs: dict[str, NDArray[Any]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-            with torch.no_grad():
-                user, scores = self.ranker(**{name: to_tensor(value, self.device) for name, value in inputs.items()})
-            return user.cpu().numpy(), scores.cpu().numpy()
-
-        with torch.no_grad():
-            vectors = self.tower()[0].cpu().numpy()
-        return RankerScorer(
-            run,
-            vectors,
-            context_features=self.shape.context_features,
-            candidate_features=self.shape.candidate_features,
-            slates=slates,
-            rerank=rerank,
-            sources=sources,
-            wish_vectors=wish_vectors,
-        )
-
-    def _similarity(self, queries: Queries) -> NDArray[np.float32]:
-        """⟨u, v⟩/τ of every item: what the ANN index will see."""
-        logits: NDArray[np.float32] = self._scorer(rerank=0, slates=None)(queries) / np.float32(self.config.temperature)
-        return logits
-
-    def _wished_similarity(self, labels: Queries) -> NDArray[np.float32]:
-        """The same for some of the slates' labels, each with its wish: what serving asks the index with."""
-        scorer = self._scorer(rerank=0, slates=None, wish_vectors=self._wishes)
-        logits: NDArray[np.float32] = scorer(labels) / np.float32(self.config.temperature)
-        return logits
-
-    def _wishes(self, labels: Queries) -> NDArray[np.float32]:
-        """`(q, d)`: the wishes of some of the slates' labels in item space; zeros without one."""
-        wished = self.wished[np.searchsorted(self.labels.label, labels.label)]
-        with torch.no_grad():
-            projected = self.tower.project_text(to_tensor(wished, self.device)).cpu().numpy()
-        return np.where(wished.any(1, keepdims=True), projected, np.float32(0))
-
-    def _stage_1_scorer(self, queries: Queries) -> NDArray[np.float32]:
-        """⟨u, v⟩/τ + what every item gains by its features: what stage 1 learns."""
-        with torch.no_grad():
-            gains = self.trends.gains(self.ranker.trend.weight).cpu().numpy()
-        scores: NDArray[np.float32] = self._similarity(queries) + gains[self.trends.when(queries.at)]
-        return scores
-
-    def _slate_scorer(self, queries: Queries) -> NDArray[np.float32]:
-        """The candidates that serving would offer, re-ranked with what was known at each label's time."""
-        return self._scorer(rerank=2 * SLATE, slates=self.features, sources=self.sources)(queries)
 
     def _state(self) -> dict[str, Any]:
         state = {name: value.detach().cpu().clone() for name, value in self.modules.state_dict().items()}
