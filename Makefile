@@ -17,8 +17,9 @@ install: $(VENV)/.installed ## create the virtual environment with every depende
 # torch goes first: alone it takes the CPU build where one is offered, and nothing after it pulls another.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing dependencies into $(VENV) (a few minutes the first time)"
+	@echo "installing dependencies into $(VENV), a few minutes the first time: PyTorch …"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 2> >(grep -v 'is ignored: it is neither' >&2)
+	@echo "  … and everything else, 3.7 GB in the end"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' 2> >(grep -v 'is ignored: it is neither' >&2)
 	@touch $@
 
