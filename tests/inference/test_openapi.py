@@ -140,6 +140,17 @@ def test_the_application_keeps_to_it_however_long_one_tries(case: Any, port: int
     checked(case, port, key)
 
 
+@pytest.mark.parametrize("route", ["forget", "export"])
+def test_another_routes_word_for_a_receipt_is_answered_as_documented(
+    route: str, port: int, key: dict[str, str]
+) -> None:
+    # An id may hold a slash: this is consent of the person `somebody/forget`.
+    path = f"/people/somebody/{route}/consent"
+    status, _, _ = ask(port, path, method="GET", headers=key)
+    documented = openapi.document()["paths"][f"/people/{{user_id}}/{route}/{{receipt_id}}"]["get"]["responses"]
+    assert (status, str(status) in documented) == (405, True)
+
+
 def test_the_served_document_is_the_file(port: int) -> None:
     status, _, body = ask(port, "/openapi.json", method="GET")
     assert (status, json.loads(body)) == (200, json.loads(Path(openapi.DOCUMENT).read_text()))
