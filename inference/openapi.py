@@ -63,7 +63,6 @@ FAULTS: dict[int, str] = {
     401: "No key came with the request, or none that is known.",
     403: "The key is not for this.",
     404: "What the request asks about is not there.",
-    405: "What stands for a receipt is the last word of another route, which takes another method.",
     408: "The body did not arrive in time; send it at once.",
     413: f"The body is larger than {MAX_BODY_BYTES} bytes.",
     415: "The content type is not application/json.",
@@ -142,7 +141,7 @@ OPERATIONS = (
         "/people/{user_id}/forget/{receipt_id}",
         "How far forgetting a person is",
         (ErasureResponse,),
-        faults=(404, 405, 500, 503),
+        faults=(404, 500, 503),
     ),
     Operation(
         "GET",
@@ -199,7 +198,7 @@ OPERATIONS = (
         "/people/{user_id}/export/{receipt_id}",
         "The whole of what is held of a person, once it is gathered",
         (ExportResponse,),
-        faults=(404, 405, 500, 503),
+        faults=(404, 500, 503),
     ),
     Operation("GET", "/openapi.json", "This document", (), faults=(500,)),
 )
