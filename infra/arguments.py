@@ -15,15 +15,20 @@ from schemas.events import InvalidRow, check_id
 class MakeParser(argparse.ArgumentParser):
     """A parser whose errors name make's variables, and end with the make command. Its status for them is 2, as argparse's.
 
-    `command` is that command as it is typed. An option's variable is its name in capitals, unless `variables` has another.
+    `command` is that command as it is typed; None: there is none in make, and errors are argparse's own. Subcommands are such
+    parsers, too: `add_parser` takes their `command`. An option's variable is its name in capitals, unless `variables` has another.
     """
 
-    def __init__(self, command: str, *, variables: Mapping[str, str] | None = None, **options: object) -> None:
+    def __init__(
+        self, command: str | None = None, *, variables: Mapping[str, str] | None = None, **options: object
+    ) -> None:
         super().__init__(**options)  # type: ignore[arg-type]  # argparse's own, passed on
         self.command = command
         self.variables = variables or {}
 
     def error(self, message: str) -> NoReturn:
+        if self.command is None:
+            super().error(message)
         message = re.sub(r"(?<!\S)--[a-z-]+", lambda found: self._named(found[0]), message)
         self.exit(2, f"error: {message}\n  {self.command}\n")
 

@@ -10,7 +10,6 @@ What is deployed is the champion of the current deployment. What it would cost i
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ import psycopg
 from inference import artifacts, telemetry
 from infra import costs, postgres, registry, release
 from infra import deployment as deployments
+from infra.arguments import MakeParser
 from infra.deploy_settings import (
     TARGETS,
     DeploySettings,
@@ -176,13 +176,15 @@ def _bake(folder: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m infra.deploy", description="Release to a cloud function, or go back."
-    )
+    parser = MakeParser(prog="python -m infra.deploy", description="Release to a cloud function, or go back.")
     commands = parser.add_subparsers(dest="command", required=True)
     deploying = commands.add_parser("deploy", help="bring the function to the released model; safe to repeat")
     deploying.add_argument("--plan", action="store_true", help="only print what would change and what it costs")
-    back = commands.add_parser("rollback", help="let what was before answer again")
+    back = commands.add_parser(
+        "rollback",
+        command="make rollback [WHAT=model|function] [VERSION=…] [TARGET=aws|cloud-run]",
+        help="let what was before answer again",
+    )
     back.add_argument("--what", choices=["model", "function"], default="model")
     back.add_argument("--version", help="the model version to return to (default: the one released before)")
     for command in (deploying, back):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import quote
 
 import psycopg
@@ -117,23 +117,14 @@ def state(expires_at: datetime | None, revoked_at: datetime | None) -> str:
     return f"{'expired' if expires_at <= datetime.now(UTC) else 'until'} {expires_at:%Y-%m-%d}"
 
 
-class _Parser(MakeParser):
-    """Its subcommands have it, too: argparse makes them of the class of their parent."""
-
-    def __init__(self, **options: Any) -> None:
-        typed = "make keys, make keys NAME=… [SCOPES=recommend,write] [PER_MINUTE=6000] [DAYS=…] or make keys REVOKE=id"
-        super().__init__(typed, **options)
-
-    def error(self, message: str) -> NoReturn:
-        if self.prog.endswith((" link", " pseudonyms")):  # which make does not have
-            argparse.ArgumentParser.error(self, message)
-        super().error(message)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _Parser(prog="python -m infra.keys", description="Request keys of the current deployment.")
+    parser = MakeParser(prog="python -m infra.keys", description="Request keys of the current deployment.")
     actions = parser.add_subparsers(dest="action", required=True)
-    making = actions.add_parser("create", help="make a key; it is shown once")
+    making = actions.add_parser(
+        "create",
+        command="make keys NAME=… [SCOPES=recommend,write] [PER_MINUTE=6000] [DAYS=…]",
+        help="make a key; it is shown once",
+    )
     making.add_argument("--name", required=True, help="who or what it is for")
     making.add_argument(
         "--scopes", default="recommend,write", help=f"some of {', '.join(SCOPES)} (default: %(default)s)"

@@ -42,6 +42,7 @@ def test_a_number_that_is_no_port_is_refused(larder_home: Path) -> None:
         ("infra.serve", ("--port", "x"), "argument PORT= (--port): invalid int value: 'x'\n  make serve [PORT=8080]"),
         ("infra.ui", ("--port", "x"), "argument UI_PORT= (--port): invalid int value: 'x'\n  make ui [UI_PORT=3000]"),
         ("infra.keys", ("create", "--name", "x", "--days", "y"), "argument DAYS= (--days): invalid float value: 'y'\n  make keys"),
+        ("infra.deploy", ("rollback", "--what", "x"), "argument WHAT= (--what): invalid choice: 'x'"),
         ("infra.keys", ("link", "--user", "x", "--days", "y"), "argument --days: invalid float value: 'y'"),
         ("orchestration.vacuum", ("--hours", "x"), "argument HOURS= (--hours): invalid float value: 'x'\n  make vacuum"),
     ],
